@@ -1,0 +1,226 @@
+//! Lines and records with their positions.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+
+use record::{BadLine, Record};
+
+/// A line longer than this is refused: it is no record of ours, and reading it
+/// whole could exhaust the memory.
+const MAX_LINE_BYTES: usize = 16 << 20;
+
+/// Where a line stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Position {
+    /// The file's path; `-` is standard input.
+    pub file: String,
+    /// Counted from 1.
+    pub line: u64,
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.file, self.line)
+    }
+}
+
+/// Why reading stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// A file that cannot be opened: the user named it.
+    #[error("{}: {source}", path.display())]
+    Open {
+        /// The path as given.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file that stopped being readable.
+    #[error("{position}: reading failed: {source}")]
+    Io {
+        /// The line that was being read.
+        position: Position,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A line that is not a record.
+    #[error("{position}: {cause}")]
+    Bad {
+        /// Where it stands.
+        position: Position,
+        /// What is wrong with it.
+        cause: String,
+    },
+    /// The rejects file, where a bad line was to be kept, failed.
+    #[error("writing a bad line to the rejects file failed: {0}")]
+    Rejects(io::Error),
+}
+
+/// One line of text without its end.
+#[derive(Clone, Debug)]
+pub struct Line {
+    /// Where it stands.
+    pub position: Position,
+    /// Its text, or the bytes that are not UTF-8.
+    pub text: Result<String, Vec<u8>>,
+}
+
+/// The lines of a file or of standard input. Empty lines are passed over, a
+/// byte-order mark and carriage returns at a line's end are dropped.
+pub struct Lines {
+    source: Box<dyn BufRead + Send>,
+    position: Position,
+    bytes: Vec<u8>,
+}
+
+impl Lines {
+    /// Standard input for `-`, else the file.
+    pub fn open(path: &Path) -> Result<Self, ReadError> {
+        if path == Path::new("-") {
+            return Ok(Self::new("-", BufReader::with_capacity(1 << 16, io::stdin())));
+        }
+        let open = |source| ReadError::Open { path: path.to_owned(), source };
+        let file = File::open(path).map_err(open)?;
+        if file.metadata().map_err(open)?.is_dir() {
+            return Err(open(io::Error::from(io::ErrorKind::IsADirectory)));
+        }
+        Ok(Self::new(path.display().to_string(), BufReader::with_capacity(1 << 16, file)))
+    }
+
+    /// Lines of any reader, named `file` in errors.
+    pub fn new(file: impl Into<String>, source: impl BufRead + Send + 'static) -> Self {
+        Self { source: Box::new(source), position: Position { file: file.into(), line: 0 }, bytes: Vec::new() }
+    }
+
+    fn read(&mut self) -> Result<Option<Line>, ReadError> {
+        loop {
+            self.bytes.clear();
+            self.position.line += 1;
+            let mut limited = io::Read::take(&mut self.source, MAX_LINE_BYTES as u64 + 1);
+            let read = limited
+                .read_until(b'\n', &mut self.bytes)
+                .map_err(|source| ReadError::Io { position: self.position.clone(), source })?;
+            if read == 0 {
+                return Ok(None);
+            }
+            if read > MAX_LINE_BYTES {
+                return Err(ReadError::Bad {
+                    position: self.position.clone(),
+                    cause: format!("the line is longer than {} MiB", MAX_LINE_BYTES >> 20),
+                });
+            }
+            let mut line = self.bytes.as_slice();
+            if self.position.line == 1 {
+                line = line.strip_prefix("\u{feff}".as_bytes()).unwrap_or(line);
+            }
+            line = line.strip_suffix(b"\n").unwrap_or(line);
+            line = line.strip_suffix(b"\r").unwrap_or(line);
+            if line.iter().all(u8::is_ascii_whitespace) {
+                continue;
+            }
+            let text = String::from_utf8(line.to_vec()).map_err(|e| e.into_bytes());
+            return Ok(Some(Line { position: self.position.clone(), text }));
+        }
+    }
+}
+
+impl Iterator for Lines {
+    type Item = Result<Line, ReadError>;
+    fn next(&mut self) -> Option<Self::Item> {
+        self.read().transpose()
+    }
+}
+
+/// The records of a stream. A malformed line ends the reading, unless some are
+/// allowed: then it goes to the rejects file as a [`BadLine`].
+pub struct Records {
+    lines: Lines,
+    max_bad: u64,
+    bad: u64,
+}
+
+impl Records {
+    /// Records of `lines`, of which at most `max_bad` may be malformed.
+    pub fn new(lines: Lines, max_bad: u64) -> Self {
+        Self { lines, max_bad, bad: 0 }
+    }
+
+    /// How many malformed lines were passed over so far.
+    pub fn bad(&self) -> u64 {
+        self.bad
+    }
+
+    /// The next record that `check` accepts; its errors count as malformed
+    /// lines. Bad lines within the allowance are written to `rejects`.
+    pub fn next_with<T>(
+        &mut self,
+        rejects: &mut dyn Write,
+        mut check: impl FnMut(Record) -> Result<T, record::Error>,
+    ) -> Result<Option<(Position, T)>, ReadError> {
+        while let Some(line) = self.lines.next().transpose()? {
+            let position = line.position;
+            let cause = match &line.text {
+                Ok(text) => match Record::parse(text).and_then(&mut check) {
+                    Ok(value) => return Ok(Some((position, value))),
+                    Err(error) => error.to_string(),
+                },
+                Err(_) => "not valid UTF-8".to_owned(),
+            };
+            self.bad += 1;
+            if self.bad > self.max_bad {
+                return Err(ReadError::Bad { position, cause });
+            }
+            let bad = BadLine {
+                file: position.file,
+                line: position.line,
+                error: cause,
+                raw: line.text.unwrap_or_else(|bytes| String::from_utf8_lossy(&bytes).into_owned()),
+            };
+            serde_json::to_writer(&mut *rejects, &serde_json::json!({ "bad_line": bad }))
+                .map_err(io::Error::from)
+                .and_then(|()| rejects.write_all(b"\n"))
+                .map_err(ReadError::Rejects)?;
+        }
+        Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn records(text: &'static [u8], max_bad: u64) -> Records {
+        Records::new(Lines::new("f", text), max_bad)
+    }
+
+    #[test]
+    fn marks_ends_and_empty_lines_are_no_records() {
+        let mut records = records(b"\xef\xbb\xbf{\"a\":1}\r\n\n  \n{\"a\":2}", 0);
+        let mut next = || records.next_with(&mut io::sink(), Ok).unwrap();
+        assert_eq!(next().unwrap().0.line, 1);
+        assert_eq!(next().unwrap().0.line, 4);
+        assert!(next().is_none());
+    }
+
+    #[test]
+    fn bad_lines_are_kept_up_to_the_allowance() {
+        let mut rejects = Vec::new();
+        let mut some = records(b"{\"a\":1}\nnot json\n\xff\n{\"a\":2}\n[]\n", 2);
+        let mut lines = Vec::new();
+        let error = loop {
+            match some.next_with(&mut rejects, Ok) {
+                Ok(Some((position, _))) => lines.push(position.line),
+                Ok(None) => panic!("the third bad line was let through"),
+                Err(error) => break error.to_string(),
+            }
+        };
+        assert_eq!(lines, [1, 4]);
+        assert!(error.starts_with("f:5: not a JSON object"), "{error}");
+        let kept = String::from_utf8(rejects).unwrap();
+        assert_eq!(kept.lines().count(), 2);
+        assert!(kept.contains(r#""line":2"#) && kept.contains(r#""raw":"not json""#) && kept.contains("UTF-8"));
+    }
+}
