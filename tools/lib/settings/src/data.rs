@@ -1,0 +1,178 @@
+//! `config/data.yaml`: what to collect, what to keep, what counts as the same.
+
+use serde::{Deserialize, Serialize};
+
+/// The whole file.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataSettings {
+    /// What tw-fetch collects and pair-validate keeps.
+    pub collection: Collection,
+    /// What pair-dedup takes for the same pair, and how it cuts off the held-out part.
+    pub deduplication: Deduplication,
+}
+
+/// What is collected.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Collection {
+    /// How many pairs to collect, counted by the cheap filters below.
+    pub target_pairs: u64,
+    /// Search terms, each in the search syntax of the source.
+    pub search_queries: Vec<String>,
+    /// What a tweet must be.
+    pub tweet_filters: TweetFilters,
+    /// What a reply must be.
+    pub reply_filters: ReplyFilters,
+    /// What both texts must be.
+    pub quality: Quality,
+    /// The Apify source.
+    pub apify: Apify,
+}
+
+impl Default for Collection {
+    fn default() -> Self {
+        Self {
+            target_pairs: 5000,
+            search_queries: Vec::new(),
+            tweet_filters: TweetFilters::default(),
+            reply_filters: ReplyFilters::default(),
+            quality: Quality::default(),
+            apify: Apify::default(),
+        }
+    }
+}
+
+/// What a tweet must be.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TweetFilters {
+    /// Least number of likes.
+    pub min_likes: u64,
+    /// Least number of replies, where the source says so.
+    pub min_replies: u64,
+    /// Shortest text, in Unicode scalars after NFC, leading @names left out.
+    pub min_length: usize,
+    /// Longest text, counted the same way.
+    pub max_length: usize,
+    /// Language, ISO 639-1.
+    #[serde(alias = "lang")]
+    pub language: String,
+    /// Refuse texts with a link.
+    pub exclude_urls: bool,
+    /// Refuse tweets with a picture or a video.
+    pub exclude_media: bool,
+    /// Refuse retweets and quotes.
+    pub exclude_retweets: bool,
+}
+
+impl Default for TweetFilters {
+    fn default() -> Self {
+        Self {
+            min_likes: 100,
+            min_replies: 0,
+            min_length: 30,
+            max_length: 280,
+            language: "en".into(),
+            exclude_urls: true,
+            exclude_media: true,
+            exclude_retweets: true,
+        }
+    }
+}
+
+/// What a reply must be.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReplyFilters {
+    /// Least number of likes.
+    pub min_likes: u64,
+    /// Least number of people who follow its author.
+    #[serde(alias = "min_followers")]
+    pub min_author_followers: u64,
+    /// Shortest text, in Unicode scalars after NFC, leading @names left out.
+    pub min_length: usize,
+    /// Longest text, counted the same way.
+    pub max_length: usize,
+    /// Language, ISO 639-1.
+    #[serde(alias = "lang")]
+    pub language: String,
+    /// Refuse texts with a link.
+    pub exclude_urls: bool,
+    /// Refuse replies with a picture or a video.
+    pub exclude_media: bool,
+}
+
+impl Default for ReplyFilters {
+    fn default() -> Self {
+        Self {
+            min_likes: 5,
+            min_author_followers: 100,
+            min_length: 30,
+            max_length: 280,
+            language: "en".into(),
+            exclude_urls: true,
+            exclude_media: true,
+        }
+    }
+}
+
+/// What both texts must be.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Quality {
+    /// A text at or above this toxicity score is refused, 0 to 1.
+    #[serde(alias = "toxicity_threshold")]
+    pub max_toxicity: f32,
+    /// Refuse what looks like spam.
+    pub exclude_spam: bool,
+}
+
+impl Default for Quality {
+    fn default() -> Self {
+        Self { max_toxicity: 0.3, exclude_spam: true }
+    }
+}
+
+/// How tweets come from Apify.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Apify {
+    /// The actor, `user~name`.
+    pub actor: String,
+    /// Most a run may cost, in US dollars.
+    pub max_cost_usd: f64,
+    /// Conversations whose replies one run asks for.
+    pub conversations_per_run: usize,
+}
+
+impl Default for Apify {
+    fn default() -> Self {
+        Self { actor: "apidojo~tweet-scraper".into(), max_cost_usd: 5.0, conversations_per_run: 50 }
+    }
+}
+
+/// What counts as the same pair, and the held-out part.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Deduplication {
+    /// Two pairs are near when both texts' cosines are above this.
+    pub similarity_threshold: f32,
+    /// Folder of the sentence-embedding model.
+    pub model: String,
+    /// Part of the pairs that is held out, 0 to 1.
+    pub eval_fraction: f64,
+    /// Decides which groups are held out.
+    pub seed: u64,
+}
+
+impl Default for Deduplication {
+    fn default() -> Self {
+        Self {
+            similarity_threshold: 0.9,
+            model: "data/cache/models/all-MiniLM-L6-v2".into(),
+            eval_fraction: 0.1,
+            seed: 42,
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! `config/eval.yaml`: how replies are generated, judged and compared.
+
+use serde::{Deserialize, Serialize};
+
+/// The whole file.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EvalSettings {
+    /// How replies are generated.
+    pub generation: Generation,
+    /// Who compares them.
+    pub judge: Judge,
+    /// How figures are compared.
+    pub statistics: Statistics,
+}
+
+/// How replies are generated.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Generation {
+    /// Longest reply, in tokens.
+    pub max_new_tokens: usize,
+    /// 0 takes the likeliest token each time.
+    pub temperature: f32,
+    /// Sampling keeps the likeliest tokens that make up this much probability.
+    pub top_p: f32,
+    /// Sampling keeps so many of the likeliest tokens; 0 keeps all.
+    pub top_k: usize,
+    /// Replies generated side by side.
+    pub batch_size: usize,
+    /// Decides what is sampled.
+    pub seed: u64,
+}
+
+impl Default for Generation {
+    fn default() -> Self {
+        Self { max_new_tokens: 96, temperature: 0.0, top_p: 1.0, top_k: 0, batch_size: 16, seed: 42 }
+    }
+}
+
+/// Who compares the replies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum JudgeProvider {
+    /// Claude, asked in both orders.
+    #[default]
+    Anthropic,
+    /// Offline: prefers the reply nearer (chrF) to the one that people liked.
+    Reference,
+}
+
+/// The judge.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Judge {
+    /// Who compares.
+    pub provider: JudgeProvider,
+    /// The model asked.
+    pub model: String,
+    /// Longest answer, in tokens.
+    pub max_tokens: u32,
+    /// Requests under way at once.
+    pub concurrency: usize,
+    /// Stops before the estimated cost passes this, in US dollars.
+    pub max_cost_usd: f64,
+}
+
+impl Default for Judge {
+    fn default() -> Self {
+        Self { provider: JudgeProvider::Anthropic, model: "claude-sonnet-5".into(), max_tokens: 1024, concurrency: 4, max_cost_usd: 5.0 }
+    }
+}
+
+/// How figures are compared.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Statistics {
+    /// Intervals cover `1 - alpha`; a test below it is called significant.
+    pub alpha: f64,
+    /// Resamples of permutation and bootstrap.
+    pub resamples: usize,
+    /// Decides the resamples.
+    pub seed: u64,
+}
+
+impl Default for Statistics {
+    fn default() -> Self {
+        Self { alpha: 0.05, resamples: 10_000, seed: 42 }
+    }
+}

@@ -1,0 +1,249 @@
+//! `config/train.yaml`: the base model, the adapter and how it is trained.
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::TextChoice;
+
+/// The whole file.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainSettings {
+    /// The base model.
+    pub model: Model,
+    /// The adapter.
+    pub lora: Lora,
+    /// The run.
+    pub training: Training,
+    /// What of the data is used, and how it is put to the model.
+    pub data: TrainData,
+}
+
+/// How the frozen weights of the layers are held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantization {
+    /// 4-bit NormalFloat in blocks of 64, the scales quantised again.
+    #[default]
+    Nf4,
+    /// As they are in the checkpoint.
+    None,
+}
+
+/// The base model.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Model {
+    /// Folder in Hugging Face layout.
+    pub path: String,
+    /// How the layers' weights are held.
+    pub quantization: Quantization,
+}
+
+impl Default for Model {
+    fn default() -> Self {
+        Self { path: "data/cache/models/Qwen3-8B".into(), quantization: Quantization::Nf4 }
+    }
+}
+
+impl<'de> Deserialize<'de> for Model {
+    /// Besides our own keys this reads the ones of the Python stacks:
+    /// `load_in_4bit` and `bnb_4bit_*`, beside `path` or in a map under
+    /// `quantization`. What they ask for and we do not have is refused.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize, Default)]
+        #[serde(deny_unknown_fields, default)]
+        struct BitsAndBytes {
+            load_in_4bit: Option<bool>,
+            bnb_4bit_quant_type: Option<String>,
+            bnb_4bit_use_double_quant: Option<bool>,
+            bnb_4bit_compute_dtype: Option<String>,
+            bnb_4bit_quant_storage: Option<String>,
+        }
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum AnyQuantization {
+            Name(Quantization),
+            Map(BitsAndBytes),
+        }
+        #[derive(Deserialize, Default)]
+        #[serde(deny_unknown_fields, default)]
+        struct Keys {
+            path: Option<String>,
+            quantization: Option<AnyQuantization>,
+            load_in_4bit: Option<bool>,
+            bnb_4bit_quant_type: Option<String>,
+            bnb_4bit_use_double_quant: Option<bool>,
+            bnb_4bit_compute_dtype: Option<String>,
+            bnb_4bit_quant_storage: Option<String>,
+        }
+        let refuse = |what: String| Err(serde::de::Error::custom(what));
+        let keys = Keys::deserialize(deserializer)?;
+        let mut load_in_4bit = keys.load_in_4bit;
+        let mut maps = vec![BitsAndBytes {
+            load_in_4bit: None,
+            bnb_4bit_quant_type: keys.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant: keys.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype: keys.bnb_4bit_compute_dtype,
+            bnb_4bit_quant_storage: keys.bnb_4bit_quant_storage,
+        }];
+        let mut named = None;
+        match keys.quantization {
+            Some(AnyQuantization::Name(name)) => named = Some(name),
+            Some(AnyQuantization::Map(map)) => {
+                load_in_4bit = load_in_4bit.or(map.load_in_4bit);
+                maps.push(map);
+            }
+            None => {}
+        }
+        for map in maps {
+            if let Some(kind) = map.bnb_4bit_quant_type.filter(|kind| kind != "nf4") {
+                return refuse(format!("bnb_4bit_quant_type: {kind} is not supported; nf4 is"));
+            }
+            if map.bnb_4bit_use_double_quant == Some(false) {
+                return refuse("bnb_4bit_use_double_quant: false is not supported: nf4 here always quantises its scales again".into());
+            }
+            if let Some(dtype) = map.bnb_4bit_compute_dtype
+                && !["bfloat16", "bf16", "float32", "torch.bfloat16"].contains(&dtype.as_str())
+            {
+                return refuse(format!("bnb_4bit_compute_dtype: {dtype} is not supported; bfloat16 is (the CPU computes in float32)"));
+            }
+            if let Some(storage) = map.bnb_4bit_quant_storage.filter(|s| s != "uint8") {
+                return refuse(format!("bnb_4bit_quant_storage: {storage} is not supported; uint8 is"));
+            }
+        }
+        let asked = load_in_4bit.map(|four| if four { Quantization::Nf4 } else { Quantization::None });
+        let quantization = match (named, asked) {
+            (Some(name), Some(asked)) if name != asked => {
+                return refuse("`quantization` and `load_in_4bit` contradict each other".into());
+            }
+            (named, asked) => named.or(asked).unwrap_or_default(),
+        };
+        Ok(Self { path: keys.path.unwrap_or_else(|| Self::default().path), quantization })
+    }
+}
+
+/// Which linear layers get an adapter.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TargetModules {
+    /// `all-linear`: every projection of every layer.
+    Named(String),
+    /// Names such as `q_proj`.
+    List(Vec<String>),
+}
+
+/// The adapter.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Lora {
+    /// Inner dimension.
+    #[serde(alias = "r")]
+    pub rank: usize,
+    /// The product of the adapter is scaled by `alpha / rank`.
+    #[serde(alias = "lora_alpha")]
+    pub alpha: f32,
+    /// Part of the adapter's inputs set to zero in training, 0 to below 1.
+    #[serde(alias = "lora_dropout")]
+    pub dropout: f32,
+    /// Which linear layers get one.
+    pub target_modules: TargetModules,
+}
+
+impl Default for Lora {
+    fn default() -> Self {
+        Self {
+            rank: 16,
+            alpha: 32.0,
+            dropout: 0.05,
+            target_modules: TargetModules::List(
+                ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"].map(String::from).into(),
+            ),
+        }
+    }
+}
+
+/// How the learning rate goes after the warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scheduler {
+    /// Half a cosine down to 0.
+    #[default]
+    Cosine,
+    /// A straight line down to 0.
+    Linear,
+    /// Stays.
+    Constant,
+}
+
+/// The run. An optimiser step is exactly `batch_size ×
+/// gradient_accumulation_steps` rows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Training {
+    /// Passes over the training rows.
+    #[serde(alias = "num_train_epochs")]
+    pub num_epochs: f64,
+    /// Optimiser steps; given, it overrides `num_epochs`.
+    pub max_steps: Option<u64>,
+    /// Highest learning rate.
+    pub learning_rate: f64,
+    /// Rows of a micro-batch.
+    #[serde(alias = "per_device_train_batch_size")]
+    pub batch_size: usize,
+    /// Micro-batches of a step.
+    pub gradient_accumulation_steps: usize,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Steps in which the learning rate climbs from 0.
+    pub warmup_steps: u64,
+    /// How it goes afterwards.
+    #[serde(alias = "lr_scheduler_type")]
+    pub lr_scheduler: Scheduler,
+    /// Gradients are scaled down to this global norm.
+    pub max_grad_norm: f64,
+    /// Longest row, in tokens.
+    pub max_seq_length: usize,
+    /// A checkpoint every so many steps.
+    pub save_steps: u64,
+    /// An evaluation every so many steps.
+    pub eval_steps: u64,
+    /// Decides the initial adapter, the order of rows and dropout.
+    pub seed: u64,
+    /// Several rows in one pass; off, each row is a pass of its own.
+    pub packing: bool,
+    /// Another order of rows in each epoch.
+    pub shuffle: bool,
+}
+
+impl Default for Training {
+    fn default() -> Self {
+        Self {
+            num_epochs: 2.0,
+            max_steps: None,
+            learning_rate: 2e-4,
+            batch_size: 4,
+            gradient_accumulation_steps: 4,
+            weight_decay: 0.01,
+            warmup_steps: 20,
+            lr_scheduler: Scheduler::Cosine,
+            max_grad_norm: 1.0,
+            max_seq_length: 512,
+            save_steps: 50,
+            eval_steps: 50,
+            seed: 42,
+            packing: true,
+            shuffle: true,
+        }
+    }
+}
+
+/// What of the data is used.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainData {
+    /// Which text of a pair.
+    pub text: TextChoice,
+    /// Put before every conversation of a pair; empty for none.
+    pub system_prompt: String,
+    /// For rows without `split`: the part that is held out, 0 to 1.
+    pub eval_fraction: f64,
+}
