@@ -1,0 +1,442 @@
+//! NF4: the 4-bit storage of frozen weights that QLoRA trains on top of.
+//!
+//! A matrix is flattened row-major and cut into blocks of 64; each block keeps
+//! its largest magnitude (`absmax`) and, per value, the index of the nearest of
+//! sixteen levels that are quantiles of a normal distribution (Dettmers et al.,
+//! arXiv 2305.14314). Double quantisation stores the `absmax` values themselves
+//! in 8 bits, which brings a weight from 4.5 to 4.127 bits.
+//!
+//! The arithmetic is bitsandbytes' down to the last bit, so that an adapter
+//! trained here meets the same base weights there. Where its CPU and CUDA paths
+//! differ (the lookup of the nested code, the last, shorter block) this is the
+//! CUDA one, since that is what people train with; CUDA's flush of denormal
+//! numbers to zero is not imitated.
+
+use std::ops::Range;
+use std::sync::LazyLock;
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+/// Values that share one `absmax`.
+pub const BLOCK: usize = 64;
+
+/// `absmax` values that share one scale under double quantisation.
+pub const NESTED_BLOCK: usize = 256;
+
+/// The sixteen levels, ascending: what code `i` stands for before scaling.
+pub const LEVELS: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+/// Halfway between neighbouring levels; a value on the line takes the lower code.
+const MIDPOINTS: [f32; 15] = {
+    let mut mid = [0.0; 15];
+    let mut i = 0;
+    while i < 15 {
+        mid[i] = (LEVELS[i] + LEVELS[i + 1]) / 2.0;
+        i += 1;
+    }
+    mid
+};
+
+/// The code of 0.0, which pads an odd tail.
+const ZERO_CODE: u8 = 7;
+
+/// bitsandbytes never divides by less, so that a block of zeros stays finite.
+const MIN_ABSMAX: f32 = 1e-38;
+
+/// Values per task when work is spread over threads; a multiple of [`BLOCK`],
+/// and fixed, so that the cut never depends on the number of threads.
+const CHUNK: usize = 1 << 16;
+
+/// Why a tensor cannot be quantised or assembled.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// A weight is NaN or infinite: every value of its block would be lost.
+    #[error("value {value} at row {row}, column {column} is not finite")]
+    NotFinite {
+        /// The offending value.
+        value: f32,
+        /// Its row.
+        row: usize,
+        /// Its column.
+        column: usize,
+    },
+    /// A part has another length than the shape asks for.
+    #[error("{part} holds {found} values where a {rows}×{cols} matrix needs {expected}")]
+    Length {
+        /// Which part: `values`, `packed`, `absmax` or `nested absmax`.
+        part: &'static str,
+        /// Its length.
+        found: usize,
+        /// The length that the shape implies.
+        expected: usize,
+        /// Rows of the matrix.
+        rows: usize,
+        /// Columns of the matrix.
+        cols: usize,
+    },
+}
+
+/// An element type that weights are stored in.
+pub trait Element: Copy + Send + Sync {
+    /// The value, widened exactly.
+    fn widen(self) -> f32;
+}
+
+impl Element for f32 {
+    #[inline]
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+impl Element for bf16 {
+    #[inline]
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl Element for f16 {
+    #[inline]
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+/// The scale of each block of [`BLOCK`] values.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Absmax {
+    /// One f32 per block.
+    Plain(Vec<f32>),
+    /// Double quantisation: block `b` has the scale
+    /// `dynamic_map()[codes[b]] * absmax[b / NESTED_BLOCK] + offset`.
+    Nested {
+        /// An index into [`dynamic_map`] per block.
+        codes: Vec<u8>,
+        /// The largest `|absmax - offset|` of each [`NESTED_BLOCK`] blocks.
+        absmax: Vec<f32>,
+        /// The mean of the plain scales.
+        offset: f32,
+    },
+}
+
+impl Absmax {
+    /// Double quantisation of plain scales around `offset`.
+    ///
+    /// bitsandbytes takes the f32 mean as the offset; it is an argument because
+    /// that mean's last bit depends on the order of summation.
+    pub fn nest(scales: &[f32], offset: f32) -> Self {
+        let mut codes = Vec::with_capacity(scales.len());
+        let mut absmax = Vec::with_capacity(scales.len().div_ceil(NESTED_BLOCK));
+        for block in scales.chunks(NESTED_BLOCK) {
+            let largest = block
+                .iter()
+                .fold(0.0f32, |m, &scale| m.max((scale - offset).abs()));
+            // Infinite for a block of equal scales: 0 × ∞ then takes code 0, as in
+            // bitsandbytes, and any code times an absmax of 0 restores the offset.
+            let reciprocal = 1.0 / largest;
+            codes.extend(block.iter().map(|&s| dynamic_code((s - offset) * reciprocal)));
+            absmax.push(largest);
+        }
+        Self::Nested { codes, absmax, offset }
+    }
+
+    /// The scale of block `b`.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    #[inline]
+    pub fn scale(&self, b: usize) -> f32 {
+        match self {
+            Self::Plain(scales) => scales[b],
+            Self::Nested { codes, absmax, offset } => {
+                dynamic_map()[usize::from(codes[b])] * absmax[b / NESTED_BLOCK] + offset
+            }
+        }
+    }
+
+    /// Number of blocks.
+    pub fn blocks(&self) -> usize {
+        match self {
+            Self::Plain(scales) => scales.len(),
+            Self::Nested { codes, .. } => codes.len(),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Plain(scales) => 4 * scales.len(),
+            Self::Nested { codes, absmax, .. } => codes.len() + 4 * absmax.len() + 4,
+        }
+    }
+}
+
+/// A matrix `[rows, cols]` in NF4.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Nf4Tensor {
+    rows: usize,
+    cols: usize,
+    packed: Vec<u8>,
+    absmax: Absmax,
+}
+
+impl Nf4Tensor {
+    /// Quantises a row-major matrix, over all threads of the current pool; the
+    /// result does not depend on how many there are.
+    ///
+    /// # Errors
+    /// If `values` does not fill the shape, or holds NaN or an infinity.
+    pub fn quantize<T: Element>(
+        [rows, cols]: [usize; 2],
+        values: &[T],
+        double_quant: bool,
+    ) -> Result<Self, Error> {
+        let n = rows * cols;
+        let length = |part, found, expected| check_length(part, found, expected, rows, cols);
+        length("values", values.len(), n)?;
+
+        let mut packed = vec![0u8; n.div_ceil(2)];
+        let mut scales = vec![0f32; n.div_ceil(BLOCK)];
+        packed
+            .par_chunks_mut(CHUNK / 2)
+            .zip(scales.par_chunks_mut(CHUNK / BLOCK))
+            .zip(values.par_chunks(CHUNK))
+            .for_each(|((packed, scales), values)| {
+                let blocks = values.chunks(BLOCK).zip(packed.chunks_mut(BLOCK / 2));
+                for ((values, packed), scale) in blocks.zip(scales) {
+                    *scale = quantize_block(values, packed);
+                }
+            });
+        // A NaN leaves no trace in a maximum, so it was made to show as one.
+        if let Some(block) = scales.iter().position(|s| !s.is_finite()) {
+            let at = (block * BLOCK..n)
+                .find(|&i| !values[i].widen().is_finite())
+                .expect("a scale is finite unless a value of its block is not");
+            let value = values[at].widen();
+            return Err(Error::NotFinite { value, row: at / cols, column: at % cols });
+        }
+
+        let absmax = if double_quant && !scales.is_empty() {
+            let sum: f64 = scales.iter().map(|&s| f64::from(s)).sum();
+            Absmax::nest(&scales, (sum / scales.len() as f64) as f32)
+        } else {
+            Absmax::Plain(scales)
+        };
+        Ok(Self { rows, cols, packed, absmax })
+    }
+
+    /// Puts together a tensor that was stored quantised.
+    ///
+    /// # Errors
+    /// If a part's length does not fit the shape.
+    pub fn from_parts(
+        [rows, cols]: [usize; 2],
+        packed: Vec<u8>,
+        absmax: Absmax,
+    ) -> Result<Self, Error> {
+        let n = rows * cols;
+        let length = |part, found, expected| check_length(part, found, expected, rows, cols);
+        length("packed", packed.len(), n.div_ceil(2))?;
+        length("absmax", absmax.blocks(), n.div_ceil(BLOCK))?;
+        if let Absmax::Nested { codes, absmax, .. } = &absmax {
+            length("nested absmax", absmax.len(), codes.len().div_ceil(NESTED_BLOCK))?;
+        }
+        Ok(Self { rows, cols, packed, absmax })
+    }
+
+    /// `[rows, cols]`.
+    pub fn shape(&self) -> [usize; 2] {
+        [self.rows, self.cols]
+    }
+
+    /// Two codes a byte, the earlier value in the high half.
+    pub fn packed(&self) -> &[u8] {
+        &self.packed
+    }
+
+    /// The scales of the blocks.
+    pub fn absmax(&self) -> &Absmax {
+        &self.absmax
+    }
+
+    /// Bytes held: codes and scales.
+    pub fn bytes(&self) -> usize {
+        self.packed.len() + self.absmax.bytes()
+    }
+
+    /// Writes rows `rows` to `out`, row-major, on the calling thread:
+    /// `LEVELS[code] * scale`, in f32.
+    ///
+    /// # Panics
+    /// If the rows do not exist, or `out` is not `rows.len() * cols` long.
+    pub fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        assert_eq!(out.len(), rows.len() * self.cols, "output of dequantize_rows");
+        self.dequantize_flat(rows.start * self.cols, out);
+    }
+
+    /// Writes the whole matrix to `out`, row-major, over all threads of the
+    /// current pool.
+    ///
+    /// # Panics
+    /// If `out` is not `rows * cols` long.
+    pub fn dequantize_into(&self, out: &mut [f32]) {
+        assert_eq!(out.len(), self.rows * self.cols, "output of dequantize_into");
+        out.par_chunks_mut(CHUNK)
+            .enumerate()
+            .for_each(|(i, out)| self.dequantize_flat(i * CHUNK, out));
+    }
+
+    /// Values from flat index `start` on. Rows need not begin on a block, nor on
+    /// a byte: the ragged ends go one value at a time, the blocks between whole.
+    fn dequantize_flat(&self, start: usize, out: &mut [f32]) {
+        let head = (start.next_multiple_of(BLOCK) - start).min(out.len());
+        let (head, rest) = out.split_at_mut(head);
+        let (whole, tail) = rest.split_at_mut(rest.len() / BLOCK * BLOCK);
+        let first = start + head.len();
+        self.dequantize_each(start, head);
+        self.dequantize_each(first + whole.len(), tail);
+        for (b, out) in (first / BLOCK..).zip(whole.chunks_exact_mut(BLOCK)) {
+            let scale = self.absmax.scale(b);
+            let codes = &self.packed[b * BLOCK / 2..(b + 1) * BLOCK / 2];
+            for (pair, &byte) in out.chunks_exact_mut(2).zip(codes) {
+                let [high, low] = PAIRS[usize::from(byte)];
+                pair[0] = high * scale;
+                pair[1] = low * scale;
+            }
+        }
+    }
+
+    fn dequantize_each(&self, start: usize, out: &mut [f32]) {
+        for (i, out) in (start..).zip(out) {
+            let [high, low] = PAIRS[usize::from(self.packed[i / 2])];
+            let level = if i % 2 == 0 { high } else { low };
+            *out = level * self.absmax.scale(i / BLOCK);
+        }
+    }
+}
+
+/// Both levels of a packed byte: one lookup for two values.
+static PAIRS: [[f32; 2]; 256] = {
+    let mut pairs = [[0.0; 2]; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        pairs[byte] = [LEVELS[byte >> 4], LEVELS[byte & 15]];
+        byte += 1;
+    }
+    pairs
+};
+
+fn check_length(
+    part: &'static str,
+    found: usize,
+    expected: usize,
+    rows: usize,
+    cols: usize,
+) -> Result<(), Error> {
+    if found == expected {
+        Ok(())
+    } else {
+        Err(Error::Length { part, found, expected, rows, cols })
+    }
+}
+
+/// Codes of up to [`BLOCK`] values; returns their scale, or something not
+/// finite where a value is not.
+fn quantize_block<T: Element>(values: &[T], packed: &mut [u8]) -> f32 {
+    let mut x = [0f32; BLOCK];
+    for (x, v) in x.iter_mut().zip(values) {
+        *x = v.widen();
+    }
+    let absmax = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    // 0 × NaN is NaN and 0 × ∞ is NaN; the sum over finite values is 0.
+    let odd: f32 = x.iter().map(|x| x * 0.0).sum();
+    if odd.is_nan() {
+        return f32::NAN;
+    }
+    let reciprocal = 1.0 / absmax.max(MIN_ABSMAX);
+    let mut codes = [ZERO_CODE; BLOCK];
+    for (code, x) in codes.iter_mut().zip(x) {
+        let s = (x * reciprocal).clamp(-1.0, 1.0);
+        // Counting the midpoints below is branch-free, and vectorises.
+        *code = MIDPOINTS.iter().map(|&m| u8::from(m < s)).sum();
+    }
+    for (byte, pair) in packed.iter_mut().zip(codes.chunks_exact(2)) {
+        *byte = pair[0] << 4 | pair[1];
+    }
+    absmax
+}
+
+/// The signed dynamic 8-bit map, ascending: 256 values in [-1, 1] with an
+/// exponent of varying width (Dettmers, arXiv 1511.04561), what the codes of
+/// double quantisation index.
+///
+/// Decade `e` of seven, 10^-6 … 1, holds 2^e values of either sign: the middles
+/// of equal parts of [0.1, 1]. Then come 0 and 1.
+pub fn dynamic_map() -> &'static [f32; 256] {
+    static MAP: LazyLock<[f32; 256]> = LazyLock::new(|| {
+        let mut map = [0f32; 256];
+        let mut next = 0;
+        for e in 0..7 {
+            let parts = 1usize << e;
+            let decade = 10f64.powi(e - 6) as f32;
+            // As torch.linspace has it on any x86 with FMA (without, its last bits
+            // are others): from the nearer end, in f32, multiply and add rounded once.
+            let step = (1.0 - 0.1f32) / parts as f32;
+            let boundary = |i: usize| {
+                if i < parts.div_ceil(2) {
+                    step.mul_add(i as f32, 0.1)
+                } else {
+                    step.mul_add(-((parts - i) as f32), 1.0)
+                }
+            };
+            for i in 0..parts {
+                let middle = (boundary(i) + boundary(i + 1)) / 2.0;
+                map[next] = decade * middle;
+                map[next + 1] = -(decade * middle);
+                next += 2;
+            }
+        }
+        map[next] = 0.0;
+        map[next + 1] = 1.0;
+        map.sort_by(f32::total_cmp);
+        map
+    });
+    &MAP
+}
+
+/// The nearest entry of [`dynamic_map`]. Half-way the even index wins: that is
+/// where the CUDA kernel's binary search comes to rest.
+fn dynamic_code(x: f32) -> u8 {
+    let map = dynamic_map();
+    let upper = map.partition_point(|&v| v < x).clamp(1, 255);
+    let lower = upper - 1;
+    let midpoint = (map[lower] + map[upper]) * 0.5;
+    let even = lower + lower % 2;
+    let nearest = if x < midpoint {
+        lower
+    } else if x > midpoint {
+        upper
+    } else {
+        even // also NaN, as 0
+    };
+    nearest as u8
+}
