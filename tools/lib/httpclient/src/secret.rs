@@ -1,0 +1,175 @@
+//! A secret that knows where it may go.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use reqwest::Url;
+use reqwest::header::{HeaderName, HeaderValue};
+
+use crate::error::ConfigError;
+
+/// How a service wants to see its key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scheme {
+    /// `Authorization: Bearer …`
+    Bearer,
+    /// `x-api-key: …`
+    ApiKey,
+}
+
+/// A key or token bound to one origin (scheme, host and port). It has no way to be
+/// read back, and `Debug` shows its name only.
+#[derive(Clone)]
+pub struct Secret {
+    name: String,
+    value: String,
+    header: HeaderValue,
+    scheme: Scheme,
+    home: Url,
+}
+
+impl Secret {
+    /// `value`, known to people as `name` (the environment variable it came from), for
+    /// requests to the origin of `home`.
+    ///
+    /// # Errors
+    /// When the value cannot be a header (a stray newline), or `home` would send it in
+    /// clear text over a network.
+    pub fn bind(name: &str, value: &str, scheme: Scheme, home: &str) -> Result<Self, ConfigError> {
+        let home = crate::parse_base(home)?;
+        if home.scheme() != "https" && !is_loopback(&home) {
+            return Err(ConfigError::ClearText {
+                name: name.to_owned(),
+                host: home.host_str().unwrap_or("").to_owned(),
+            });
+        }
+        let value = value.trim().to_owned();
+        let text = match scheme {
+            Scheme::Bearer => format!("Bearer {value}"),
+            Scheme::ApiKey => value.clone(),
+        };
+        let unsendable = || ConfigError::Secret {
+            name: name.to_owned(),
+        };
+        if value.is_empty() {
+            return Err(unsendable());
+        }
+        let mut header = HeaderValue::from_str(&text).map_err(|_| unsendable())?;
+        header.set_sensitive(true);
+        Ok(Self {
+            name: name.to_owned(),
+            value,
+            header,
+            scheme,
+            home,
+        })
+    }
+
+    /// The environment variable's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The header for a request to `url`, if the secret belongs there.
+    pub(crate) fn header_for(&self, url: &Url) -> Option<(HeaderName, HeaderValue)> {
+        let name = match self.scheme {
+            Scheme::Bearer => reqwest::header::AUTHORIZATION,
+            Scheme::ApiKey => HeaderName::from_static("x-api-key"),
+        };
+        (url.origin() == self.home.origin()).then(|| (name, self.header.clone()))
+    }
+
+    /// `text` with the value, wherever it stands, replaced by the name.
+    pub(crate) fn redact(&self, text: &str) -> String {
+        text.replace(&self.value, &format!("[{}]", self.name))
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Secret({} for {})",
+            self.name,
+            self.home.host_str().unwrap_or("")
+        )
+    }
+}
+
+/// Whether `url` stays on this machine. Names are not resolved, `localhost` apart.
+pub(crate) fn is_loopback(url: &Url) -> bool {
+    let host = url
+        .host_str()
+        .unwrap_or("")
+        .trim_start_matches('[')
+        .trim_end_matches(']');
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn secret() -> Secret {
+        Secret::bind(
+            "THE_KEY",
+            "s3cr3t-value",
+            Scheme::Bearer,
+            "https://api.example.com/v2",
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn it_goes_to_its_own_origin_and_nowhere_else() {
+        let goes = |to: &str| secret().header_for(&Url::parse(to).unwrap()).is_some();
+        assert!(goes("https://api.example.com/v2/acts"));
+        assert!(goes("https://api.example.com:443/elsewhere"));
+        for other in [
+            "http://api.example.com/v2",
+            "https://api.example.com:8443/",
+            "https://api.example.com.evil.test/",
+            "https://evil.test/?api.example.com",
+            "https://api.example.com@evil.test/",
+        ] {
+            assert!(!goes(other), "{other}");
+        }
+    }
+
+    #[test]
+    fn it_is_never_shown() {
+        assert_eq!(
+            format!("{:?}", secret()),
+            "Secret(THE_KEY for api.example.com)"
+        );
+        assert_eq!(
+            secret().redact("bad token s3cr3t-value."),
+            "bad token [THE_KEY]."
+        );
+    }
+
+    #[test]
+    fn it_is_not_sent_in_clear_text_or_broken() {
+        let bind = |value, home| Secret::bind("K", value, Scheme::ApiKey, home);
+        assert!(matches!(
+            bind("v", "http://example.com"),
+            Err(ConfigError::ClearText { .. })
+        ));
+        assert!(bind("v", "http://127.0.0.1:9").is_ok());
+        assert!(bind("v", "http://[::1]:9").is_ok());
+        assert!(matches!(
+            bind("a\nb", "https://example.com"),
+            Err(ConfigError::Secret { .. })
+        ));
+        assert!(matches!(
+            bind("  ", "https://example.com"),
+            Err(ConfigError::Secret { .. })
+        ));
+        assert!(
+            bind("v\n", "https://example.com").is_ok(),
+            "a trailing newline is an editor's"
+        );
+    }
+}
