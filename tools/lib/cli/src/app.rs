@@ -1,0 +1,205 @@
+//! A running tool: its name, its messages, its log, its counts.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use anyhow::Context;
+use indicatif::MultiProgress;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use crate::config::{self, Flags, Resolved};
+use crate::progress::Progress;
+use crate::{Common, Failure};
+
+/// How many records came in, went out and were refused.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Records read.
+    pub read: u64,
+    /// Records written.
+    pub written: u64,
+    /// Records refused, bad lines included.
+    pub rejected: u64,
+}
+
+/// A running tool.
+pub struct App {
+    name: String,
+    common: Common,
+    bars: MultiProgress,
+    log: Option<Mutex<File>>,
+    counts: Mutex<Option<Counts>>,
+    interrupted: OnceLock<Arc<AtomicBool>>,
+}
+
+impl App {
+    pub(crate) fn new(name: String, common: Common) -> anyhow::Result<Self> {
+        let log = match &common.log {
+            None => None,
+            Some(path) => {
+                let open = || -> std::io::Result<File> {
+                    if let Some(folder) = path.parent().filter(|f| !f.as_os_str().is_empty()) {
+                        std::fs::create_dir_all(folder)?;
+                    }
+                    File::options().create(true).append(true).open(path)
+                };
+                let file = open().map_err(|e| Failure::Usage(format!("--log {}: {e}", path.display())))?;
+                Some(Mutex::new(file))
+            }
+        };
+        if let Some(threads) = common.threads {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(threads.into())
+                .build_global()
+                .context("starting the threads")?;
+        }
+        Ok(Self {
+            name,
+            common,
+            bars: MultiProgress::new(),
+            log,
+            counts: Mutex::new(None),
+            interrupted: OnceLock::new(),
+        })
+    }
+
+    /// The tool's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The arguments that all tools share.
+    pub fn common(&self) -> &Common {
+        &self.common
+    }
+
+    /// The settings `T` from flags, environment, YAML and defaults. `sections`
+    /// are the dotted prefixes that this tool uses; `--print-config` shows
+    /// those. `None` means that they were printed and the tool is done.
+    pub fn settings<T>(&self, sections: &[&str], flags: Flags) -> anyhow::Result<Option<Resolved<T>>>
+    where
+        T: Default + serde::Serialize + serde::de::DeserializeOwned,
+    {
+        let resolved = config::resolve::<T>(self.common.config.as_deref(), sections, flags, std::env::vars())?;
+        let Some(form) = self.common.print_config else {
+            return Ok(Some(resolved));
+        };
+        let mut out = jsonl::Output::stdout();
+        out.line(|out| out.write_all(resolved.show(form).as_bytes()))?;
+        out.finish()?;
+        Ok(None)
+    }
+
+    /// A message for the user.
+    pub fn info(&self, message: impl fmt::Display) {
+        self.say(format_args!("{}: {message}", self.name));
+    }
+
+    /// Something that may be wrong, and goes on.
+    pub fn warn(&self, message: impl fmt::Display) {
+        self.say(format_args!("{}: warning: {message}", self.name));
+    }
+
+    pub(crate) fn error(&self, message: impl fmt::Display) {
+        self.say(format_args!("{}: {message}", self.name));
+    }
+
+    /// Sets the counts that the last line shows.
+    pub fn count(&self, counts: Counts) {
+        *self.counts.lock().unwrap_or_else(|e| e.into_inner()) = Some(counts);
+    }
+
+    pub(crate) fn print_summary(&self) {
+        if let Some(c) = *self.counts.lock().unwrap_or_else(|e| e.into_inner()) {
+            self.info(format_args!("in {}, out {}, rejected {}", c.read, c.written, c.rejected));
+        }
+    }
+
+    /// Shows how far something long has come: a bar on a terminal, else a line
+    /// every few seconds.
+    pub fn progress(&self, what: &str, total: Option<u64>) -> Progress<'_> {
+        Progress::new(self, what, total)
+    }
+
+    pub(crate) fn bars(&self) -> Option<&MultiProgress> {
+        (!self.common.quiet && std::io::stderr().is_terminal()).then_some(&self.bars)
+    }
+
+    pub(crate) fn quiet(&self) -> bool {
+        self.common.quiet
+    }
+
+    /// From the first call on, SIGINT and SIGTERM no longer end the process
+    /// but set the flag that this returns; a second signal ends it at once.
+    pub fn interrupted(&self) -> anyhow::Result<bool> {
+        if let Some(flag) = self.interrupted.get() {
+            return Ok(flag.load(Ordering::Relaxed));
+        }
+        let flag = Arc::new(AtomicBool::new(false));
+        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+            // The order matters: the first signal finds the flag unset and passes.
+            signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&flag))
+                .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&flag)))
+                .context("installing the signal handler")?;
+        }
+        Ok(self.interrupted.get_or_init(|| flag).load(Ordering::Relaxed))
+    }
+
+    /// One line to stderr, past any progress bar, and to the log. That either
+    /// cannot be written must not end the work.
+    pub(crate) fn say(&self, line: fmt::Arguments<'_>) {
+        let text = printable(&line.to_string());
+        self.bars.suspend(|| {
+            let _ = writeln!(std::io::stderr().lock(), "{text}");
+        });
+        self.log_line(&text);
+    }
+
+    pub(crate) fn log_line(&self, text: &str) {
+        if let Some(log) = &self.log {
+            let now = OffsetDateTime::now_utc().replace_nanosecond(0).unwrap_or_else(|_| OffsetDateTime::now_utc());
+            let stamp = now.format(&Rfc3339).unwrap_or_default();
+            let _ = writeln!(log.lock().unwrap_or_else(|e| e.into_inner()), "{stamp} {text}");
+        }
+    }
+}
+
+/// Messages may quote what strangers wrote: control characters, which a
+/// terminal would obey, are shown as escapes.
+fn printable(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() && c != '\n' && c != '\t' {
+            shown.extend(c.escape_unicode());
+        } else {
+            shown.push(c);
+        }
+    }
+    shown
+}
+
+/// A secret's value: from the environment, else from `.env` in the current
+/// folder. An empty value is none.
+pub fn env_or_dotenv(name: &str) -> anyhow::Result<Option<String>> {
+    if let Ok(value) = std::env::var(name) {
+        return Ok(Some(value).filter(|v| !v.is_empty()));
+    }
+    let path = Path::new(".env");
+    if !path.exists() {
+        return Ok(None);
+    }
+    // The library's messages quote the line, which may hold the secret.
+    let bad = || Failure::Usage(".env: not readable as KEY=VALUE lines; quote values that hold spaces".into());
+    for item in dotenvy::from_path_iter(path).map_err(|_| bad())? {
+        let (key, value) = item.map_err(|_| bad())?;
+        if key == name {
+            return Ok(Some(value).filter(|v| !v.is_empty()));
+        }
+    }
+    Ok(None)
+}
