@@ -26,6 +26,8 @@ pub struct Collection {
     pub reply_filters: ReplyFilters,
     /// What both texts must be.
     pub quality: Quality,
+    /// Keep the user names of tweets' and replies' authors; nothing here needs them.
+    pub keep_authors: bool,
     /// The Apify source.
     pub apify: Apify,
 }
@@ -38,6 +40,7 @@ impl Default for Collection {
             tweet_filters: TweetFilters::default(),
             reply_filters: ReplyFilters::default(),
             quality: Quality::default(),
+            keep_authors: false,
             apify: Apify::default(),
         }
     }
@@ -138,17 +141,40 @@ impl Default for Quality {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Apify {
-    /// The actor, `user~name`.
+    /// The actor, `user~name`; its input and items must be those of Tweet Scraper V2.
     pub actor: String,
-    /// Most a run may cost, in US dollars.
+    /// Most that all runs of one collection may cost together, in US dollars.
     pub max_cost_usd: f64,
-    /// Conversations whose replies one run asks for.
+    /// The actor's price for a thousand items, in US dollars: for the limit above, where
+    /// Apify's own figure is not there yet.
+    pub price_per_1000_usd: f64,
+    /// Tweets that the search asks for at most.
+    pub search_items: u64,
+    /// Which tweets and replies come first: `Top` or `Latest`.
+    pub sort: String,
+    /// Conversations whose replies one run asks for; large batches run out of memory.
     pub conversations_per_run: usize,
+    /// Replies asked for, on average, in each conversation.
+    pub replies_per_conversation: u64,
+    /// Items fetched from a dataset in one request.
+    pub page_size: u64,
+    /// Requests made at most where one keeps failing.
+    pub attempts: u32,
 }
 
 impl Default for Apify {
     fn default() -> Self {
-        Self { actor: "apidojo~tweet-scraper".into(), max_cost_usd: 5.0, conversations_per_run: 50 }
+        Self {
+            actor: "apidojo~tweet-scraper".into(),
+            max_cost_usd: 5.0,
+            price_per_1000_usd: 0.4,
+            search_items: 1000,
+            sort: "Top".into(),
+            conversations_per_run: 20,
+            replies_per_conversation: 40,
+            page_size: 1000,
+            attempts: 8,
+        }
     }
 }
 
