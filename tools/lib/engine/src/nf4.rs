@@ -153,10 +153,18 @@ impl Absmax {
             // Infinite for a block of equal scales: 0 × ∞ then takes code 0, as in
             // bitsandbytes, and any code times an absmax of 0 restores the offset.
             let reciprocal = 1.0 / largest;
-            codes.extend(block.iter().map(|&s| dynamic_code((s - offset) * reciprocal)));
+            codes.extend(
+                block
+                    .iter()
+                    .map(|&s| dynamic_code((s - offset) * reciprocal)),
+            );
             absmax.push(largest);
         }
-        Self::Nested { codes, absmax, offset }
+        Self::Nested {
+            codes,
+            absmax,
+            offset,
+        }
     }
 
     /// The scale of block `b`.
@@ -167,9 +175,11 @@ impl Absmax {
     pub fn scale(&self, b: usize) -> f32 {
         match self {
             Self::Plain(scales) => scales[b],
-            Self::Nested { codes, absmax, offset } => {
-                dynamic_map()[usize::from(codes[b])] * absmax[b / NESTED_BLOCK] + offset
-            }
+            Self::Nested {
+                codes,
+                absmax,
+                offset,
+            } => dynamic_map()[usize::from(codes[b])] * absmax[b / NESTED_BLOCK] + offset,
         }
     }
 
@@ -231,7 +241,11 @@ impl Nf4Tensor {
                 .find(|&i| !values[i].widen().is_finite())
                 .expect("a scale is finite unless a value of its block is not");
             let value = values[at].widen();
-            return Err(Error::NotFinite { value, row: at / cols, column: at % cols });
+            return Err(Error::NotFinite {
+                value,
+                row: at / cols,
+                column: at % cols,
+            });
         }
 
         let absmax = if double_quant && !scales.is_empty() {
@@ -240,7 +254,12 @@ impl Nf4Tensor {
         } else {
             Absmax::Plain(scales)
         };
-        Ok(Self { rows, cols, packed, absmax })
+        Ok(Self {
+            rows,
+            cols,
+            packed,
+            absmax,
+        })
     }
 
     /// Puts together a tensor that was stored quantised.
@@ -257,9 +276,18 @@ impl Nf4Tensor {
         length("packed", packed.len(), n.div_ceil(2))?;
         length("absmax", absmax.blocks(), n.div_ceil(BLOCK))?;
         if let Absmax::Nested { codes, absmax, .. } = &absmax {
-            length("nested absmax", absmax.len(), codes.len().div_ceil(NESTED_BLOCK))?;
+            length(
+                "nested absmax",
+                absmax.len(),
+                codes.len().div_ceil(NESTED_BLOCK),
+            )?;
         }
-        Ok(Self { rows, cols, packed, absmax })
+        Ok(Self {
+            rows,
+            cols,
+            packed,
+            absmax,
+        })
     }
 
     /// `[rows, cols]`.
@@ -288,8 +316,16 @@ impl Nf4Tensor {
     /// # Panics
     /// If the rows do not exist, or `out` is not `rows.len() * cols` long.
     pub fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
-        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
-        assert_eq!(out.len(), rows.len() * self.cols, "output of dequantize_rows");
+        assert!(
+            rows.start <= rows.end && rows.end <= self.rows,
+            "rows {rows:?} of {}",
+            self.rows
+        );
+        assert_eq!(
+            out.len(),
+            rows.len() * self.cols,
+            "output of dequantize_rows"
+        );
         self.dequantize_flat(rows.start * self.cols, out);
     }
 
@@ -299,7 +335,11 @@ impl Nf4Tensor {
     /// # Panics
     /// If `out` is not `rows * cols` long.
     pub fn dequantize_into(&self, out: &mut [f32]) {
-        assert_eq!(out.len(), self.rows * self.cols, "output of dequantize_into");
+        assert_eq!(
+            out.len(),
+            self.rows * self.cols,
+            "output of dequantize_into"
+        );
         out.par_chunks_mut(CHUNK)
             .enumerate()
             .for_each(|(i, out)| self.dequantize_flat(i * CHUNK, out));
@@ -355,7 +395,13 @@ fn check_length(
     if found == expected {
         Ok(())
     } else {
-        Err(Error::Length { part, found, expected, rows, cols })
+        Err(Error::Length {
+            part,
+            found,
+            expected,
+            rows,
+            cols,
+        })
     }
 }
 

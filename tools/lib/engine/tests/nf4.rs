@@ -16,7 +16,9 @@ fn f32s(name: &str) -> Vec<f32> {
     let tensor = reference().tensor(name).unwrap();
     assert_eq!(tensor.dtype(), Dtype::F32, "{name}");
     let words = tensor.data().chunks_exact(4);
-    words.map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    words
+        .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+        .collect()
 }
 
 fn bytes(name: &str) -> Vec<u8> {
@@ -32,7 +34,12 @@ fn quantize(case: &str, double_quant: bool) -> Nf4Tensor {
     let file = reference();
     let input = file.tensor(&format!("{case}.input")).unwrap();
     let shape = [input.shape()[0], input.shape()[1]];
-    let halves = || input.data().chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+    let halves = || {
+        input
+            .data()
+            .chunks_exact(2)
+            .map(|b| u16::from_le_bytes([b[0], b[1]]))
+    };
     match input.dtype() {
         Dtype::F32 => Nf4Tensor::quantize(shape, &f32s(&format!("{case}.input")), double_quant),
         Dtype::BF16 => {
@@ -61,8 +68,14 @@ fn codes_and_scales_are_those_of_bitsandbytes() {
     for case in CASES {
         let tensor = quantize(case, false);
         assert_eq!(tensor.packed(), bytes(&format!("{case}.packed")), "{case}");
-        let Absmax::Plain(scales) = tensor.absmax() else { panic!("{case}") };
-        assert_eq!(bits(scales), bits(&f32s(&format!("{case}.absmax"))), "{case}");
+        let Absmax::Plain(scales) = tensor.absmax() else {
+            panic!("{case}")
+        };
+        assert_eq!(
+            bits(scales),
+            bits(&f32s(&format!("{case}.absmax"))),
+            "{case}"
+        );
     }
 }
 
@@ -99,7 +112,11 @@ fn nested_scales_take_the_nearest_code() {
             panic!("{case}")
         };
         assert_eq!(codes, bytes(&format!("{case}.nested_codes")), "{case}");
-        assert_eq!(bits(&absmax), bits(&f32s(&format!("{case}.nested_absmax"))), "{case}");
+        assert_eq!(
+            bits(&absmax),
+            bits(&f32s(&format!("{case}.nested_absmax"))),
+            "{case}"
+        );
     }
 }
 
@@ -109,7 +126,9 @@ fn nested_scales_take_the_nearest_code() {
 fn double_quantisation_takes_the_mean_as_offset() {
     for case in ["random", "bf16", "f16", "odd", "one", "ties"] {
         let tensor = quantize(case, true);
-        let &Absmax::Nested { offset, .. } = tensor.absmax() else { panic!("{case}") };
+        let &Absmax::Nested { offset, .. } = tensor.absmax() else {
+            panic!("{case}")
+        };
         let theirs = f32s(&format!("{case}.offset"))[0];
         let apart = offset.to_bits().abs_diff(theirs.to_bits());
         assert!(apart <= 1, "{case}: {offset} and {theirs}");
@@ -119,7 +138,9 @@ fn double_quantisation_takes_the_mean_as_offset() {
 /// A counter hashed to a standard normal deviate (Box–Muller).
 fn normal(i: usize) -> f32 {
     let unit = |salt: u64| {
-        let mut z = (i as u64).wrapping_add(salt).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut z = (i as u64)
+            .wrapping_add(salt)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
@@ -136,7 +157,11 @@ fn error_on_normal_input_is_the_published_one() {
     let tensor = Nf4Tensor::quantize([1024, 1024], &values, false).unwrap();
     let mut back = vec![0.0; values.len()];
     tensor.dequantize_into(&mut back);
-    let error: f64 = values.iter().zip(&back).map(|(a, b)| f64::from((a - b).abs())).sum();
+    let error: f64 = values
+        .iter()
+        .zip(&back)
+        .map(|(a, b)| f64::from((a - b).abs()))
+        .sum();
     let mean = error / values.len() as f64;
     assert!((mean - 0.072_798).abs() < 7.0 * 0.000_074, "{mean}");
 }
@@ -153,7 +178,11 @@ fn any_rows_equal_the_same_rows_of_the_whole() {
             for end in start..=41 {
                 let mut part = vec![f32::NAN; (end - start) * 37];
                 tensor.dequantize_rows(start..end, &mut part);
-                assert_eq!(bits(&part), bits(&whole[start * 37..end * 37]), "{start}..{end}");
+                assert_eq!(
+                    bits(&part),
+                    bits(&whole[start * 37..end * 37]),
+                    "{start}..{end}"
+                );
             }
         }
     }
@@ -163,7 +192,10 @@ fn any_rows_equal_the_same_rows_of_the_whole() {
 fn any_number_of_threads_gives_the_same_bytes() {
     let values: Vec<f32> = (0..300 * 1000).map(normal).collect();
     let run = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
         pool.install(|| {
             let tensor = Nf4Tensor::quantize([300, 1000], &values, true).unwrap();
             let mut back = vec![0.0; values.len()];
@@ -188,7 +220,17 @@ fn what_is_not_finite_is_refused_where_it_lies() {
         let mut values = vec![1.0f32; 3 * 100];
         values[2 * 100 + 7] = bad;
         let error = Nf4Tensor::quantize([3, 100], &values, true).unwrap_err();
-        assert!(matches!(error, Error::NotFinite { row: 2, column: 7, .. }), "{error}");
+        assert!(
+            matches!(
+                error,
+                Error::NotFinite {
+                    row: 2,
+                    column: 7,
+                    ..
+                }
+            ),
+            "{error}"
+        );
     }
 }
 
@@ -202,7 +244,11 @@ fn parts_of_the_wrong_length_are_refused() {
     assert!(Nf4Tensor::from_parts([3, 50], vec![0; 75], plain(150usize.div_ceil(BLOCK))).is_ok());
     assert_eq!(part(74, plain(3)), "packed");
     assert_eq!(part(75, plain(2)), "absmax");
-    let nested = Absmax::Nested { codes: vec![0; 3], absmax: vec![], offset: 0.0 };
+    let nested = Absmax::Nested {
+        codes: vec![0; 3],
+        absmax: vec![],
+        offset: 0.0,
+    };
     assert_eq!(part(75, nested), "nested absmax");
     let short = Nf4Tensor::quantize([3, 50], &[0.0f32; 149], false).unwrap_err();
     assert!(matches!(short, Error::Length { part: "values", .. }));

@@ -1,0 +1,523 @@
+//! The trait between the model and the machine.
+//!
+//! Conventions, for every operation:
+//! - Buffers belong to the caller and may be longer than needed; sizes come from
+//!   the arguments. Shapes that do not fit are bugs and panic.
+//! - Outputs are overwritten unless the argument says that it is added to.
+//!   Inputs and outputs do not alias, except where a parameter is `&mut` and read.
+//! - Activations are `[tokens, features]`, row-major. Norm statistics, losses,
+//!   adapter weights, their gradients and moments are 32-bit floats everywhere.
+//! - Work is queued in call order. Only reading results back may wait.
+//! - The same inputs give the same bits, whatever the number of threads.
+
+use std::ops::Range;
+
+use crate::{HostMatrix, Ragged, Result};
+
+/// How many heads of attention, and how wide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub query: usize,
+    /// Key/value heads; a divisor of `query`: each serves `query / kv` query heads.
+    pub kv: usize,
+    /// Features of a head; even.
+    pub dim: usize,
+}
+
+impl Heads {
+    /// Width of the queries: `query × dim`.
+    pub fn q(&self) -> usize {
+        self.query * self.dim
+    }
+
+    /// Width of the keys, and of the values: `kv × dim`.
+    pub fn k(&self) -> usize {
+        self.kv * self.dim
+    }
+
+    /// Width of a row of projected queries, keys and values side by side.
+    pub fn qkv(&self) -> usize {
+        self.q() + 2 * self.k()
+    }
+
+    /// Width of a row of rotated queries and keys side by side.
+    pub fn qk(&self) -> usize {
+        self.q() + self.k()
+    }
+}
+
+/// A low-rank update of one matrix: `scale · B A`, with both factors inside the
+/// one flat parameter buffer (and their gradients at the same offsets).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Adapter {
+    /// Rank `r`.
+    pub rank: usize,
+    /// `alpha / r`, or `alpha / √r`.
+    pub scale: f32,
+    /// Where `A [r, inputs]` starts.
+    pub a: usize,
+    /// Where `B [outputs, r]` starts.
+    pub b: usize,
+    /// Number of this module in its layer: part of its dropout stream's name.
+    pub module: u32,
+}
+
+/// One matrix of a [`Group`].
+pub struct Member<'a, B: Backend> {
+    /// The frozen weight `[outputs, inputs]`.
+    pub weight: &'a B::Matrix,
+    /// Its update, if this run has one.
+    pub adapter: Option<Adapter>,
+}
+
+/// Matrices that share an input, computed together: their outputs lie side by
+/// side in one buffer `[tokens, Σ outputs]`, their `x Aᵀ` in another `[tokens, Σ rank]`.
+pub struct Group<'a, B: Backend> {
+    /// Layer number, for the dropout streams.
+    pub layer: u32,
+    /// The matrices, in the order of their outputs.
+    pub members: &'a [Member<'a, B>],
+}
+
+impl<B: Backend> Group<'_, B> {
+    /// Ranks of all members together: the width of the saved `x Aᵀ`.
+    pub fn rank(&self) -> usize {
+        self.members
+            .iter()
+            .filter_map(|m| m.adapter.map(|a| a.rank))
+            .sum()
+    }
+}
+
+/// Dropout on the adapters' inputs, each module with its own mask.
+pub struct Dropout<'a, B: Backend> {
+    /// Share of the inputs that is dropped; the others are scaled by `1 / (1 - p)`.
+    pub p: f32,
+    /// The run's seed.
+    pub seed: u64,
+    /// Number of the optimiser step.
+    pub step: u32,
+    /// Whose masks these are: the rows' numbers and positions key them.
+    pub rows: &'a Ragged<B>,
+}
+
+impl<B: Backend> Clone for Dropout<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend> Copy for Dropout<'_, B> {}
+
+/// What [`Backend::linear_backward`] shall produce.
+pub struct LinearGrad<'a, B: Backend> {
+    /// Where the gradient of the shared input goes, if anything below needs it.
+    pub dx: Option<&'a mut B::Act>,
+    /// The gradient buffer, laid out as the parameters, that is added to.
+    pub grads: Option<&'a mut B::F32>,
+}
+
+/// The norms of queries and keys, and the rotary angles.
+pub struct QkNorms<'a, B: Backend> {
+    /// Weight of the queries' norm `[dim]`.
+    pub q_norm: &'a B::F32,
+    /// Weight of the keys' norm `[dim]`.
+    pub k_norm: &'a B::F32,
+    /// `[positions, dim]`: the cosines of a position's `dim / 2` angles, then the sines.
+    pub rope: &'a B::F32,
+    /// Added to the mean square before the root.
+    pub eps: f32,
+}
+
+/// The shape of a key/value cache: `[slots, capacity, kv × dim]` each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cache {
+    /// Rows that can be generated at once.
+    pub slots: usize,
+    /// Positions of a slot.
+    pub capacity: usize,
+}
+
+/// AdamW with decoupled decay (Loshchilov & Hutter, arXiv 1711.05101) in torch's
+/// order: `p ← p (1 - lr λ)`, then `p ← p - lr m̂ / (√v̂ + ε)`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamW {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Updates done including this one; from 1.
+    pub step: u64,
+    /// Gradients are scaled by `min(1, max_norm / (norm + 1e-6))`; none: as they are.
+    pub max_norm: Option<f32>,
+}
+
+/// A stretch of the parameter buffer with its own learning rate and decay.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Stretch {
+    /// Which parameters.
+    pub range: Range<usize>,
+    /// Learning rate of this update.
+    pub lr: f64,
+    /// Weight decay λ.
+    pub decay: f64,
+}
+
+/// How the next token is chosen, in the order temperature, top-k, top-p.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampling {
+    /// Logits are divided by this; 0 takes the most likely token, the first of equals.
+    pub temperature: f32,
+    /// Only the `top_k` most likely tokens; 0: all.
+    pub top_k: usize,
+    /// Only the smallest set of most likely tokens that holds this probability; 1: all.
+    pub top_p: f32,
+    /// Every value is a seed, 0 too.
+    pub seed: u64,
+}
+
+/// Values on their way back from the device.
+pub trait Reading {
+    /// Waits for them.
+    ///
+    /// # Errors
+    /// If the device failed in the meantime.
+    fn wait(self) -> Result<Vec<f32>>;
+}
+
+/// A machine that can run and train the model. See the crate's head for the
+/// conventions that all operations share.
+pub trait Backend: Sized + Send + Sync {
+    /// Activations and their gradients.
+    type Act: Send + Sync;
+    /// 32-bit floats: parameters, gradients, moments, statistics, losses.
+    type F32: Send + Sync;
+    /// Token ids and other indices.
+    type Ids: Send + Sync;
+    /// A frozen weight.
+    type Matrix: Send + Sync;
+    /// Scratch memory.
+    type Workspace: Send;
+    /// Floats on their way back.
+    type Reading: Reading;
+
+    /// The device in words, for logs.
+    fn describe(&self) -> String;
+
+    /// A zeroed buffer of activations.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    fn alloc_act(&self, len: usize) -> Result<Self::Act>;
+
+    /// A zeroed buffer of floats.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    fn alloc_f32(&self, len: usize) -> Result<Self::F32>;
+
+    /// A zeroed buffer of indices.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    fn alloc_ids(&self, len: usize) -> Result<Self::Ids>;
+
+    /// Scratch memory of as many bytes as the `*_scratch` queries asked for.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    fn alloc_workspace(&self, bytes: usize) -> Result<Self::Workspace>;
+
+    /// Takes over a frozen weight.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    fn upload_matrix(&self, matrix: HostMatrix) -> Result<Self::Matrix>;
+
+    /// A buffer holding these floats.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    fn upload_f32(&self, values: &[f32]) -> Result<Self::F32>;
+
+    /// A buffer holding these indices.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    fn upload_ids(&self, values: &[u32]) -> Result<Self::Ids>;
+
+    /// Overwrites the start of a buffer.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn write_ids(&self, values: &[u32], out: &mut Self::Ids) -> Result<()>;
+
+    /// Overwrites the start of a buffer.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn write_f32(&self, values: &[f32], out: &mut Self::F32) -> Result<()>;
+
+    /// Sets the first `len` floats to zero.
+    fn zero(&self, out: &mut Self::F32, len: usize);
+
+    /// Starts reading floats back; the values are those of this point of the queue.
+    fn read_f32(&self, buffer: &Self::F32, range: Range<usize>) -> Self::Reading;
+
+    /// Reads the first `len` activations, as floats.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn read_act(&self, buffer: &Self::Act, len: usize) -> Result<Vec<f32>>;
+
+    /// Reads the first `len` indices.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn read_ids(&self, buffer: &Self::Ids, len: usize) -> Result<Vec<u32>>;
+
+    /// `[outputs, inputs]` of a weight.
+    fn shape(&self, matrix: &Self::Matrix) -> [usize; 2];
+
+    /// Scratch bytes of [`linear`](Self::linear) and its backward over `tokens`.
+    fn linear_scratch(&self, group: &Group<'_, Self>, tokens: usize) -> usize;
+
+    /// Scratch bytes of the attention operations, rows or cached positions being
+    /// at most `longest` long.
+    fn attention_scratch(&self, heads: Heads, longest: usize) -> usize;
+
+    /// Scratch bytes of [`head_loss`](Self::head_loss), [`logits`](Self::logits)
+    /// and [`sample`](Self::sample) over `rows`.
+    fn head_scratch(&self, head: &Self::Matrix, rows: usize) -> usize;
+
+    /// Looks up embeddings: `out [tokens, width] = table[ids]`.
+    fn embed(&self, table: &Self::Matrix, ids: &Self::Ids, tokens: usize, out: &mut Self::Act);
+
+    /// Picks rows: `out[i] = x[index[i]]`; `size` is `[count, width]`.
+    fn gather(
+        &self,
+        x: &Self::Act,
+        index: &Self::Ids,
+        size: [usize; 2],
+        out: &mut Self::Act,
+    );
+
+    /// The reverse: `out [tokens, width]` is zero but for `out[index[i]] = x[i]`;
+    /// the indices are distinct; `size` is `[count, tokens, width]`.
+    fn scatter(
+        &self,
+        x: &Self::Act,
+        index: &Self::Ids,
+        size: [usize; 3],
+        out: &mut Self::Act,
+    );
+
+    /// `out = x · rstd · weight` by rows of `size = [tokens, width]`, saving
+    /// `rstd [tokens] = 1 / √(mean(x²) + eps)`; `norm` is `(weight, eps)`.
+    fn rms_norm(
+        &self,
+        x: &Self::Act,
+        norm: (&Self::F32, f32),
+        size: [usize; 2],
+        out: &mut Self::Act,
+        rstd: &mut Self::F32,
+    );
+
+    /// Gradient of [`rms_norm`](Self::rms_norm) by its input, *added* to `dx`:
+    /// with `g = dy · weight` and `n = x · rstd`, `dx += rstd (g - n · mean(g n))`.
+    /// `saved` is `(x, weight, rstd)`, `size` is `[tokens, width]`.
+    fn rms_norm_backward(
+        &self,
+        dy: &Self::Act,
+        saved: (&Self::Act, &Self::F32, &Self::F32),
+        size: [usize; 2],
+        dx: &mut Self::Act,
+    );
+
+    /// The products of a group: member by member
+    /// `out = x Wᵀ + scale · drop(x) Aᵀ Bᵀ (+ residual)`, saving `xa = drop(x) Aᵀ`.
+    ///
+    /// `input` is `(x, tokens)`; `params` holds the adapters' factors and may be
+    /// `None` when there are none.
+    #[expect(clippy::too_many_arguments, reason = "one fused operation")]
+    fn linear(
+        &self,
+        group: &Group<'_, Self>,
+        params: Option<&Self::F32>,
+        dropout: Option<Dropout<'_, Self>>,
+        input: (&Self::Act, usize),
+        residual: Option<&Self::Act>,
+        out: &mut Self::Act,
+        xa: &mut Self::Act,
+        scratch: &mut Self::Workspace,
+    );
+
+    /// The gradients of [`linear`](Self::linear), as far as asked for: by its
+    /// input (overwritten) and by the adapters' factors (added to). Frozen
+    /// weights get none. The residual's gradient is `dout` itself.
+    #[expect(clippy::too_many_arguments, reason = "one fused operation")]
+    fn linear_backward(
+        &self,
+        group: &Group<'_, Self>,
+        params: Option<&Self::F32>,
+        dropout: Option<Dropout<'_, Self>>,
+        input: (&Self::Act, usize),
+        xa: &Self::Act,
+        dout: &Self::Act,
+        want: LinearGrad<'_, Self>,
+        scratch: &mut Self::Workspace,
+    );
+
+    /// Normalises each head of the queries and keys in `qkv [tokens, q + 2k]` and
+    /// rotates them by their positions (Su et al., arXiv 2104.09864, halves
+    /// rotated against each other as in Hugging Face's code) into
+    /// `qk [tokens, q + k]`, saving `rstd [tokens, query + kv]`.
+    #[expect(clippy::too_many_arguments, reason = "one fused operation")]
+    fn qk_norm_rope(
+        &self,
+        heads: Heads,
+        norms: &QkNorms<'_, Self>,
+        positions: &Self::Ids,
+        tokens: usize,
+        qkv: &Self::Act,
+        qk: &mut Self::Act,
+        rstd: &mut Self::F32,
+    );
+
+    /// Turns the gradient by the rotated queries and keys, in the first `q + k`
+    /// columns of `dqkv`, into that by the projected ones, in place; `saved` is
+    /// `(qkv, rstd)`.
+    #[expect(clippy::too_many_arguments, reason = "one fused operation")]
+    fn qk_norm_rope_backward(
+        &self,
+        heads: Heads,
+        norms: &QkNorms<'_, Self>,
+        positions: &Self::Ids,
+        tokens: usize,
+        saved: (&Self::Act, &Self::F32),
+        dqkv: &mut Self::Act,
+    );
+
+    /// Causal attention inside each row: `out [tokens, q]` from the queries and
+    /// keys of `qk` and the values of `qkv`, scores scaled by `1 / √dim`, saving
+    /// `lse [tokens, query]`, the log of each softmax's denominator.
+    #[expect(clippy::too_many_arguments, reason = "one fused operation")]
+    fn attention(
+        &self,
+        heads: Heads,
+        rows: &Ragged<Self>,
+        qk: &Self::Act,
+        qkv: &Self::Act,
+        out: &mut Self::Act,
+        lse: &mut Self::F32,
+        scratch: &mut Self::Workspace,
+    );
+
+    /// Gradient of [`attention`](Self::attention): `dqkv [tokens, q + 2k]` by the
+    /// rotated queries, the rotated keys and the values. `inputs` is `(qk, qkv)`,
+    /// `saved` is `(out, lse)`.
+    #[expect(clippy::too_many_arguments, reason = "one fused operation")]
+    fn attention_backward(
+        &self,
+        heads: Heads,
+        rows: &Ragged<Self>,
+        inputs: (&Self::Act, &Self::Act),
+        saved: (&Self::Act, &Self::F32),
+        dout: &Self::Act,
+        dqkv: &mut Self::Act,
+        scratch: &mut Self::Workspace,
+    );
+
+    /// `out [tokens, width] = silu(gate) · up` from `gate_up [tokens, 2 width]`;
+    /// `size` is `[tokens, width]`.
+    fn swiglu(&self, gate_up: &Self::Act, size: [usize; 2], out: &mut Self::Act);
+
+    /// Gradient of [`swiglu`](Self::swiglu): `dgate_up [tokens, 2 width]`.
+    fn swiglu_backward(
+        &self,
+        gate_up: &Self::Act,
+        dout: &Self::Act,
+        size: [usize; 2],
+        dgate_up: &mut Self::Act,
+    );
+
+    /// Output projection and cross-entropy over `rows` hidden states, chunk by
+    /// chunk, so that the logits never exist whole:
+    /// `nll[i] = -log softmax(hidden[i] headᵀ)[targets[i]]`. With `dhidden`, also
+    /// the gradient of `scale · Σ nll`: `dhidden` is `(dhidden, scale)`. `inputs` is
+    /// `(hidden, targets, rows)`.
+    fn head_loss(
+        &self,
+        head: &Self::Matrix,
+        inputs: (&Self::Act, &Self::Ids, usize),
+        nll: &mut Self::F32,
+        dhidden: Option<(&mut Self::Act, f32)>,
+        scratch: &mut Self::Workspace,
+    );
+
+    /// `norm[0] = √Σ grads²` over the first `len`.
+    fn global_norm(&self, grads: &Self::F32, len: usize, norm: &mut Self::F32);
+
+    /// One update of the stretches with `gradient = (grads, norm)`, where `norm[0]`
+    /// is what clipping compares, and `moments = (m, v)`.
+    fn adamw(
+        &self,
+        settings: &AdamW,
+        stretches: &[Stretch],
+        gradient: (&Self::F32, &Self::F32),
+        params: &mut Self::F32,
+        moments: (&mut Self::F32, &mut Self::F32),
+    );
+
+    /// Stores the keys of `qk` and the values of `qkv` at `(slots[i], positions[i])`
+    /// of the caches; `at` is `(slots, positions, tokens)`, `store` `(keys, values)`.
+    #[expect(clippy::too_many_arguments, reason = "one fused operation")]
+    fn cache_append(
+        &self,
+        heads: Heads,
+        cache: Cache,
+        at: (&Self::Ids, &Self::Ids, usize),
+        qk: &Self::Act,
+        qkv: &Self::Act,
+        store: (&mut Self::Act, &mut Self::Act),
+    );
+
+    /// Attention of one new query per slot over its cached positions, the new
+    /// one (`positions[i]`) included: `out [tokens, q]`. `at` is
+    /// `(slots, positions, tokens)`, `store` `(keys, values)`.
+    #[expect(clippy::too_many_arguments, reason = "one fused operation")]
+    fn cache_attention(
+        &self,
+        heads: Heads,
+        cache: Cache,
+        at: (&Self::Ids, &Self::Ids, usize),
+        qk: &Self::Act,
+        store: (&Self::Act, &Self::Act),
+        out: &mut Self::Act,
+        scratch: &mut Self::Workspace,
+    );
+
+    /// `out [rows, vocabulary] = hidden headᵀ`, for few rows; `input` is `(hidden, rows)`.
+    fn logits(
+        &self,
+        head: &Self::Matrix,
+        input: (&Self::Act, usize),
+        out: &mut Self::F32,
+        scratch: &mut Self::Workspace,
+    );
+
+    /// Chooses a token per row of `logits [rows, width]`. Draws are keyed by
+    /// `(seed, items[i], positions[i])`, so a reply does not depend on its neighbours.
+    /// `input` is `(logits, [rows, width])`, `keys` `(items, positions)`.
+    fn sample(
+        &self,
+        how: &Sampling,
+        input: (&Self::F32, [usize; 2]),
+        keys: (&Self::Ids, &Self::Ids),
+        out: &mut Self::Ids,
+        scratch: &mut Self::Workspace,
+    );
+}

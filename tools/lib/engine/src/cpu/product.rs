@@ -1,0 +1,195 @@
+//! Dense products, cut into tiles by their shape alone.
+//!
+//! A tile is one single-threaded `gemm`, and rayon spreads the tiles: so the
+//! result does not depend on how many threads there are, and thread pools do
+//! not nest.
+
+use rayon::prelude::*;
+
+/// A matrix inside a buffer that starts at its first element.
+#[derive(Clone, Copy)]
+pub(super) struct View<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a> View<'a> {
+    /// `[rows, cols]`, rows `stride` apart.
+    pub fn new(data: &'a [f32], [rows, cols]: [usize; 2], stride: usize) -> Self {
+        check(data.len(), [rows, cols], stride);
+        Self {
+            data,
+            rows,
+            cols,
+            row_stride: stride,
+            col_stride: 1,
+        }
+    }
+
+    /// `[rows, cols]`, row after row.
+    pub fn dense(data: &'a [f32], [rows, cols]: [usize; 2]) -> Self {
+        Self::new(data, [rows, cols], cols)
+    }
+
+    /// The transpose.
+    pub fn t(self) -> Self {
+        Self {
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+            ..self
+        }
+    }
+}
+
+/// A row-major matrix to be written.
+pub(super) struct ViewMut<'a> {
+    data: &'a mut [f32],
+    rows: usize,
+    cols: usize,
+    stride: usize,
+}
+
+impl<'a> ViewMut<'a> {
+    /// `[rows, cols]`, rows `stride` apart.
+    pub fn new(data: &'a mut [f32], [rows, cols]: [usize; 2], stride: usize) -> Self {
+        check(data.len(), [rows, cols], stride);
+        Self {
+            data,
+            rows,
+            cols,
+            stride,
+        }
+    }
+
+    /// `[rows, cols]`, row after row.
+    pub fn dense(data: &'a mut [f32], [rows, cols]: [usize; 2]) -> Self {
+        Self::new(data, [rows, cols], cols)
+    }
+}
+
+/// A row-major matrix must lie inside its buffer.
+fn check(len: usize, [rows, cols]: [usize; 2], stride: usize) {
+    let inside = rows == 0 || cols == 0 || (rows - 1) * stride + cols <= len;
+    assert!(
+        inside && cols <= stride.max(1),
+        "a [{rows}, {cols}] matrix with stride {stride} in {len} floats"
+    );
+}
+
+/// A pointer that tiles and heads write disjoint parts of.
+#[derive(Clone, Copy)]
+pub(super) struct Shared(*mut f32);
+
+// SAFETY: a bare address; each use states why its writes are disjoint.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    pub fn new(data: &mut [f32]) -> Self {
+        Self(data.as_mut_ptr())
+    }
+
+    /// The address of element `offset`.
+    ///
+    /// # Safety
+    /// It must lie inside the buffer.
+    pub unsafe fn at(self, offset: usize) -> *mut f32 {
+        // SAFETY: the caller's.
+        unsafe { self.0.add(offset) }
+    }
+}
+
+/// What happens to the old value of an output.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Into {
+    /// Overwritten.
+    Set,
+    /// Added to.
+    Add,
+}
+
+/// Output tile of one `gemm` call, in its rows and columns.
+const TILE: [usize; 2] = [256, 512];
+
+/// `dst = scale · lhs rhs` or `dst += …`, in parallel.
+pub(super) fn product(dst: ViewMut<'_>, into: Into, lhs: View<'_>, rhs: View<'_>, scale: f32) {
+    let [m, n] = [dst.rows, dst.cols];
+    assert!(
+        lhs.rows == m && rhs.cols == n && lhs.cols == rhs.rows,
+        "[{}, {}] × [{}, {}] into [{m}, {n}]",
+        lhs.rows,
+        lhs.cols,
+        rhs.rows,
+        rhs.cols
+    );
+    let (across, down) = (n.div_ceil(TILE[1]), m.div_ceil(TILE[0]));
+    let (stride, out) = (dst.stride, Shared::new(dst.data));
+    let tile = |t: usize| {
+        let (i, j) = (t / across * TILE[0], t % across * TILE[1]);
+        let (h, w) = (TILE[0].min(m - i), TILE[1].min(n - j));
+        let lhs = View {
+            data: &lhs.data[i * lhs.row_stride..],
+            rows: h,
+            ..lhs
+        };
+        let rhs = View {
+            data: &rhs.data[j * rhs.col_stride..],
+            cols: w,
+            ..rhs
+        };
+        // SAFETY: the tiles of one output do not overlap and lie inside `dst`.
+        unsafe { product_here(out.at(i * stride + j), stride, into, lhs, rhs, scale) }
+    };
+    if across * down == 1 {
+        tile(0);
+    } else {
+        (0..across * down).into_par_iter().for_each(tile);
+    }
+}
+
+/// One product on this thread, into rows `stride` apart.
+///
+/// # Safety
+/// `dst` must be valid for `[lhs.rows, rhs.cols]` with that stride, and nothing
+/// else may use those elements meanwhile.
+pub(super) unsafe fn product_here(
+    dst: *mut f32,
+    stride: usize,
+    into: Into,
+    lhs: View<'_>,
+    rhs: View<'_>,
+    scale: f32,
+) {
+    debug_assert_eq!(lhs.cols, rhs.rows);
+    // SAFETY: the views were checked against their buffers when made, and the
+    // caller vouches for `dst`.
+    unsafe {
+        gemm::gemm(
+            lhs.rows,
+            rhs.cols,
+            lhs.cols,
+            dst,
+            1,
+            stride as isize,
+            into == Into::Add,
+            lhs.data.as_ptr(),
+            lhs.col_stride as isize,
+            lhs.row_stride as isize,
+            rhs.data.as_ptr(),
+            rhs.col_stride as isize,
+            rhs.row_stride as isize,
+            1.0,
+            scale,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}

@@ -1,0 +1,213 @@
+//! Operations on one token at a time: norms, rotation, gates.
+
+use rayon::prelude::*;
+
+use super::PER_TASK;
+use super::simd::{dot, sigmoid, vectorised};
+use crate::Heads;
+
+/// Tokens of `width` features that make a task worth handing to a thread.
+fn tokens_per_task(width: usize) -> usize {
+    PER_TASK.div_ceil(width)
+}
+
+/// `1 / √(mean(x²) + eps)`.
+#[inline(always)]
+fn rstd_of(x: &[f32], eps: f32) -> f32 {
+    1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt()
+}
+
+/// `Σ dy · w · x`.
+#[inline(always)]
+fn triple(dy: &[f32], w: &[f32], x: &[f32]) -> f32 {
+    const CHUNK: usize = 64;
+    let (mut g, mut total) = ([0.0; CHUNK], 0.0);
+    for ((dy, w), x) in dy.chunks(CHUNK).zip(w.chunks(CHUNK)).zip(x.chunks(CHUNK)) {
+        let g = &mut g[..dy.len()];
+        for ((g, dy), w) in g.iter_mut().zip(dy).zip(w) {
+            *g = dy * w;
+        }
+        total += dot(g, x);
+    }
+    total
+}
+
+pub(super) fn rms_norm(
+    x: &[f32],
+    (w, eps): (&[f32], f32),
+    width: usize,
+    out: &mut [f32],
+    rstd: &mut [f32],
+) {
+    let tokens = tokens_per_task(width);
+    out.par_chunks_mut(tokens * width)
+        .zip(x.par_chunks(tokens * width))
+        .zip(rstd.par_chunks_mut(tokens))
+        .for_each(|((out, x), rstd)| {
+            vectorised(|| {
+                let rows = out.chunks_exact_mut(width).zip(x.chunks_exact(width));
+                for ((out, x), rstd) in rows.zip(rstd) {
+                    *rstd = rstd_of(x, eps);
+                    for ((o, x), w) in out.iter_mut().zip(x).zip(w) {
+                        *o = x * *rstd * w;
+                    }
+                }
+            });
+        });
+}
+
+pub(super) fn rms_norm_backward(
+    dy: &[f32],
+    (x, w, rstd): (&[f32], &[f32], &[f32]),
+    width: usize,
+    dx: &mut [f32],
+) {
+    let tokens = tokens_per_task(width);
+    dx.par_chunks_mut(tokens * width)
+        .zip(dy.par_chunks(tokens * width))
+        .zip(x.par_chunks(tokens * width))
+        .zip(rstd.par_chunks(tokens))
+        .for_each(|(((dx, dy), x), rstd)| {
+            vectorised(|| {
+                let rows = dx.chunks_exact_mut(width).zip(dy.chunks_exact(width));
+                for (((dx, dy), x), r) in rows.zip(x.chunks_exact(width)).zip(rstd) {
+                    let along = triple(dy, w, x) * r * r / width as f32;
+                    for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
+                        *dx += r * (dy * w - x * along);
+                    }
+                }
+            });
+        });
+}
+
+/// What both directions of the rotation need beside the buffers.
+pub(super) struct Rotation<'a> {
+    pub heads: Heads,
+    /// Norm weights of queries and keys.
+    pub norms: [&'a [f32]; 2],
+    /// `[positions, dim]`: cosines, then sines.
+    pub rope: &'a [f32],
+    pub positions: &'a [u32],
+    pub eps: f32,
+}
+
+impl Rotation<'_> {
+    /// Cosines and sines of a token's angles.
+    #[inline(always)]
+    fn angles(&self, token: usize) -> (&[f32], &[f32]) {
+        let dim = self.heads.dim;
+        let at = self.positions[token] as usize * dim;
+        self.rope[at..at + dim].split_at(dim / 2)
+    }
+
+    /// The norm weight of head `h`, queries first.
+    #[inline(always)]
+    fn norm(&self, h: usize) -> &[f32] {
+        self.norms[usize::from(h >= self.heads.query)]
+    }
+
+    pub fn forward(&self, qkv: &[f32], qk: &mut [f32], rstd: &mut [f32]) {
+        let Heads { query, kv, dim } = self.heads;
+        let (wide, narrow, count) = (self.heads.qkv(), self.heads.qk(), query + kv);
+        let tokens = tokens_per_task(narrow);
+        qk.par_chunks_mut(tokens * narrow)
+            .zip(qkv.par_chunks(tokens * wide))
+            .zip(rstd.par_chunks_mut(tokens * count))
+            .enumerate()
+            .for_each(|(task, ((qk, qkv), rstd))| {
+                vectorised(|| {
+                    let rows = qk.chunks_exact_mut(narrow).zip(qkv.chunks_exact(wide));
+                    let rows = rows.zip(rstd.chunks_exact_mut(count));
+                    for (t, ((qk, qkv), rstd)) in rows.enumerate() {
+                        let (cos, sin) = self.angles(task * tokens + t);
+                        let pairs = qk.chunks_exact_mut(dim).zip(qkv.chunks_exact(dim));
+                        for (h, ((y, x), r)) in pairs.zip(rstd).enumerate() {
+                            *r = rstd_of(x, self.eps);
+                            let (y0, y1) = y.split_at_mut(dim / 2);
+                            let (x0, x1) = x.split_at(dim / 2);
+                            let (w0, w1) = self.norm(h).split_at(dim / 2);
+                            for i in 0..dim / 2 {
+                                let (a, b) = (x0[i] * *r * w0[i], x1[i] * *r * w1[i]);
+                                y0[i] = a * cos[i] - b * sin[i];
+                                y1[i] = b * cos[i] + a * sin[i];
+                            }
+                        }
+                    }
+                });
+            });
+    }
+
+    pub fn backward(&self, qkv: &[f32], rstd: &[f32], dqkv: &mut [f32]) {
+        let Heads { query, kv, dim } = self.heads;
+        let (wide, count) = (self.heads.qkv(), query + kv);
+        let tokens = tokens_per_task(wide);
+        dqkv.par_chunks_mut(tokens * wide)
+            .zip(qkv.par_chunks(tokens * wide))
+            .zip(rstd.par_chunks(tokens * count))
+            .enumerate()
+            .for_each(|(task, ((dqkv, qkv), rstd))| {
+                vectorised(|| {
+                    let rows = dqkv.chunks_exact_mut(wide).zip(qkv.chunks_exact(wide));
+                    let rows = rows.zip(rstd.chunks_exact(count));
+                    for (t, ((dqkv, qkv), rstd)) in rows.enumerate() {
+                        let (cos, sin) = self.angles(task * tokens + t);
+                        let pairs = dqkv.chunks_exact_mut(dim).zip(qkv.chunks_exact(dim));
+                        for (h, ((d, x), r)) in pairs.zip(rstd).enumerate() {
+                            let (d0, d1) = d.split_at_mut(dim / 2);
+                            for i in 0..dim / 2 {
+                                let (a, b) = (d0[i], d1[i]);
+                                d0[i] = a * cos[i] + b * sin[i];
+                                d1[i] = b * cos[i] - a * sin[i];
+                            }
+                            let w = self.norm(h);
+                            let along = triple(d, w, x) * r * r / dim as f32;
+                            for ((d, x), w) in d.iter_mut().zip(x).zip(w) {
+                                *d = r * (*d * w - x * along);
+                            }
+                        }
+                    }
+                });
+            });
+    }
+}
+
+pub(super) fn swiglu(gate_up: &[f32], width: usize, out: &mut [f32]) {
+    let tokens = tokens_per_task(width);
+    out.par_chunks_mut(tokens * width)
+        .zip(gate_up.par_chunks(tokens * 2 * width))
+        .for_each(|(out, gate_up)| {
+            vectorised(|| {
+                let rows = out.chunks_exact_mut(width);
+                for (out, row) in rows.zip(gate_up.chunks_exact(2 * width)) {
+                    let (gate, up) = row.split_at(width);
+                    for ((o, &g), u) in out.iter_mut().zip(gate).zip(up) {
+                        *o = g * sigmoid(g) * u;
+                    }
+                }
+            });
+        });
+}
+
+pub(super) fn swiglu_backward(gate_up: &[f32], dout: &[f32], width: usize, dgate_up: &mut [f32]) {
+    let tokens = tokens_per_task(width);
+    dgate_up
+        .par_chunks_mut(tokens * 2 * width)
+        .zip(gate_up.par_chunks(tokens * 2 * width))
+        .zip(dout.par_chunks(tokens * width))
+        .for_each(|((dgate_up, gate_up), dout)| {
+            vectorised(|| {
+                let rows = dgate_up.chunks_exact_mut(2 * width);
+                let rows = rows.zip(gate_up.chunks_exact(2 * width));
+                for ((drow, row), dout) in rows.zip(dout.chunks_exact(width)) {
+                    let (dgate, dup) = drow.split_at_mut(width);
+                    let (gate, up) = row.split_at(width);
+                    let inputs = gate.iter().zip(up).zip(dout);
+                    for ((dg, du), ((&g, u), d)) in dgate.iter_mut().zip(dup).zip(inputs) {
+                        let s = sigmoid(g);
+                        *du = d * g * s;
+                        *dg = d * u * s * (1.0 + g * (1.0 - s));
+                    }
+                }
+            });
+        });
+}

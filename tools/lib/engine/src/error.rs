@@ -1,0 +1,18 @@
+//! What can go wrong below the model.
+
+/// A failure of the machine, not of the caller: shapes that do not fit are bugs
+/// and panic.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The device could not give this much.
+    #[error("out of memory: no room for {what} ({bytes} bytes)")]
+    OutOfMemory {
+        /// What it was for.
+        what: &'static str,
+        /// How much was asked for.
+        bytes: usize,
+    },
+}
+
+/// The result of anything that touches a device.
+pub type Result<T> = std::result::Result<T, Error>;
