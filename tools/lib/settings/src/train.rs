@@ -202,9 +202,11 @@ pub struct Training {
     pub max_grad_norm: f64,
     /// Longest row, in tokens.
     pub max_seq_length: usize,
-    /// A checkpoint every so many steps.
+    /// A checkpoint every so many steps; 0 saves at the end only.
     pub save_steps: u64,
-    /// An evaluation every so many steps.
+    /// Checkpoints kept, the newest; 0 keeps all.
+    pub save_total_limit: usize,
+    /// An evaluation every so many steps; 0 evaluates at the end only.
     pub eval_steps: u64,
     /// Decides the initial adapter, the order of rows and dropout.
     pub seed: u64,
@@ -228,6 +230,7 @@ impl Default for Training {
             max_grad_norm: 1.0,
             max_seq_length: 512,
             save_steps: 50,
+            save_total_limit: 3,
             eval_steps: 50,
             seed: 42,
             packing: true,
@@ -246,4 +249,7 @@ pub struct TrainData {
     pub system_prompt: String,
     /// For rows without `split`: the part that is held out, 0 to 1.
     pub eval_fraction: f64,
+    /// A control: each training tweet gets another one's reply. An adapter
+    /// trained so can learn how replies sound, not what they answer.
+    pub shuffled_replies: bool,
 }

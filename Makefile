@@ -1,0 +1,167 @@
+# The pipeline. Phases are names; every step is a file, so an interrupted run
+# goes on where it was by the same command.
+#
+#   make data && make train && make eval        with a GPU, keys and Qwen3-8B
+#   make demo                                   the same, small, on a laptop
+#
+# A step depends on a .key file that holds only its own resolved settings and
+# changes only with them: a comment in a YAML, a fresh checkout or a recompiled
+# binary rebuilds nothing.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.SUFFIXES:
+MAKEFLAGS += --no-builtin-rules
+
+# What can be set on the command line.
+RUN    ?= main
+DATA   ?= $(RUN)
+METHOD ?= apify
+INPUT  ?=
+MODEL  ?=
+JUDGE  ?=
+CONFIG ?= config
+CONTROL ?=
+TARGET ?=
+
+# The demo is the real pipeline with other inputs.
+ifneq ($(filter demo,$(MAKECMDGOALS)),)
+RUN     := demo
+DATA    := demo
+METHOD  := file
+INPUT   := tests/demo/tweets.jsonl
+MODEL   := tests/demo/model
+JUDGE   := reference
+CONFIG  := tests/demo
+CONTROL := shuffled
+endif
+
+BIN     := target/release
+RAW     := data/raw/$(DATA)
+PAIRS   := data/processed/$(DATA)
+ADAPTER := output/models/$(RUN)
+SHUFFLED := output/models/$(RUN)-shuffled
+EVAL    := output/eval/$(RUN)
+MINILM  := data/cache/models/all-MiniLM-L6-v2
+STAMP   := $(shell date +%Y%m%d_%H%M%S)
+log      = --log output/logs/$(1)_$(STAMP).log
+
+# Settings given by variable go to a tool as flags.
+model   := $(if $(MODEL),--model $(MODEL))
+judge   := $(if $(JUDGE),--provider $(JUDGE))
+fetch   := --config $(CONFIG)/data.yaml --method $(METHOD) $(if $(INPUT),--input $(INPUT)) $(if $(TARGET),--target $(TARGET))
+train   := --config $(CONFIG)/train.yaml $(model)
+adapters := --adapter lora=$(ADAPTER) $(if $(CONTROL),--adapter shuffled=$(SHUFFLED))
+
+.PHONY: help setup build models data train eval results demo test lint check test-parity tiny-model demo-data FORCE
+.DEFAULT_GOAL := help
+
+help: ## this page
+	@echo "usage: make PHASE [RUN=name] [DATA=name] [METHOD=file|apify] [INPUT=path] [MODEL=dir] [JUDGE=anthropic|reference]"
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: ## check what is installed, and say how to get what is missing
+	@tools/setup/check
+
+build: ## compile the tools
+	@cargo build --release --quiet --workspace --bins
+
+models: $(MINILM)/model.safetensors ## fetch the sentence-embedding model (90 MB)
+
+data: $(PAIRS)/pairs.jsonl ## collect, validate, deduplicate
+train: $(ADAPTER)/adapter_model.safetensors ## fine-tune
+eval: $(EVAL)/tests.jsonl ## generate, judge, test
+	@$(BIN)/report --run $(RUN) --data $(DATA)
+
+results: | build ## print the results again
+	@$(BIN)/report --run $(RUN) --data $(DATA)
+
+demo: $(EVAL)/tests.jsonl ## the whole pipeline on bundled data and a tiny model, on the CPU
+	@$(BIN)/report --run $(RUN) --data $(DATA)
+
+# A key file is looked at in every run and changes only with its content; `+`
+# lets `make -n` see the truth as well.
+FORCE:
+define key
++@mkdir -p $(@D) && { $(1); } > $@.new && if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+endef
+
+$(RAW)/fetch.key: FORCE | build
+	$(call key,$(BIN)/tw-fetch $(fetch) --print-config=key; echo "method = $(METHOD)"; echo "input = $(INPUT)")
+$(PAIRS)/validate.key: FORCE | build
+	$(call key,$(BIN)/pair-validate --config $(CONFIG)/data.yaml --print-config=key)
+$(PAIRS)/dedup.key: FORCE | build
+	$(call key,$(BIN)/pair-dedup --config $(CONFIG)/data.yaml --print-config=key)
+$(SHUFFLED)/%: private train += --shuffled-replies
+$(ADAPTER)/train.key $(SHUFFLED)/train.key: FORCE | build
+	$(call key,$(BIN)/qlora-train $(train) --data - --out - --print-config=key)
+$(EVAL)/generate.key: FORCE | build
+	$(call key,$(BIN)/gen-eval --config $(CONFIG)/eval.yaml $(model) $(adapters) --print-config=key; echo "adapters = $(adapters)")
+$(EVAL)/judge.key: FORCE | build
+	$(call key,$(BIN)/judge --config $(CONFIG)/eval.yaml $(judge) --print-config=key)
+$(EVAL)/statistics.key: FORCE | build
+	$(call key,$(BIN)/sigtest --config $(CONFIG)/eval.yaml --a systems.base --b systems.lora --print-config=key)
+
+# Data. What a run has paid for is never fetched again: changed settings stop.
+$(RAW)/pairs.jsonl: $(RAW)/fetch.key $(if $(filter file,$(METHOD)),$(INPUT))
+	@if [ "$(METHOD)" != file ] && [ -s $@ ]; then \
+	  echo "make: $@ was paid for and its settings have changed:" >&2; diff $(RAW)/fetched.key $< >&2 || true; \
+	  echo "make: keep it with the old settings, or collect under another name: make data RUN=new" >&2; exit 2; fi
+	$(BIN)/tw-fetch $(fetch) --state $(RAW)/state --unpaired $(RAW)/unpaired.jsonl $(call log,fetch) > $@.part
+	@mv $@.part $@ && cp $< $(RAW)/fetched.key
+
+$(PAIRS)/valid.jsonl: $(RAW)/pairs.jsonl $(PAIRS)/validate.key
+	$(BIN)/pair-validate --config $(CONFIG)/data.yaml --rejects $(PAIRS)/rejects.jsonl --summary $(PAIRS)/validate-summary.json $(call log,validate) < $< > $@.part
+	@mv $@.part $@
+
+$(PAIRS)/pairs.jsonl: $(PAIRS)/valid.jsonl $(PAIRS)/dedup.key | $(MINILM)/model.safetensors
+	$(BIN)/pair-dedup --config $(CONFIG)/data.yaml --dropped $(PAIRS)/dropped.jsonl $(call log,dedup) < $< > $@.part
+	@mv $@.part $@
+
+$(MINILM)/model.safetensors:
+	tools/setup/fetch-minilm $(MINILM)
+
+# Training. qlora-train finishes what was begun, does nothing to what is done,
+# and refuses (2) where settings or data are no longer those of the run. The
+# control, RUN-shuffled, is trained alike, but each tweet has another's reply.
+%/adapter_model.safetensors: $(PAIRS)/pairs.jsonl %/train.key
+	$(BIN)/qlora-train $(train) --data $< --out $(@D) --resume $(call log,$(@D:output/models/%=train-%)) > /dev/null
+	@touch $@
+
+# Evaluation. The judge's key is asked for before anything is generated.
+$(EVAL)/items.jsonl: $(PAIRS)/pairs.jsonl $(ADAPTER)/adapter_model.safetensors $(if $(CONTROL),$(SHUFFLED)/adapter_model.safetensors) $(EVAL)/generate.key
+	@$(BIN)/judge --config $(CONFIG)/eval.yaml $(judge) --check
+	$(BIN)/gen-eval --config $(CONFIG)/eval.yaml $(model) $(adapters) $(call log,generate) < $< > $@.part
+	@mv $@.part $@
+
+$(EVAL)/judged.jsonl: $(EVAL)/items.jsonl $(EVAL)/judge.key
+	$(BIN)/judge --config $(CONFIG)/eval.yaml $(judge) --state $(EVAL)/judge-state $(call log,judge) < $< > $@.part
+	@mv $@.part $@
+
+$(EVAL)/tests.jsonl: $(EVAL)/judged.jsonl $(EVAL)/statistics.key
+	$(BIN)/sigtest --config $(CONFIG)/eval.yaml --a systems.base --b systems.lora $(call log,sigtest) < $< > $@.part
+	$(if $(CONTROL),$(BIN)/sigtest --config $(CONFIG)/eval.yaml --a systems.shuffled --b systems.lora $(call log,sigtest) < $< >> $@.part)
+	$(BIN)/sigtest --config $(CONFIG)/eval.yaml --a verdicts.score.base --b verdicts.score.lora $(call log,sigtest) < $< >> $@.part
+	@mv $@.part $@
+
+# Checks.
+test: $(MINILM)/model.safetensors ## all tests
+	cargo test --release --workspace --quiet
+	tests/makefile
+
+lint: ## formatting and lints, warnings denied
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets --quiet -- -D warnings
+
+check: lint test ## formatting, lints, tests
+
+test-parity: $(MINILM)/model.safetensors | build ## compare with the Python packages, live
+	tests/parity/run
+
+# What is generated and committed.
+demo-data: | build ## regenerate the demo's tweets
+	$(BIN)/tiny-model data --out tests/demo/tweets.jsonl
+tiny-model: | build ## regenerate the demo's model (minutes)
+	$(BIN)/tiny-model train --out tests/demo/model
