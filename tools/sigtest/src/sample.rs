@@ -1,0 +1,106 @@
+//! The paired figures of one metric.
+
+use std::collections::HashMap;
+
+/// What is flipped, drawn or left out as one: a row, or with `--cluster` all rows
+/// of a cluster.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Unit {
+    /// The sum of its rows' differences.
+    pub sum: f64,
+    /// How many rows.
+    pub rows: f64,
+}
+
+/// One metric's figures on the rows where both sides have it.
+pub struct Sample {
+    pub a: Vec<f64>,
+    pub b: Vec<f64>,
+    /// a − b, row by row.
+    pub d: Vec<f64>,
+    pub units: Vec<Unit>,
+    pub clustered: bool,
+}
+
+impl Sample {
+    /// `clusters` names each row's cluster; in their order of first appearance they
+    /// become the units.
+    pub fn new(a: Vec<f64>, b: Vec<f64>, clusters: Option<&[&str]>) -> Self {
+        let d: Vec<f64> = a.iter().zip(&b).map(|(a, b)| a - b).collect();
+        let mut units: Vec<Unit> = Vec::new();
+        let mut at = HashMap::new();
+        for (row, &d) in d.iter().enumerate() {
+            let unit = match clusters {
+                Some(clusters) => *at.entry(clusters[row]).or_insert(units.len()),
+                None => units.len(),
+            };
+            if unit == units.len() {
+                units.push(Unit::default());
+            }
+            units[unit].sum += d;
+            units[unit].rows += 1.0;
+        }
+        Self {
+            a,
+            b,
+            d,
+            units,
+            clustered: clusters.is_some(),
+        }
+    }
+
+    /// The rows.
+    pub fn n(&self) -> f64 {
+        self.d.len() as f64
+    }
+
+    /// The mean of a − b.
+    pub fn mean_diff(&self) -> f64 {
+        mean(&self.d)
+    }
+
+    /// Whether no two figures differ.
+    pub fn all_equal(&self) -> bool {
+        self.d.iter().all(|&d| d == 0.0)
+    }
+
+    /// Whether every figure is 0 or 1.
+    pub fn binary(&self) -> bool {
+        self.a.iter().chain(&self.b).all(|&x| x == 0.0 || x == 1.0)
+    }
+
+    /// Rows where a is greater, and where it is less.
+    pub fn signs(&self) -> (u64, u64) {
+        let count = |f: &dyn Fn(f64) -> bool| self.d.iter().filter(|&&d| f(d)).count() as u64;
+        (count(&|d| d > 0.0), count(&|d| d < 0.0))
+    }
+}
+
+/// The mean; not a number of nothing.
+pub fn mean(x: &[f64]) -> f64 {
+    x.iter().sum::<f64>() / x.len() as f64
+}
+
+/// The unbiased variance.
+pub fn variance(x: &[f64]) -> f64 {
+    let mean = mean(x);
+    x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (x.len() as f64 - 1.0)
+}
+
+/// Mid-ranks of the values, doubled so that they are whole, and Σ(t³ − t) over
+/// groups of t tied values.
+pub fn doubled_ranks(values: &[f64]) -> (Vec<u64>, f64) {
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    order.sort_by(|&i, &j| values[i].total_cmp(&values[j]));
+    let mut ranks = vec![0; values.len()];
+    let (mut start, mut ties) = (0, 0.0);
+    for group in order.chunk_by(|&i, &j| values[i] == values[j]) {
+        // The group has ranks start+1 ..= start+len; twice their mean.
+        let doubled = (2 * start + group.len() + 1) as u64;
+        group.iter().for_each(|&i| ranks[i] = doubled);
+        let t = group.len() as f64;
+        ties += t * t * t - t;
+        start += group.len();
+    }
+    (ranks, ties)
+}
