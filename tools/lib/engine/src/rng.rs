@@ -16,6 +16,8 @@ pub enum Purpose {
     Dropout = 2,
     /// Choosing the next token.
     Sample = 3,
+    /// The order of rows.
+    Shuffle = 4,
 }
 
 /// The round multipliers and key increments of the paper.
