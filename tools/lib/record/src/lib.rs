@@ -7,6 +7,7 @@
 //! odd spacing leave as they arrived.
 
 mod pair;
+mod stages;
 
 use std::fmt;
 use std::io::{self, Write};
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::value::RawValue;
 
 pub use pair::{BadLine, Pair, Reason, Rejected, Split, count_by_reason, text_id};
+pub use stages::{Dropped, Duplicate, Validation, quality};
 
 /// The newest record version that this build understands.
 pub const VERSION: u64 = 1;

@@ -129,12 +129,25 @@ pub struct Quality {
     pub max_toxicity: f32,
     /// Refuse what looks like spam.
     pub exclude_spam: bool,
+    /// What to do with a pair whose likes or followers the source does not tell,
+    /// where a least number is asked for.
+    pub unknown_figures: UnknownFigures,
 }
 
 impl Default for Quality {
     fn default() -> Self {
-        Self { max_toxicity: 0.3, exclude_spam: true }
+        Self { max_toxicity: 0.3, exclude_spam: true, unknown_figures: UnknownFigures::Reject }
     }
+}
+
+/// What to do with a pair that lacks a figure a filter asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UnknownFigures {
+    /// Refuse it: nobody knows whether people liked it.
+    Reject,
+    /// Let it pass that filter.
+    Accept,
 }
 
 /// How tweets come from Apify.
