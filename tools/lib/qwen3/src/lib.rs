@@ -1,1 +1,37 @@
-//! 
+//! Qwen3 with low-rank adapters: its files, its text and its mathematics.
+//!
+//! The files come in Hugging Face's and PEFT's layouts, so that what is made
+//! here is used elsewhere and the other way round, and reading them refuses
+//! whatever this crate would compute differently.
+//!
+//! The mathematics is one explicit forward and backward pass over the operations
+//! of a backend (crate `engine`): [`Model`], its adapters' places ([`LoraLayout`]),
+//! packed rows ([`Batch`]), the memory of a pass ([`Pass`]), the [`Optimiser`], and
+//! [`generate`].
+
+mod adapter;
+mod batch;
+mod chat;
+mod config;
+mod error;
+mod fingerprint;
+mod generate;
+mod lora;
+mod model;
+mod optimiser;
+mod pass;
+mod template;
+mod weights;
+
+pub use adapter::{Adapter, AdapterConfig, Pair};
+pub use batch::{Batch, Row};
+pub use chat::{Chat, Encoded, LossOn};
+pub use config::{Config, GenerationConfig, Module, UnknownModule};
+pub use error::{Error, Result};
+pub use generate::{Completion, Finish, Generation, Prompt, generate};
+pub use lora::{Lora, LoraLayout};
+pub use model::{Ends, Losses, Model, StepDropout};
+pub use optimiser::{Optimiser, Update};
+pub use pass::{Keep, Pass};
+pub use template::{Message, RenderOptions};
+pub use weights::{Checkpoint, LayerWeights, Storage};

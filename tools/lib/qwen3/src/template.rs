@@ -1,0 +1,228 @@
+//! A model's own chat template, rendered as transformers renders it.
+//!
+//! The template is the model's data, a Jinja program that turns messages into
+//! the one text the model was trained on; writing that text by hand would be
+//! right until the first model whose template differs. One thing transformers
+//! offers is left out: `strftime_now`, since a prompt that holds today's date
+//! makes two runs of the same command differ.
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::{AutoEscape, Environment, ErrorKind};
+use minijinja_contrib::pycompat::unknown_method_callback;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value as Json};
+
+/// One turn of a conversation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Message {
+    /// `system`, `user`, `assistant` or `tool`.
+    pub role: String,
+    /// The text.
+    pub content: String,
+    /// What else the template looks at: `reasoning_content`, `tool_calls`.
+    #[serde(flatten)]
+    pub rest: Map<String, Json>,
+}
+
+impl Message {
+    /// Instructions that hold for the whole conversation.
+    pub fn system(content: impl Into<String>) -> Self {
+        Self::new("system", content)
+    }
+
+    /// What is put to the model.
+    pub fn user(content: impl Into<String>) -> Self {
+        Self::new("user", content)
+    }
+
+    /// What the model answers.
+    pub fn assistant(content: impl Into<String>) -> Self {
+        Self::new("assistant", content)
+    }
+
+    fn new(role: &str, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: content.into(), rest: Map::new() }
+    }
+}
+
+/// What a template is told besides the messages.
+#[derive(Debug, Clone, Default)]
+pub struct RenderOptions {
+    /// Functions the model may call, as JSON schemas.
+    pub tools: Vec<Json>,
+    /// End with the opening of an assistant turn, for the model to go on from.
+    pub add_generation_prompt: bool,
+    /// Qwen3: `Some(false)` answers its own reasoning with an empty block.
+    pub enable_thinking: Option<bool>,
+}
+
+/// A compiled template.
+#[derive(Debug)]
+pub(crate) struct Template {
+    environment: Environment<'static>,
+    /// `bos_token` and the like, which a template may name.
+    tokens: Vec<(String, String)>,
+}
+
+const NAME: &str = "chat template";
+
+impl Template {
+    pub(crate) fn new(source: String, tokens: Vec<(String, String)>) -> Result<Self, minijinja::Error> {
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?;
+        environment.set_syntax(syntax);
+        environment.set_auto_escape_callback(|_| AutoEscape::None);
+        environment.set_unknown_method_callback(unknown_method_callback);
+        environment.add_filter("tojson", to_json);
+        environment.add_function("raise_exception", |message: String| -> Result<Value, _> {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment.add_template_owned(NAME, source)?;
+        Ok(Self { environment, tokens })
+    }
+
+    pub(crate) fn render(&self, messages: &[Message], options: &RenderOptions) -> Result<String, minijinja::Error> {
+        let messages = messages.iter().map(|message| {
+            let own = [("role", Value::from(&message.role)), ("content", Value::from(&message.content))];
+            let rest = message.rest.iter().map(|(key, value)| (key.as_str(), to_jinja(value)));
+            Value::from_pairs(own.into_iter().chain(rest))
+        });
+        let tools = match &options.tools[..] {
+            [] => Value::from(()),
+            tools => tools.iter().map(to_jinja).collect(),
+        };
+        let mut context = vec![
+            ("messages", messages.collect()),
+            ("tools", tools),
+            ("documents", Value::from(())),
+            ("add_generation_prompt", Value::from(options.add_generation_prompt)),
+        ];
+        context.extend(options.enable_thinking.map(|on| ("enable_thinking", Value::from(on))));
+        context.extend(self.tokens.iter().map(|(name, token)| (name.as_str(), Value::from(token))));
+        self.environment.get_template(NAME)?.render(Value::from_pairs(context))
+    }
+}
+
+fn to_jinja(value: &Json) -> Value {
+    match value {
+        Json::Null => Value::from(()),
+        Json::Bool(truth) => Value::from(*truth),
+        Json::Number(number) => match (number.as_i64(), number.as_u64()) {
+            (Some(number), _) => Value::from(number),
+            (_, Some(number)) => Value::from(number),
+            _ => Value::from(number.as_f64()),
+        },
+        Json::String(text) => Value::from(text),
+        Json::Array(items) => items.iter().map(to_jinja).collect(),
+        Json::Object(map) => Value::from_pairs(map.iter().map(|(key, value)| (key, to_jinja(value)))),
+    }
+}
+
+/// `tojson` as transformers has it: Python's `json.dumps` with
+/// `ensure_ascii=False`, which escapes nothing for HTML and puts a space after
+/// each comma and colon. Its layout arguments are refused rather than ignored.
+fn to_json(value: &Value, options: Kwargs) -> Result<String, minijinja::Error> {
+    if options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false) {
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, "tojson(ensure_ascii=true) is not supported"));
+    }
+    options.assert_all_used()?;
+    let mut out = String::new();
+    write_json(value, &mut out)?;
+    Ok(out)
+}
+
+fn write_json(value: &Value, out: &mut String) -> Result<(), minijinja::Error> {
+    match value.kind() {
+        ValueKind::None | ValueKind::Undefined => out.push_str("null"),
+        ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
+        ValueKind::Number if value.is_integer() => out.push_str(&value.to_string()),
+        ValueKind::Number => out.push_str(&python_float(f64::try_from(value.clone())?)),
+        ValueKind::Seq | ValueKind::Iterable => {
+            out.push('[');
+            for (i, item) in value.try_iter()?.enumerate() {
+                out.push_str(if i == 0 { "" } else { ", " });
+                write_json(&item, out)?;
+            }
+            out.push(']');
+        }
+        ValueKind::Map => {
+            out.push('{');
+            for (i, key) in value.try_iter()?.enumerate() {
+                out.push_str(if i == 0 { "" } else { ", " });
+                write_text(&key.to_string(), out);
+                out.push_str(": ");
+                write_json(&value.get_item(&key)?, out)?;
+            }
+            out.push('}');
+        }
+        _ => write_text(&value.to_string(), out),
+    }
+    Ok(())
+}
+
+/// A string as Python writes it: all but quotes, backslashes and control
+/// characters as they are. U+007F is no control character to it.
+fn write_text(text: &str, out: &mut String) {
+    out.push('"');
+    for c in text.chars() {
+        match c {
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            '\u{8}' => out.push_str("\\b"),
+            '\u{c}' => out.push_str("\\f"),
+            '\0'..='\u{1f}' => out.push_str(&format!("\\u{:04x}", u32::from(c))),
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+}
+
+/// Python's `repr` of a float: the fewest digits that read back the same, with
+/// an exponent below 1e-4 and from 1e16 on, of two digits at least.
+fn python_float(x: f64) -> String {
+    let scientific = format!("{x:e}");
+    let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
+    match exponent.parse::<i32>() {
+        Ok(e) if x != 0.0 && !(-4..16).contains(&e) => {
+            let sign = if e < 0 { '-' } else { '+' };
+            format!("{digits}e{sign}{:02}", e.abs())
+        }
+        _ if x.is_finite() => format!("{x:?}"),
+        // What json.dumps writes, valid JSON or not.
+        _ if x.is_nan() => "NaN".into(),
+        _ => if x > 0.0 { "Infinity" } else { "-Infinity" }.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::python_float;
+
+    #[test]
+    fn floats_are_written_as_python_does() {
+        // repr() of Python 3.11.
+        for (x, text) in [
+            (0.0, "0.0"),
+            (-0.0, "-0.0"),
+            (1.0, "1.0"),
+            (0.1, "0.1"),
+            (-2.5e-3, "-0.0025"),
+            (1e-4, "0.0001"),
+            (1e-5, "1e-05"),
+            (1.5e-7, "1.5e-07"),
+            (123456789.125, "123456789.125"),
+            (1e15, "1000000000000000.0"),
+            (1e16, "1e+16"),
+            (1.25e22, "1.25e+22"),
+            (1e100, "1e+100"),
+            (5e-324, "5e-324"),
+            (1.7976931348623157e308, "1.7976931348623157e+308"),
+        ] {
+            assert_eq!(python_float(x), text);
+        }
+    }
+}

@@ -1,0 +1,457 @@
+//! The weights of a checkpoint in Hugging Face layout: `model.safetensors`, or
+//! the shards that `model.safetensors.index.json` names.
+//!
+//! Opening checks every tensor's presence, type and shape, so that a wrong file
+//! is told before minutes of work; reading then goes a layer at a time out of a
+//! memory map, so that an 8B model is quantised without ever being whole in
+//! memory. A checkpoint that bitsandbytes stored in 4 bits loads as it is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use engine::HostMatrix;
+use engine::nf4::{self, Absmax, BLOCK, NESTED_BLOCK, Nf4Tensor};
+use half::{bf16, f16};
+use memmap2::Mmap;
+use rayon::prelude::*;
+use safetensors::tensor::{Metadata, TensorInfo};
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+use crate::config::{Config, Keys, Module};
+use crate::error::{Error, Result, read};
+
+const INDEX: &str = "model.safetensors.index.json";
+const SINGLE: &str = "model.safetensors";
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const FINAL_NORM: &str = "model.norm.weight";
+const LM_HEAD: &str = "lm_head.weight";
+
+/// What a product's name is followed by where bitsandbytes stored it.
+const QUANTIZED_PARTS: [&str; 5] =
+    ["absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4"];
+
+/// How the seven products of each layer are to be held. Embeddings, lm_head and
+/// norms stay as they are stored, and products that are stored in 4 bits too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Storage {
+    /// In the checkpoint's own type (f16, which nothing here computes in, as f32).
+    AsStored,
+    /// NF4 with double quantisation.
+    Nf4,
+}
+
+/// One layer's weights.
+#[derive(Debug, Clone)]
+pub struct LayerWeights {
+    /// Before attention: `[hidden]`.
+    pub input_norm: Vec<f32>,
+    /// Before the MLP: `[hidden]`.
+    pub post_attention_norm: Vec<f32>,
+    /// On each query head: `[head_dim]`.
+    pub q_norm: Vec<f32>,
+    /// On each key head: `[head_dim]`.
+    pub k_norm: Vec<f32>,
+    /// The products, `[out, in]` each, in the order of [`Module::ALL`].
+    pub products: [HostMatrix; 7],
+}
+
+/// A checkpoint that has been found complete.
+pub struct Checkpoint {
+    folder: PathBuf,
+    config: Config,
+    shards: Vec<Shard>,
+    /// In which shard each tensor is.
+    tensors: BTreeMap<String, usize>,
+    lm_head: bool,
+}
+
+struct Shard {
+    path: PathBuf,
+    map: Mmap,
+    header: Metadata,
+    /// Where the tensors' bytes begin.
+    start: usize,
+}
+
+impl Shard {
+    fn open(path: PathBuf) -> Result<Self> {
+        let unreadable = |source| Error::Read { path: path.clone(), source };
+        let file = File::open(&path).map_err(unreadable)?;
+        // SAFETY: nothing here writes to a model's files; another process that
+        // shortens one while it is in use ends this one with SIGBUS, as it would
+        // any program that maps weights.
+        let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
+        let (size, header) = SafeTensors::read_metadata(&map).map_err(|error| {
+            let reason = match error {
+                SafeTensorError::MetadataIncompleteBuffer | SafeTensorError::HeaderTooSmall => {
+                    format!("is {} bytes, not as long as its header says: a download cut short?", map.len())
+                }
+                other => format!("is not a safetensors file: {other}"),
+            };
+            Error::file(&path, reason)
+        })?;
+        Ok(Self { path, map, header, start: size + 8 })
+    }
+
+    fn bytes(&self, info: &TensorInfo) -> &[u8] {
+        let (from, to) = info.data_offsets;
+        &self.map[self.start + from..self.start + to]
+    }
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint in `folder` and checks that it is whole.
+    ///
+    /// # Errors
+    /// If `config.json` is refused ([`Config::load`]), a file is missing or cut
+    /// short, or a tensor is missing, unexpected, or of another type or shape.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let keys = Keys::read(folder.join("config.json"))?;
+        let config = Config::from_keys(&keys)?;
+        let (shards, tensors) = open_shards(folder)?;
+        let mut checkpoint = Self { folder: folder.into(), config, shards, tensors, lm_head: false };
+        checkpoint.check(&keys)?;
+        Ok(checkpoint)
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The embedding table, `[vocab, hidden]`.
+    ///
+    /// # Errors
+    /// None once the checkpoint is open.
+    pub fn embedding(&self) -> Result<HostMatrix> {
+        self.dense(EMBEDDING)
+    }
+
+    /// lm_head, `[vocab, hidden]`; none where the embedding table serves as such.
+    ///
+    /// # Errors
+    /// None once the checkpoint is open.
+    pub fn lm_head(&self) -> Result<Option<HostMatrix>> {
+        self.lm_head.then(|| self.dense(LM_HEAD)).transpose()
+    }
+
+    /// The norm before lm_head, `[hidden]`.
+    ///
+    /// # Errors
+    /// None once the checkpoint is open.
+    pub fn final_norm(&self) -> Result<Vec<f32>> {
+        self.vector(FINAL_NORM)
+    }
+
+    /// Layer `index`, its products held as `storage` says. Quantising uses all
+    /// threads of the current pool; the result does not depend on their number.
+    ///
+    /// # Errors
+    /// If a product to be quantised holds NaN or an infinity, or one that is
+    /// stored quantised has a malformed state.
+    ///
+    /// # Panics
+    /// If there is no such layer.
+    pub fn layer(&self, index: usize, storage: Storage) -> Result<LayerWeights> {
+        assert!(index < self.config.layers, "layer {index} of {}", self.config.layers);
+        let product = |module: Module| {
+            let name = product_name(index, module);
+            if self.info(&name)?.1.dtype == Dtype::U8 {
+                return self.quantized(&name, module.shape(&self.config));
+            }
+            match storage {
+                Storage::AsStored => self.dense(&name),
+                Storage::Nf4 => self.quantize(&name),
+            }
+        };
+        let norm = |name| self.vector(&format!("model.layers.{index}.{name}.weight"));
+        let [q, k, v, o, gate, up, down] = Module::ALL;
+        Ok(LayerWeights {
+            input_norm: norm("input_layernorm")?,
+            post_attention_norm: norm("post_attention_layernorm")?,
+            q_norm: norm("self_attn.q_norm")?,
+            k_norm: norm("self_attn.k_norm")?,
+            products: [
+                product(q)?,
+                product(k)?,
+                product(v)?,
+                product(o)?,
+                product(gate)?,
+                product(up)?,
+                product(down)?,
+            ],
+        })
+    }
+
+    /// A name for exactly these weights: SHA-256, in hex, over `config.json` and
+    /// the digest of each weight file, in order of their names. Renaming the
+    /// folder keeps it; resharding does not. Reads every byte once.
+    ///
+    /// # Errors
+    /// If `config.json` has gone.
+    pub fn fingerprint(&self) -> Result<String> {
+        let files: Vec<_> = self.shards.par_iter().map(|shard| Sha256::digest(&shard.map)).collect();
+        let mut whole = Sha256::new();
+        whole.update(Sha256::digest(read(&self.folder.join("config.json"))?));
+        files.iter().for_each(|digest| whole.update(digest));
+        Ok(crate::fingerprint::hex(&whole.finalize()))
+    }
+
+    fn info(&self, name: &str) -> Result<(&Shard, &TensorInfo)> {
+        let shard = self.tensors.get(name).map(|&i| &self.shards[i]);
+        let found = shard.and_then(|shard| Some((shard, shard.header.info(name)?)));
+        found.ok_or_else(|| Error::tensor(&self.folder, name, "is missing"))
+    }
+
+    /// Every tensor that the model needs is there as it should be, and none else.
+    fn check(&mut self, keys: &Keys) -> Result<()> {
+        let Config { vocab_size, hidden_size, head_dim, layers, tied, .. } = self.config;
+        let stored_head = self.tensors.contains_key(LM_HEAD);
+        let mut dense = vec![
+            (EMBEDDING.to_owned(), vec![vocab_size, hidden_size]),
+            (FINAL_NORM.to_owned(), vec![hidden_size]),
+        ];
+        if !tied || stored_head {
+            dense.push((LM_HEAD.into(), vec![vocab_size, hidden_size]));
+        }
+        let mut known = BTreeSet::new();
+        for layer in 0..layers {
+            for (norm, width) in [
+                ("input_layernorm", hidden_size),
+                ("post_attention_layernorm", hidden_size),
+                ("self_attn.q_norm", head_dim),
+                ("self_attn.k_norm", head_dim),
+            ] {
+                dense.push((format!("model.layers.{layer}.{norm}.weight"), vec![width]));
+            }
+            for module in Module::ALL {
+                let name = product_name(layer, module);
+                let shape = module.shape(&self.config);
+                if self.info(&name)?.1.dtype == Dtype::U8 {
+                    self.quantized_parts(&name, shape)?;
+                    known.extend(QUANTIZED_PARTS.map(|part| format!("{name}.{part}")));
+                    known.insert(name);
+                } else {
+                    dense.push((name, shape.into()));
+                }
+            }
+        }
+        for (name, shape) in dense {
+            self.check_dense(&name, &shape)?;
+            known.insert(name);
+        }
+        let quantized = known.iter().any(|name| name.ends_with(".absmax"));
+        if !quantized && keys.has("quantization_config") {
+            return Err(keys.wrong(
+                "quantization_config",
+                "is set, but no tensor is in bitsandbytes' 4-bit form, the only one supported",
+            ));
+        }
+        if tied && stored_head && self.dense_bytes(LM_HEAD)? != self.dense_bytes(EMBEDDING)? {
+            let reason = "differs from the embedding table, though config.json ties them (`tie_word_embeddings`)";
+            return Err(Error::tensor(&self.folder, LM_HEAD, reason));
+        }
+        self.lm_head = !tied;
+        // Old exports keep the rotary frequencies, which follow from the config.
+        let odd = self.tensors.keys().find(|name| !known.contains(*name) && !name.ends_with("rotary_emb.inv_freq"));
+        match odd {
+            Some(name) => Err(Error::tensor(
+                &self.info(name)?.0.path,
+                name,
+                "is unexpected: a dense Qwen3 of this shape has no such weight",
+            )),
+            None => Ok(()),
+        }
+    }
+
+    fn check_dense(&self, name: &str, shape: &[usize]) -> Result<()> {
+        let (shard, info) = self.info(name)?;
+        let wrong = |reason| Err(Error::tensor(&shard.path, name, reason));
+        if !matches!(info.dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16) {
+            return wrong(format!("is {:?}, not F32, BF16 or F16", info.dtype));
+        }
+        if info.shape != shape {
+            return wrong(format!("has the shape {:?}, not {shape:?} as config.json asks", info.shape));
+        }
+        Ok(())
+    }
+
+    fn dense_bytes(&self, name: &str) -> Result<&[u8]> {
+        let (shard, info) = self.info(name)?;
+        Ok(shard.bytes(info))
+    }
+
+    fn vector(&self, name: &str) -> Result<Vec<f32>> {
+        let (shard, info) = self.info(name)?;
+        let bytes = shard.bytes(info);
+        Ok(match info.dtype {
+            Dtype::BF16 => bf16s(bytes).into_iter().map(bf16::to_f32).collect(),
+            Dtype::F16 => f16s(bytes).into_iter().map(f16::to_f32).collect(),
+            _ => f32s(bytes),
+        })
+    }
+
+    fn dense(&self, name: &str) -> Result<HostMatrix> {
+        let (shard, info) = self.info(name)?;
+        let (rows, cols) = (info.shape[0], info.shape[1]);
+        Ok(match info.dtype {
+            Dtype::BF16 => HostMatrix::bf16(rows, cols, bf16s(shard.bytes(info))),
+            _ => HostMatrix::f32(rows, cols, self.vector(name)?),
+        })
+    }
+
+    fn quantize(&self, name: &str) -> Result<HostMatrix> {
+        let (shard, info) = self.info(name)?;
+        let shape = [info.shape[0], info.shape[1]];
+        let bytes = shard.bytes(info);
+        let tensor = match info.dtype {
+            Dtype::BF16 => Nf4Tensor::quantize(shape, &bf16s(bytes), true),
+            Dtype::F16 => Nf4Tensor::quantize(shape, &f16s(bytes), true),
+            _ => Nf4Tensor::quantize(shape, &f32s(bytes), true),
+        };
+        let tensor = tensor.map_err(|error| Error::tensor(&shard.path, name, error.to_string()))?;
+        Ok(HostMatrix::nf4(tensor))
+    }
+
+    fn quantized(&self, name: &str, shape: [usize; 2]) -> Result<HostMatrix> {
+        let (packed, absmax) = self.quantized_parts(name, shape)?;
+        let tensor = Nf4Tensor::from_parts(shape, packed.to_vec(), absmax);
+        tensor.map(HostMatrix::nf4).map_err(|error| Error::tensor(&self.folder, name, error.to_string()))
+    }
+
+    /// A product in the form in which bitsandbytes' `Linear4bit` is saved: its
+    /// codes and scales.
+    fn quantized_parts(&self, name: &str, shape: [usize; 2]) -> Result<(&[u8], Absmax)> {
+        let (shard, _) = self.info(name)?;
+        let wrong = |reason: String| Error::tensor(&shard.path, name, reason);
+        let part = |suffix: &str, dtype| {
+            let name = format!("{name}.{suffix}");
+            let (shard, info) = self.info(&name)?;
+            match info.dtype {
+                found if found == dtype => Ok(shard.bytes(info)),
+                found => Err(Error::tensor(&shard.path, &name, format!("is {found:?}, not {dtype:?}"))),
+            }
+        };
+        let state: QuantState = serde_json::from_slice(part("quant_state.bitsandbytes__nf4", Dtype::U8)?)
+            .map_err(|error| wrong(format!("has a malformed quant_state: {error}")))?;
+        if state.quant_type != "nf4" || state.blocksize != BLOCK || state.shape != shape {
+            return Err(wrong(format!(
+                "is {} in blocks of {} with the shape {:?}, not nf4 in blocks of {BLOCK} with {shape:?}",
+                state.quant_type, state.blocksize, state.shape
+            )));
+        }
+        let levels = f32s(part("quant_map", Dtype::F32)?);
+        if levels != nf4::LEVELS {
+            return Err(wrong("has a quant_map that is not the NF4 table".into()));
+        }
+        let absmax = match state.nested_offset {
+            None => Absmax::Plain(f32s(part("absmax", Dtype::F32)?)),
+            Some(offset) => {
+                if state.nested_blocksize != Some(NESTED_BLOCK) {
+                    return Err(wrong(format!("has a nested_blocksize that is not {NESTED_BLOCK}")));
+                }
+                let codes = part("absmax", Dtype::U8)?;
+                let absmax = f32s(part("nested_absmax", Dtype::F32)?);
+                let map = f32s(part("nested_quant_map", Dtype::F32)?);
+                restore_scales(codes, absmax, &map, offset).ok_or_else(|| {
+                    wrong("has nested scales of the wrong length".into())
+                })?
+            }
+        };
+        let packed = self.dense_bytes(name)?;
+        let values = shape[0] * shape[1];
+        if packed.len() != values.div_ceil(2) || absmax.blocks() != values.div_ceil(BLOCK) {
+            return Err(wrong(format!(
+                "holds {} bytes and {} scales, which do not make {shape:?}",
+                packed.len(),
+                absmax.blocks()
+            )));
+        }
+        Ok((packed, absmax))
+    }
+}
+
+#[derive(Deserialize)]
+struct QuantState {
+    quant_type: String,
+    blocksize: usize,
+    shape: Vec<usize>,
+    nested_blocksize: Option<usize>,
+    nested_offset: Option<f32>,
+}
+
+/// The doubly quantised scales of a file. Its map was computed on another
+/// machine, where the last bits can come out differently; the scales are then
+/// restored with that map and held plain, which loses nothing but some memory.
+fn restore_scales(codes: &[u8], absmax: Vec<f32>, map: &[f32], offset: f32) -> Option<Absmax> {
+    if map.len() != 256 || absmax.len() != codes.len().div_ceil(NESTED_BLOCK) {
+        return None;
+    }
+    if map == nf4::dynamic_map() {
+        return Some(Absmax::Nested { codes: codes.to_vec(), absmax, offset });
+    }
+    let restore = |(block, &code): (usize, &u8)| map[usize::from(code)] * absmax[block / NESTED_BLOCK] + offset;
+    Some(Absmax::Plain(codes.iter().enumerate().map(restore).collect()))
+}
+
+fn product_name(layer: usize, module: Module) -> String {
+    let (block, name) = module.path();
+    format!("model.layers.{layer}.{block}.{name}.weight")
+}
+
+/// The shards of a folder, and which of them holds each tensor.
+fn open_shards(folder: &Path) -> Result<(Vec<Shard>, BTreeMap<String, usize>)> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let path = folder.join(INDEX);
+    if !path.exists() {
+        let single = folder.join(SINGLE);
+        if !single.exists() {
+            let reason = format!("holds neither {SINGLE} nor {INDEX}: not a model in Hugging Face layout");
+            return Err(Error::file(folder, reason));
+        }
+        let shard = Shard::open(single)?;
+        let names = shard.header.tensors().into_keys().map(|name| (name, 0)).collect();
+        return Ok((vec![shard], names));
+    }
+    let index: Index = serde_json::from_slice(&read(&path)?).map_err(|source| Error::Json { path: path.clone(), source })?;
+    let names: BTreeSet<&String> = index.weight_map.values().collect();
+    if let Some(name) = names.iter().find(|name| Path::new(name).components().count() != 1) {
+        return Err(Error::key(&path, "weight_map", format!("names {name:?}, which is not a file of this folder")));
+    }
+    let shards: Vec<Shard> = names.iter().map(|name| Shard::open(folder.join(name))).collect::<Result<_>>()?;
+    let mut tensors = BTreeMap::new();
+    for (number, (shard, file)) in shards.iter().zip(&names).enumerate() {
+        for name in shard.header.tensors().into_keys() {
+            if index.weight_map.get(&name) != Some(*file) {
+                return Err(Error::tensor(&shard.path, &name, format!("is not where {INDEX} says")));
+            }
+            tensors.insert(name, number);
+        }
+    }
+    match index.weight_map.iter().find(|(name, _)| !tensors.contains_key(*name)) {
+        Some((name, file)) => {
+            Err(Error::tensor(&folder.join(file), name, format!("is missing, though {INDEX} says that it is here")))
+        }
+        None => Ok((shards, tensors)),
+    }
+}
+
+// Tensors need not be aligned in the file, so their values are copied out.
+
+pub(crate) fn f32s(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+}
+
+pub(crate) fn bf16s(bytes: &[u8]) -> Vec<bf16> {
+    bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b)).collect()
+}
+
+pub(crate) fn f16s(bytes: &[u8]) -> Vec<f16> {
+    bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b)).collect()
+}
