@@ -57,14 +57,26 @@ pub fn numbers(value: &Value) -> Vec<(String, f64)> {
     out
 }
 
-/// What two single numbers are called: the last part of their paths where it is the
-/// same one, else both.
+/// What two single numbers are called: the parts that their paths end with alike,
+/// else the parts they begin with alike (`verdicts.score.base`, `verdicts.score.lora`:
+/// `verdicts.score`), else both.
 pub fn common_name(a: &str, b: &str) -> String {
-    let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_owned();
-    if last(a) == last(b) {
-        last(a)
-    } else {
-        format!("{a} - {b}")
+    let (a_parts, b_parts): (Vec<_>, Vec<_>) = (a.split('.').collect(), b.split('.').collect());
+    let begin = a_parts
+        .iter()
+        .zip(&b_parts)
+        .take_while(|(x, y)| x == y)
+        .count();
+    let end = a_parts
+        .iter()
+        .rev()
+        .zip(b_parts.iter().rev())
+        .take_while(|(x, y)| x == y)
+        .count();
+    match (begin, end) {
+        (0, 0) => format!("{a} - {b}"),
+        (begin, 0) => a_parts[..begin].join("."),
+        (_, end) => a_parts[a_parts.len() - end..].join("."),
     }
 }
 
@@ -91,5 +103,10 @@ mod tests {
         let all = numbers(&find(&record, "s.v1.2").unwrap().unwrap());
         assert_eq!(all, [("x".to_owned(), 2.0), ("y.z".to_owned(), 1.0)]);
         assert_eq!(common_name("systems.a.nll", "systems.b.nll"), "nll");
+        assert_eq!(
+            common_name("verdicts.score.a", "verdicts.score.b"),
+            "verdicts.score"
+        );
+        assert_eq!(common_name("x", "y"), "x - y");
     }
 }

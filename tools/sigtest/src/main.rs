@@ -76,9 +76,10 @@ struct Sigtest {
 }
 
 const EXAMPLES: &str = "
-$ sigtest --a systems.base --b systems.lora < eval.jsonl
-$ sigtest --a systems.base.nll --b systems.lora.nll --alternative greater --exit-status < eval.jsonl
-$ sigtest --a systems.base --b systems.lora --cluster conversation_id --table < eval.jsonl
+$ sigtest --a systems.base --b systems.lora < out.jsonl
+$ sigtest --a systems.base --b systems.lora --table < out.jsonl
+$ sigtest --a systems.base --b systems.lora --cluster conversation_id < out.jsonl
+$ sigtest --a systems.base.nll --b systems.lora.nll --exit-status < out.jsonl
 ";
 
 /// One test of one metric, as it is written.
@@ -224,7 +225,10 @@ impl Sigtest {
             rejects.commit()?;
         }
         if rows.is_empty() {
-            return Err(Failure::Input("-: no records to compare".into()).into());
+            return Err(Failure::Input(
+                "-: the input is empty: there is nothing to compare".into(),
+            )
+            .into());
         }
         for (flag, path, seen) in [("--a", &self.a, seen_a), ("--b", &self.b, seen_b)] {
             if !seen {

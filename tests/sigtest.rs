@@ -1,0 +1,464 @@
+//! sigtest through the real binary, against scipy and statsmodels.
+#![allow(clippy::unwrap_used)]
+
+use std::fmt::Write;
+
+use harness::{Conventions, Tool};
+use serde_json::{Value, json};
+
+fn tool() -> Tool {
+    Tool::new(env!("CARGO_BIN_EXE_sigtest"))
+}
+
+/// Records with two systems of three metrics, and the corpus line.
+fn records() -> String {
+    let mut text = String::new();
+    for i in 0..40 {
+        let wave = f64::from(i * 37 % 40) / 40.0;
+        let base = json!({ "prediction": "x", "nll": 3.0 + wave, "rouge1": wave, "tokens": 7 });
+        let lora =
+            json!({ "prediction": "y", "nll": 2.8 + wave * wave, "rouge1": 0.5, "tokens": 7 });
+        let item = json!({ "v": 1, "id": i, "conversation_id": i / 3, "systems": { "base": base, "lora": lora } });
+        writeln!(text, "{item}").unwrap();
+    }
+    text + "{\"v\":1,\"corpus\":{\"systems\":{}}}\n"
+}
+
+const PATHS: [&str; 4] = ["--a", "systems.base", "--b", "systems.lora"];
+
+harness::conventions!(|| {
+    let rejects = ["--rejects", "rejects.jsonl"];
+    let conventions = Conventions {
+        arguments: PATHS
+            .iter()
+            .chain(&rejects)
+            .map(ToString::to_string)
+            .collect(),
+        input: records(),
+        empty: 3,
+        key: "statistics.resamples",
+        passes_records: false,
+    };
+    (tool(), conventions)
+});
+
+#[test]
+fn every_example_of_the_help_runs() {
+    let tool = tool();
+    tool.file("out.jsonl", &records());
+    harness::check_examples(&tool);
+}
+
+mod parity {
+    use super::*;
+    use sha2::{Digest, Sha256};
+
+    /// Closed forms, relative. The worst of 762 figures is off by 4.2e-11, a normal
+    /// tail of Wilcoxon's test (the test prints it); the library's own error function
+    /// is the limit there.
+    const CLOSED: f64 = 1e-10;
+    /// Standard errors within which a Monte-Carlo figure must lie: one check in
+    /// 1.7 million fails by chance.
+    const SIGMAS: f64 = 5.0;
+
+    fn cases() -> Vec<Value> {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/parity/stats/");
+        let bytes = std::fs::read(format!("{folder}cases.jsonl")).unwrap();
+        let provenance = std::fs::read(format!("{folder}provenance.json")).unwrap();
+        let provenance: Value = serde_json::from_slice(&provenance).unwrap();
+        let sha256: String = Sha256::digest(&bytes)
+            .iter()
+            .map(|b| format!("{b:02x}"))
+            .collect();
+        assert_eq!(
+            provenance["sha256"], sha256,
+            "cases.jsonl is not what dump.py wrote"
+        );
+        let lines = std::str::from_utf8(&bytes).unwrap().lines();
+        lines
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    }
+
+    /// The tests of a case, by name.
+    fn run(case: &Value, alternative: &str) -> impl Fn(&str) -> Value + use<> {
+        let mut input = String::new();
+        for (i, a) in case["a"].as_array().unwrap().iter().enumerate() {
+            let row = json!({ "a": a, "b": case["b"][i], "cluster": case["clusters"][i] });
+            writeln!(input, "{row}").unwrap();
+        }
+        let mut arguments = vec!["--a=a", "--b=b", "--alternative", alternative];
+        if case["clusters"].is_array() {
+            arguments.push("--cluster=cluster");
+        }
+        let lines = tool().run(&arguments, &input).exits(0).records();
+        let case = format!("{} ({alternative})", case["name"]);
+        move |test| {
+            let found = lines.iter().find(|line| line["test"] == test);
+            found.unwrap_or_else(|| panic!("{case}: no {test}")).clone()
+        }
+    }
+
+    fn relative(ours: &Value, theirs: &Value, what: &str) -> f64 {
+        let (Some(ours), Some(theirs)) = (ours.as_f64(), theirs.as_f64()) else {
+            assert_eq!(ours, theirs, "{what}");
+            return 0.0;
+        };
+        let difference = (ours - theirs).abs() / theirs.abs().max(f64::MIN_POSITIVE);
+        let difference = if ours == theirs { 0.0 } else { difference };
+        assert!(difference <= CLOSED, "{what}: {ours} instead of {theirs}");
+        difference
+    }
+
+    #[test]
+    fn closed_forms_are_scipys_and_statsmodels() {
+        let mut worst = (0.0, String::new());
+        let mut compared = 0;
+        for case in cases().iter().filter(|case| case["name"].is_string()) {
+            for (alternative, expected) in case["expected"].as_object().unwrap() {
+                let ours = run(case, alternative);
+                let mut near = |ours: &Value, theirs: &Value, what: String| {
+                    let what = format!("{} ({alternative}): {what}", case["name"]);
+                    let difference = relative(ours, theirs, &what);
+                    compared += 1;
+                    if difference > worst.0 {
+                        worst = (difference, what);
+                    }
+                };
+                for test in ["paired_t", "wilcoxon", "sign", "mcnemar"] {
+                    let Some(expected) = expected.get(test) else {
+                        continue;
+                    };
+                    let line = ours(test);
+                    near(
+                        &line["statistic"],
+                        &expected["statistic"],
+                        format!("{test} statistic"),
+                    );
+                    near(&line["p"], &expected["p"], format!("{test} p"));
+                    if let Some(interval) = expected.get("ci") {
+                        near(&line["ci_low"], &interval[0], format!("{test} ci_low"));
+                        near(&line["ci_high"], &interval[1], format!("{test} ci_high"));
+                    }
+                }
+                if let Some(exact) = expected["permutation"].get("exact") {
+                    near(
+                        &ours("permutation")["p"],
+                        exact,
+                        "exact permutation p".into(),
+                    );
+                }
+                for (effect, size) in case["effects"].as_object().unwrap() {
+                    near(&ours("paired_t")[effect], size, effect.clone());
+                }
+            }
+        }
+        println!("worst of {compared}: {worst:?}");
+        assert!(compared > 600, "only {compared} figures were compared");
+    }
+
+    /// Resampled figures differ from seed to seed; how far is in the dump, as the
+    /// spread over 40 runs of scipy with as many resamples as ours.
+    #[test]
+    fn resampled_figures_lie_within_their_own_error() {
+        for case in cases().iter().filter(|case| case["name"].is_string()) {
+            for (alternative, expected) in case["expected"].as_object().unwrap() {
+                let ours = run(case, alternative);
+                let near = |ours: f64, theirs: &Value, end: usize, least_error: f64, what: &str| {
+                    let (mean, sd) = (
+                        theirs["mean"][end].as_f64().unwrap(),
+                        theirs["sd"][end].as_f64().unwrap(),
+                    );
+                    let error = (sd * (1.0 + 1.0 / 40.0_f64).sqrt()).max(least_error);
+                    assert!(
+                        (ours - mean).abs() <= SIGMAS * error,
+                        "{} ({alternative}): {what} {ours}, expected {mean} ± {error}",
+                        case["name"]
+                    );
+                };
+                if expected["permutation"].get("mean").is_some() {
+                    let p = ours("permutation")["p"].as_f64().unwrap();
+                    // Of a p near 0 or 1 forty runs may all be the same.
+                    near(p, &expected["permutation"], 0, 1e-4, "permutation p");
+                }
+                let Some(bootstrap) = expected.get("bootstrap") else {
+                    continue;
+                };
+                let line = ours("bootstrap");
+                let ends = [&line["ci_low"], &line["ci_high"]];
+                let ends: Vec<f64> = ends.into_iter().filter_map(Value::as_f64).collect();
+                assert_eq!(ends.len(), bootstrap["mean"].as_array().unwrap().len());
+                for (i, end) in ends.into_iter().enumerate() {
+                    near(end, bootstrap, i, 0.0, "bootstrap end");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn each_test_is_a_family_over_the_metrics() {
+        let cases = cases();
+        let case = cases.last().unwrap();
+        let metrics = case["family"].as_object().unwrap();
+        let mut input = String::new();
+        for row in 0..25 {
+            let side = |i: usize| -> Value {
+                metrics
+                    .iter()
+                    .map(|(name, pair)| (name.clone(), pair[i][row].clone()))
+                    .collect()
+            };
+            writeln!(input, "{}", json!({ "a": side(0), "b": side(1) })).unwrap();
+        }
+        let lines = tool().run(&["--a=a", "--b=b"], &input).exits(0).records();
+        for (test, adjusted) in case["holm"].as_object().unwrap() {
+            let ours: Vec<_> = lines.iter().filter(|line| line["test"] == *test).collect();
+            assert_eq!(ours.len(), metrics.len());
+            for (line, expected) in ours.iter().zip(adjusted.as_array().unwrap()) {
+                relative(
+                    &line["p_holm"],
+                    expected,
+                    &format!("{test} of {}", line["metric"]),
+                );
+            }
+        }
+    }
+}
+
+/// Under "no difference" a p-value below 0.05 comes up in about one sample of twenty.
+#[test]
+fn a_true_null_is_rejected_as_often_as_alpha_says() {
+    // 200 metrics of 24 rows; a multiplicative generator is random enough for this.
+    let (metrics, rows) = (200, 24);
+    let mut state = 20_261_123_u64;
+    let mut random = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as f64 / (1_u64 << 31) as f64
+    };
+    let mut input = String::new();
+    for _ in 0..rows {
+        let mut side = || -> Value {
+            (0..metrics)
+                .map(|m| (format!("m{m}"), json!(random())))
+                .collect()
+        };
+        let (a, b) = (side(), side());
+        writeln!(input, "{}", json!({ "a": a, "b": b })).unwrap();
+    }
+    let lines = tool()
+        .run(&["--a=a", "--b=b", "--resamples=2000"], &input)
+        .exits(0)
+        .records();
+    for test in ["paired_t", "wilcoxon", "permutation"] {
+        let p: Vec<f64> = lines
+            .iter()
+            .filter(|l| l["test"] == test)
+            .map(|l| l["p"].as_f64().unwrap())
+            .collect();
+        assert_eq!(p.len(), metrics);
+        // Binomial(200, 0.05): 10 ± 3.1; outside of 1 to 22 once in ten thousand.
+        let rejected = p.iter().filter(|&&p| p < 0.05).count();
+        assert!(
+            (1..=22).contains(&rejected),
+            "{test} rejects {rejected} of {metrics}"
+        );
+    }
+    // The interval misses the true difference, zero, as often.
+    let missed = lines
+        .iter()
+        .filter(|l| l["test"] == "bootstrap")
+        .filter(|l| l["ci_low"].as_f64().unwrap() > 0.0 || l["ci_high"].as_f64().unwrap() < 0.0);
+    let missed = missed.count();
+    assert!(
+        (1..=28).contains(&missed),
+        "the bootstrap interval misses {missed} of {metrics}"
+    );
+}
+
+/// Every line has each key, and null with a reason rather than a number that means nothing.
+#[test]
+fn what_cannot_be_tested_says_why() {
+    let of = |rows: &[(Value, Value)], more: &[&str]| {
+        let input: String = rows
+            .iter()
+            .map(|(a, b)| format!("{}\n", json!({ "a": a, "b": b, "c": 1 })))
+            .collect();
+        let mut arguments = vec!["--a=a", "--b=b"];
+        arguments.extend(more);
+        let lines = tool()
+            .run(&arguments, &input)
+            .exits(0)
+            .never_says("NaN")
+            .records();
+        for line in &lines {
+            for key in [
+                "statistic",
+                "p",
+                "p_holm",
+                "ci_low",
+                "ci_high",
+                "n",
+                "mean_a",
+                "d_z",
+                "signature",
+            ] {
+                assert!(line.get(key).is_some(), "{key} is missing in {line}");
+            }
+        }
+        lines
+    };
+    let reason = |lines: &[Value], test: &str| {
+        let line = lines.iter().find(|line| line["test"] == test).unwrap();
+        assert!(line["p"].is_null() && line["p_holm"].is_null(), "{line}");
+        line["reason"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(
+        reason(&of(&[(json!(1), json!(2))], &[]), "paired_t"),
+        "fewer than 2 rows"
+    );
+    let equal = vec![(json!(0.25), json!(0.25)); 5];
+    for test in ["paired_t", "wilcoxon", "permutation", "bootstrap", "sign"] {
+        assert_eq!(reason(&of(&equal, &[]), test), "every difference is zero");
+    }
+    // In binary the differences of 0.1 vary in their last place; that is no variance.
+    let constant: Vec<_> = (0..6)
+        .map(|i| (json!(f64::from(i) / 10.0 + 0.1), json!(f64::from(i) / 10.0)))
+        .collect();
+    let lines = of(&constant, &[]);
+    assert_eq!(reason(&lines, "paired_t"), "the differences do not vary");
+    let p = lines
+        .iter()
+        .find(|line| line["test"] == "permutation")
+        .unwrap()["p"]
+        .as_f64()
+        .unwrap();
+    assert_eq!(p, 2.0 / 64.0, "all signs alike: 2 of 2^6 patterns");
+    let lines = of(
+        &[(json!(1), json!(2)), (json!(3), json!(1))],
+        &["--cluster=c"],
+    );
+    assert_eq!(reason(&lines, "paired_t"), "fewer than 2 clusters");
+    assert!(reason(&lines, "wilcoxon").contains("--cluster"));
+}
+
+#[test]
+fn rows_with_one_side_only_are_counted() {
+    let rows = [
+        json!({ "a": { "x": 1, "y": 1 }, "b": { "x": 2, "y": 3 } }),
+        json!({ "a": { "x": 2, "y": null }, "b": { "x": 2.5, "y": 4 } }),
+        json!({ "a": { "x": 4, "y": true }, "b": { "x": 3, "y": 0, "z": 1 } }),
+        json!({ "a": { "x": 4, "t": "text" }, "b": { "x": 3 } }),
+    ];
+    let input: String = rows.iter().map(|row| format!("{row}\n")).collect();
+    let run = tool()
+        .run(&["--a=a", "--b=b"], &input)
+        .exits(0)
+        .says("1 of 4 rows have `y` on one side only");
+    let counts: Vec<_> = run
+        .records()
+        .iter()
+        .filter(|line| line["test"] == "sign")
+        .map(|line| {
+            (
+                line["metric"].clone(),
+                line["n"].clone(),
+                line["unpaired"].clone(),
+            )
+        })
+        .collect();
+    assert_eq!(
+        counts,
+        [
+            (json!("x"), json!(4), json!(0)),
+            (json!("y"), json!(2), json!(1))
+        ]
+    );
+}
+
+#[test]
+fn wrong_paths_and_flags_are_named() {
+    let tool = tool();
+    let input = records();
+    tool.run(&["--a=systems.base", "--b=systems.other"], &input)
+        .exits(3)
+        .says("--b systems.other");
+    tool.run(
+        &[
+            "--a=systems.base",
+            "--b=systems.lora",
+            "--metrics=nll,rouge9",
+        ],
+        &input,
+    )
+    .exits(3)
+    .says("--metrics rouge9")
+    .says("nll, rouge1, tokens");
+    tool.run(
+        &["--a=systems.base.nll", "--b=id", "--cluster=nowhere"],
+        &input,
+    )
+    .exits(3)
+    .says("-:1: ")
+    .says("nowhere");
+    for (flag, said) in [
+        ("--alpha=1", "--alpha"),
+        ("--resamples=5", "--resamples"),
+        ("--max-bad-lines=1", "--rejects"),
+    ] {
+        tool.run(&[&PATHS[..], &[flag]].concat(), &input)
+            .exits(2)
+            .says(said);
+    }
+}
+
+#[test]
+fn the_gate_is_opt_in() {
+    let tool = tool();
+    let paths = ["--a=systems.base.nll", "--b=systems.lora.nll"];
+    let with = |more: &[&str]| tool.run(&[&paths[..], more].concat(), &records());
+    with(&["--alternative=greater", "--exit-status"]).exits(0);
+    with(&["--alternative=less", "--exit-status"])
+        .exits(1)
+        .says("no metric");
+    with(&["--alternative=less"]).exits(0);
+}
+
+#[test]
+fn another_seed_draws_others_and_the_signature_says_so() {
+    let of = |seed: &str| {
+        let lines = tool()
+            .run(
+                &[&PATHS[..], &["--seed", seed, "--metrics=nll"]].concat(),
+                &records(),
+            )
+            .exits(0)
+            .records();
+        let line = lines
+            .into_iter()
+            .find(|line| line["test"] == "bootstrap")
+            .unwrap();
+        (
+            line["ci_low"].as_f64().unwrap(),
+            line["signature"].as_str().unwrap().to_owned(),
+        )
+    };
+    let ((low_0, signature_0), (low_1, signature_1)) = (of("0"), of("1"));
+    assert_ne!(low_0, low_1);
+    assert!(signature_0.contains("|seed:0|") && signature_1.contains("|seed:1|"));
+}
+
+#[test]
+fn the_table_fits_a_terminal() {
+    let run = tool()
+        .run(&[&PATHS[..], &["--table"]].concat(), &records())
+        .exits(0);
+    assert!(
+        run.stdout.lines().all(|line| line.chars().count() <= 80),
+        "{run}"
+    );
+    for text in ["nll", "rouge1", "every difference is zero", "95% interval"] {
+        assert!(run.stdout.contains(text), "{text}\n{run}");
+    }
+}
