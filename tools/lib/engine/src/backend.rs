@@ -264,6 +264,9 @@ pub trait Backend: Sized + Send + Sync {
     /// Sets the first `len` floats to zero.
     fn zero(&self, out: &mut Self::F32, len: usize);
 
+    /// Sets the first `len` activations to zero.
+    fn zero_act(&self, out: &mut Self::Act, len: usize);
+
     /// Starts reading floats back; the values are those of this point of the queue.
     fn read_f32(&self, buffer: &Self::F32, range: Range<usize>) -> Self::Reading;
 
@@ -282,8 +285,9 @@ pub trait Backend: Sized + Send + Sync {
     /// `[outputs, inputs]` of a weight.
     fn shape(&self, matrix: &Self::Matrix) -> [usize; 2];
 
-    /// Scratch bytes of [`linear`](Self::linear) and its backward over `tokens`.
-    fn linear_scratch(&self, group: &Group<'_, Self>, tokens: usize) -> usize;
+    /// Scratch bytes of [`linear`](Self::linear) and its backward over a group of
+    /// these weights; `size` is `[tokens, Σ rank]`.
+    fn linear_scratch(&self, weights: &[&Self::Matrix], size: [usize; 2]) -> usize;
 
     /// Scratch bytes of the attention operations, rows or cached positions being
     /// at most `longest` long.
@@ -297,23 +301,11 @@ pub trait Backend: Sized + Send + Sync {
     fn embed(&self, table: &Self::Matrix, ids: &Self::Ids, tokens: usize, out: &mut Self::Act);
 
     /// Picks rows: `out[i] = x[index[i]]`; `size` is `[count, width]`.
-    fn gather(
-        &self,
-        x: &Self::Act,
-        index: &Self::Ids,
-        size: [usize; 2],
-        out: &mut Self::Act,
-    );
+    fn gather(&self, x: &Self::Act, index: &Self::Ids, size: [usize; 2], out: &mut Self::Act);
 
     /// The reverse: `out [tokens, width]` is zero but for `out[index[i]] = x[i]`;
     /// the indices are distinct; `size` is `[count, tokens, width]`.
-    fn scatter(
-        &self,
-        x: &Self::Act,
-        index: &Self::Ids,
-        size: [usize; 3],
-        out: &mut Self::Act,
-    );
+    fn scatter(&self, x: &Self::Act, index: &Self::Ids, size: [usize; 3], out: &mut Self::Act);
 
     /// `out = x · rstd · weight` by rows of `size = [tokens, width]`, saving
     /// `rstd [tokens] = 1 / √(mean(x²) + eps)`; `norm` is `(weight, eps)`.

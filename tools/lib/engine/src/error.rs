@@ -15,4 +15,4 @@ pub enum Error {
 }
 
 /// The result of anything that touches a device.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -169,7 +169,13 @@ mod tests {
             module: 0,
         };
         let mut out = vec![0.0; 100_003];
-        dropout_factors(&stream, [4, 1, 2], 0, (drop_threshold(0.05), 1.0 / 0.95), &mut out);
+        dropout_factors(
+            &stream,
+            [4, 1, 2],
+            0,
+            (drop_threshold(0.05), 1.0 / 0.95),
+            &mut out,
+        );
         let dropped = out.iter().filter(|&&x| x == 0.0).count() as f64;
         // Binomial(100003, 0.05): mean 5000, sd 69; five sd.
         assert!((dropped - 5000.0).abs() < 345.0, "{dropped}");

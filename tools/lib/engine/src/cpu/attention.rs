@@ -27,7 +27,12 @@ pub(super) fn scratch(longest: usize) -> usize {
 }
 
 /// Runs tasks `0..count` on as many threads as the scratch has lanes for.
-fn in_lanes(scratch: &mut [f32], lane: usize, count: usize, task: impl Fn(usize, &mut [f32]) + Sync) {
+fn in_lanes(
+    scratch: &mut [f32],
+    lane: usize,
+    count: usize,
+    task: impl Fn(usize, &mut [f32]) + Sync,
+) {
     let next = AtomicUsize::new(0);
     scratch.par_chunks_exact_mut(lane.max(1)).for_each(|lane| {
         loop {
@@ -110,7 +115,16 @@ pub(super) fn forward(
             let scores = &mut lane[..(to - from) * keys];
             let (q, k) = (packed.q(head, from, to), packed.k(kv, start, to));
             // SAFETY: `scores` is this lane's own.
-            unsafe { product_here(scores.as_mut_ptr(), keys, Into::Set, q, k.t(), packed.scale()) };
+            unsafe {
+                product_here(
+                    scores.as_mut_ptr(),
+                    keys,
+                    Into::Set,
+                    q,
+                    k.t(),
+                    packed.scale(),
+                )
+            };
             vectorised(|| {
                 for (i, row) in scores.chunks_exact_mut(keys).enumerate() {
                     let (seen, future) = row.split_at_mut(from - start + i + 1);
@@ -225,31 +239,37 @@ pub(super) fn cached(
     let scale = 1.0 / (dim as f32).sqrt();
     assert!(out.len() >= slots.len() * heads.q());
     let out = Shared::new(out);
-    in_lanes(scratch, lane(cache.capacity), slots.len() * query, |task, lane| {
-        let (i, head) = (task / query, task % query);
-        let kv_head = head * kv / query;
-        let seen = positions[i] as usize + 1;
-        let base = slots[i] as usize * cache.capacity * heads.k() + kv_head * dim;
-        let at = |position: usize| base + position * heads.k();
-        let q = &qk[i * heads.qk() + head * dim..][..dim];
-        // SAFETY: inside `out` (asserted), and this token and head are this task's.
-        let out = unsafe { std::slice::from_raw_parts_mut(out.at(i * heads.q() + head * dim), dim) };
-        vectorised(|| {
-            let p = &mut lane[..seen];
-            for (j, p) in p.iter_mut().enumerate() {
-                *p = dot(q, &keys[at(j)..at(j) + dim]) * scale;
-            }
-            let top = max(p);
-            for p in p.iter_mut() {
-                *p = exp(*p - top);
-            }
-            let total = sum(p);
-            out.fill(0.0);
-            for (j, p) in p.iter().enumerate() {
-                for (o, v) in out.iter_mut().zip(&values[at(j)..at(j) + dim]) {
-                    *o += p / total * v;
+    in_lanes(
+        scratch,
+        lane(cache.capacity),
+        slots.len() * query,
+        |task, lane| {
+            let (i, head) = (task / query, task % query);
+            let kv_head = head * kv / query;
+            let seen = positions[i] as usize + 1;
+            let base = slots[i] as usize * cache.capacity * heads.k() + kv_head * dim;
+            let at = |position: usize| base + position * heads.k();
+            let q = &qk[i * heads.qk() + head * dim..][..dim];
+            // SAFETY: inside `out` (asserted), and this token and head are this task's.
+            let out =
+                unsafe { std::slice::from_raw_parts_mut(out.at(i * heads.q() + head * dim), dim) };
+            vectorised(|| {
+                let p = &mut lane[..seen];
+                for (j, p) in p.iter_mut().enumerate() {
+                    *p = dot(q, &keys[at(j)..at(j) + dim]) * scale;
                 }
-            }
-        });
-    });
+                let top = max(p);
+                for p in p.iter_mut() {
+                    *p = exp(*p - top);
+                }
+                let total = sum(p);
+                out.fill(0.0);
+                for (j, p) in p.iter().enumerate() {
+                    for (o, v) in out.iter_mut().zip(&values[at(j)..at(j) + dim]) {
+                        *o += p / total * v;
+                    }
+                }
+            });
+        },
+    );
 }

@@ -23,7 +23,11 @@ pub(super) fn widen_scratch(m: &HostMatrix) -> usize {
 }
 
 /// Hands out a weight as floats `[rows, cols]`, in stretches of its rows.
-pub(super) fn stretches(m: &HostMatrix, scratch: &mut [f32], mut f: impl FnMut(Range<usize>, View<'_>)) {
+pub(super) fn stretches(
+    m: &HostMatrix,
+    scratch: &mut [f32],
+    mut f: impl FnMut(Range<usize>, View<'_>),
+) {
     if let MatrixData::F32(values) = &m.data {
         return f(0..m.rows, View::dense(values, [m.rows, m.cols]));
     }
@@ -51,7 +55,14 @@ pub(super) fn widen(m: &HostMatrix, rows: Range<usize>, out: &mut [f32]) {
                     }
                 });
             }),
-        MatrixData::Nf4(tensor) => tensor.dequantize_rows(rows, out),
+        MatrixData::Nf4(tensor) => {
+            let at_once = PER_TASK.div_ceil(m.cols);
+            out.par_chunks_mut(at_once * m.cols)
+                .zip(rows.into_par_iter().step_by(at_once))
+                .for_each(|(out, first)| {
+                    tensor.dequantize_rows(first..first + out.len() / m.cols, out);
+                });
+        }
     }
 }
 
@@ -72,7 +83,10 @@ fn places<'a>(group: &Group<'a, Cpu>) -> (impl Iterator<Item = Place<'a>> + Clon
     let outputs = members.iter().map(|m| m.weight.rows).sum();
     let (mut out, mut rank) = (0, 0);
     let places = members.iter().map(move |m| {
-        assert_eq!(m.weight.cols, inputs, "the members of a group share their input");
+        assert_eq!(
+            m.weight.cols, inputs,
+            "the members of a group share their input"
+        );
         let place = Place {
             weight: m.weight,
             adapter: m.adapter,
@@ -150,11 +164,11 @@ fn apply_dropout(
 impl Cpu {
     /// Scratch floats of a group: a widened weight, the gradient of `x Aᵀ`, and
     /// dropped inputs.
-    pub(super) fn group_scratch(group: &Group<'_, Self>, tokens: usize) -> usize {
-        let (places, [inputs, _, rank]) = places(group);
-        let wide = places.map(|p| widen_scratch(p.weight)).max().unwrap_or(0);
+    pub(super) fn group_scratch(weights: &[&HostMatrix], [tokens, rank]: [usize; 2]) -> usize {
+        let wide = weights.iter().map(|w| widen_scratch(w)).max().unwrap_or(0);
+        let inputs = weights.iter().map(|w| w.cols).max().unwrap_or(0);
         let dropped = if rank > 0 { tokens * inputs } else { 0 };
-        wide + tokens * rank + dropped
+        wide.max(dropped) + tokens * rank
     }
 
     #[expect(clippy::too_many_arguments, reason = "one fused operation")]
@@ -293,7 +307,13 @@ impl Cpu {
                 let factor = View::dense(&params[a.a..], [a.rank, inputs]);
                 match &dropout {
                     None => {
-                        product(ViewMut::dense(dx, [tokens, inputs]), Into::Add, dxa, factor, 1.0);
+                        product(
+                            ViewMut::dense(dx, [tokens, inputs]),
+                            Into::Add,
+                            dxa,
+                            factor,
+                            1.0,
+                        );
                     }
                     Some(d) => {
                         let raw = ViewMut::dense(scratch, [tokens, inputs]);

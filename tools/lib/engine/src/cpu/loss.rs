@@ -21,7 +21,13 @@ pub(super) fn scratch(head: &HostMatrix, rows: usize) -> usize {
 }
 
 /// `out [rows, vocabulary] = hidden headᵀ`.
-pub(super) fn logits(head: &HostMatrix, hidden: &[f32], rows: usize, out: &mut [f32], scratch: &mut [f32]) {
+pub(super) fn logits(
+    head: &HostMatrix,
+    hidden: &[f32],
+    rows: usize,
+    out: &mut [f32],
+    scratch: &mut [f32],
+) {
     let (vocabulary, width) = (head.rows, head.cols);
     let hidden = View::dense(hidden, [rows, width]);
     stretches(head, scratch, |range, w| {

@@ -100,6 +100,10 @@ impl Backend for Cpu {
         out[..len].fill(0.0);
     }
 
+    fn zero_act(&self, out: &mut Vec<f32>, len: usize) {
+        out[..len].fill(0.0);
+    }
+
     fn read_f32(&self, buffer: &Vec<f32>, range: Range<usize>) -> Vec<f32> {
         buffer[range].to_vec()
     }
@@ -116,8 +120,8 @@ impl Backend for Cpu {
         [matrix.rows, matrix.cols]
     }
 
-    fn linear_scratch(&self, group: &Group<'_, Self>, tokens: usize) -> usize {
-        Self::group_scratch(group, tokens) * size_of::<f32>()
+    fn linear_scratch(&self, weights: &[&HostMatrix], size: [usize; 2]) -> usize {
+        Self::group_scratch(weights, size) * size_of::<f32>()
     }
 
     fn attention_scratch(&self, _: Heads, longest: usize) -> usize {
@@ -196,7 +200,16 @@ impl Backend for Cpu {
         scratch: &mut Workspace,
     ) {
         let residual = residual.map(Vec::as_slice);
-        self.group_forward(group, params, dropout, (x, tokens), residual, out, xa, &mut scratch.0);
+        self.group_forward(
+            group,
+            params,
+            dropout,
+            (x, tokens),
+            residual,
+            out,
+            xa,
+            &mut scratch.0,
+        );
     }
 
     fn linear_backward(
@@ -210,7 +223,16 @@ impl Backend for Cpu {
         want: LinearGrad<'_, Self>,
         scratch: &mut Workspace,
     ) {
-        self.group_backward(group, params, dropout, (x, tokens), xa, dout, want, &mut scratch.0);
+        self.group_backward(
+            group,
+            params,
+            dropout,
+            (x, tokens),
+            xa,
+            dout,
+            want,
+            &mut scratch.0,
+        );
     }
 
     fn qk_norm_rope(
@@ -269,7 +291,14 @@ impl Backend for Cpu {
         dqkv: &mut Vec<f32>,
         scratch: &mut Workspace,
     ) {
-        attention::backward(heads, rows, (qk, qkv), (out, lse, dout), dqkv, &mut scratch.0);
+        attention::backward(
+            heads,
+            rows,
+            (qk, qkv),
+            (out, lse, dout),
+            dqkv,
+            &mut scratch.0,
+        );
     }
 
     fn swiglu(&self, gate_up: &Vec<f32>, [tokens, width]: [usize; 2], out: &mut Vec<f32>) {
@@ -331,7 +360,10 @@ impl Backend for Cpu {
         let width = heads.k();
         for t in 0..tokens {
             let (slot, position) = (slots[t] as usize, positions[t] as usize);
-            assert!(slot < cache.slots && position < cache.capacity, "outside the cache");
+            assert!(
+                slot < cache.slots && position < cache.capacity,
+                "outside the cache"
+            );
             let at = (slot * cache.capacity + position) * width;
             let (k, v) = (t * heads.qk() + heads.q(), t * heads.qkv() + heads.qk());
             keys[at..at + width].copy_from_slice(&qk[k..k + width]);

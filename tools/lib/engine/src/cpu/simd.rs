@@ -117,7 +117,11 @@ mod tests {
             let squares: f32 = a.iter().map(|x| x * x).sum();
             assert_eq!(dot(&a, &a), squares, "{n}");
             assert_eq!(sum(&a), a.iter().sum::<f32>(), "{n}");
-            let largest = if n == 0 { f32::NEG_INFINITY } else { (n - 1) as f32 };
+            let largest = if n == 0 {
+                f32::NEG_INFINITY
+            } else {
+                (n - 1) as f32
+            };
             assert_eq!(max(&a), largest, "{n}");
         }
     }

@@ -1,0 +1,272 @@
+//! Replies, token by token.
+//!
+//! Prompts are read packed; then every slot's next token is one row of one small
+//! pass over the cache. A finished reply's slot goes to the next prompt. Draws
+//! are keyed by the prompt's own number and the position, so which neighbours a
+//! reply had does not enter its randomness.
+
+use engine::{Backend, Cache, Ragged, Result, Sampling};
+
+use crate::Lora;
+use crate::model::{KvCache, Model, Tokens};
+use crate::pass::{Keep, Pass};
+
+/// A text to be continued.
+#[derive(Debug, Clone, Copy)]
+pub struct Prompt<'a> {
+    /// Its number in the data: keys its random draws.
+    pub number: u32,
+    /// Its tokens; at least one.
+    pub ids: &'a [u32],
+}
+
+/// How replies are generated.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Generation<'a> {
+    /// How each token is chosen.
+    pub sampling: Sampling,
+    /// Longest reply, in tokens.
+    pub max_new_tokens: usize,
+    /// Tokens that end a reply; they are not part of it.
+    pub stop_ids: &'a [u32],
+    /// Replies under way at the same time.
+    pub slots: usize,
+}
+
+/// Why a reply ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// With a stop token.
+    Stop,
+    /// At the longest length, or at the model's last position.
+    Length,
+}
+
+/// A generated reply.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Completion {
+    /// Its tokens, without the stop token.
+    pub ids: Vec<u32>,
+    /// Why it ended.
+    pub finish: Finish,
+}
+
+/// Prompt tokens read in one pass, unless a single prompt is longer.
+const PREFILL_TOKENS: usize = 2048;
+
+/// A reply under way.
+struct Active {
+    /// Index of its prompt.
+    prompt: usize,
+    slot: u32,
+    ids: Vec<u32>,
+}
+
+/// Generates a reply to each prompt, in their order. `progress` hears how many
+/// are finished.
+///
+/// # Errors
+/// If the device has no room.
+///
+/// # Panics
+/// If a prompt is empty or fills the model's positions, or there are no slots.
+pub fn generate<B: Backend>(
+    model: &Model<B>,
+    lora: Option<Lora<'_, B>>,
+    prompts: &[Prompt<'_>],
+    how: &Generation<'_>,
+    mut progress: impl FnMut(usize),
+) -> Result<Vec<Completion>> {
+    let limit = model.config().max_positions;
+    assert!(how.slots > 0, "generation needs a slot");
+    assert!(
+        prompts.iter().all(|p| (1..limit).contains(&p.ids.len())),
+        "prompts of 1 to {} tokens",
+        limit - 1
+    );
+    let empty = Completion {
+        ids: Vec::new(),
+        finish: Finish::Length,
+    };
+    let mut replies = vec![empty; prompts.len()];
+    if how.max_new_tokens == 0 || prompts.is_empty() {
+        return Ok(replies);
+    }
+    let mut decoder = Decoder::new(model, lora, prompts, how)?;
+    let mut free: Vec<u32> = (0..decoder.cache.shape.slots as u32).rev().collect();
+    let mut waiting = (0..prompts.len()).peekable();
+    let mut active: Vec<Active> = Vec::new();
+    let mut done = 0;
+    while done < prompts.len() {
+        let mut fresh = Vec::new();
+        let mut tokens = 0;
+        while let (Some(&prompt), Some(&slot)) = (waiting.peek(), free.last()) {
+            tokens += prompts[prompt].ids.len();
+            if !fresh.is_empty() && tokens > PREFILL_TOKENS {
+                break;
+            }
+            waiting.next();
+            free.pop();
+            fresh.push(Active {
+                prompt,
+                slot,
+                ids: Vec::new(),
+            });
+        }
+        let (moved, chosen) = if fresh.is_empty() {
+            let chosen = decoder.step(&active)?;
+            (std::mem::take(&mut active), chosen)
+        } else {
+            let chosen = decoder.prefill(&fresh)?;
+            (fresh, chosen)
+        };
+        for (mut reply, id) in moved.into_iter().zip(chosen) {
+            let stop = how.stop_ids.contains(&id);
+            if !stop {
+                reply.ids.push(id);
+            }
+            let length = prompts[reply.prompt].ids.len() + reply.ids.len();
+            if stop || reply.ids.len() == how.max_new_tokens || length == limit {
+                free.push(reply.slot);
+                replies[reply.prompt] = Completion {
+                    ids: reply.ids,
+                    finish: if stop { Finish::Stop } else { Finish::Length },
+                };
+                done += 1;
+            } else {
+                active.push(reply);
+            }
+        }
+        progress(done);
+    }
+    Ok(replies)
+}
+
+/// The device's side: the cache and the buffers of both kinds of pass.
+struct Decoder<'a, B: Backend> {
+    model: &'a Model<B>,
+    lora: Option<Lora<'a, B>>,
+    prompts: &'a [Prompt<'a>],
+    sampling: Sampling,
+    cache: KvCache<B>,
+    pass: Pass<B>,
+    logits: B::F32,
+    chosen: B::Ids,
+}
+
+impl<'a, B: Backend> Decoder<'a, B> {
+    fn new(
+        model: &'a Model<B>,
+        lora: Option<Lora<'a, B>>,
+        prompts: &'a [Prompt<'a>],
+        how: &Generation<'_>,
+    ) -> Result<Self> {
+        let (backend, config) = (model.backend(), model.config());
+        let longest = prompts.iter().map(|p| p.ids.len()).max().unwrap_or(0);
+        let shape = Cache {
+            slots: how.slots.min(prompts.len()),
+            capacity: config.max_positions.min(longest + how.max_new_tokens),
+        };
+        let width = config.attention().k();
+        let side = || backend.alloc_act(shape.slots * shape.capacity * width);
+        let layer = |_| Ok((side()?, side()?));
+        Ok(Self {
+            model,
+            lora,
+            prompts,
+            sampling: how.sampling,
+            cache: KvCache {
+                shape,
+                layers: (0..config.layers).map(layer).collect::<Result<_>>()?,
+            },
+            pass: Pass::new(Keep::Nothing),
+            logits: backend.alloc_f32(shape.slots * config.vocab_size)?,
+            chosen: backend.alloc_ids(shape.slots)?,
+        })
+    }
+
+    /// Reads the prompts of new replies and chooses their first tokens.
+    fn prefill(&mut self, replies: &[Active]) -> Result<Vec<u32>> {
+        let backend = self.model.backend();
+        let (mut ids, mut slots, mut last) = (Vec::new(), Vec::new(), Vec::new());
+        let mut lengths = Vec::new();
+        for reply in replies {
+            let prompt = &self.prompts[reply.prompt];
+            ids.extend_from_slice(prompt.ids);
+            slots.resize(ids.len(), reply.slot);
+            last.push(ids.len() as u32 - 1);
+            lengths.push((prompt.number, prompt.ids.len()));
+        }
+        let rows = Ragged::new(backend, &lengths)?;
+        let slots = backend.upload_ids(&slots)?;
+        let tokens = Tokens {
+            count: ids.len(),
+            positions: &rows.positions,
+            rows: Some(&rows),
+            slots: Some(&slots),
+        };
+        self.advance(replies, &ids, &tokens, &last)
+    }
+
+    /// Feeds every reply its last token and chooses the next.
+    fn step(&mut self, replies: &[Active]) -> Result<Vec<u32>> {
+        let backend = self.model.backend();
+        let last = |r: &Active| r.ids[r.ids.len() - 1];
+        let ids: Vec<u32> = replies.iter().map(last).collect();
+        let slots: Vec<u32> = replies.iter().map(|r| r.slot).collect();
+        let positions: Vec<u32> = replies.iter().map(|r| self.next(r) - 1).collect();
+        let (positions, slots) = (backend.upload_ids(&positions)?, backend.upload_ids(&slots)?);
+        let tokens = Tokens {
+            count: ids.len(),
+            positions: &positions,
+            rows: None,
+            slots: Some(&slots),
+        };
+        let all: Vec<u32> = (0..replies.len() as u32).collect();
+        self.advance(replies, &ids, &tokens, &all)
+    }
+
+    /// The position of a reply's next token.
+    fn next(&self, reply: &Active) -> u32 {
+        (self.prompts[reply.prompt].ids.len() + reply.ids.len()) as u32
+    }
+
+    /// One pass, and a token per reply from the rows at `last`.
+    fn advance(
+        &mut self,
+        replies: &[Active],
+        ids: &[u32],
+        tokens: &Tokens<'_, B>,
+        last: &[u32],
+    ) -> Result<Vec<u32>> {
+        let (model, backend) = (self.model, self.model.backend());
+        let numbers: Vec<u32> = replies
+            .iter()
+            .map(|r| self.prompts[r.prompt].number)
+            .collect();
+        let next: Vec<u32> = replies.iter().map(|r| self.next(r)).collect();
+        let keys = (backend.upload_ids(&numbers)?, backend.upload_ids(&next)?);
+        let (ids, last) = (backend.upload_ids(ids)?, backend.upload_ids(last)?);
+        let size = [tokens.count, replies.len(), self.cache.shape.capacity];
+        let buffers = self.pass.fit(model, size, self.lora)?;
+        model.embed(&ids, tokens.count, buffers);
+        model.layers_forward(tokens, self.lora, None, Some(&mut self.cache), buffers);
+        model.final_hidden(&last, replies.len(), buffers);
+        let (hidden, scratch) = (&buffers.head.normed, &mut buffers.scratch);
+        backend.logits(
+            model.head(),
+            (hidden, replies.len()),
+            &mut self.logits,
+            scratch,
+        );
+        let logits = (&self.logits, [replies.len(), model.config().vocab_size]);
+        backend.sample(
+            &self.sampling,
+            logits,
+            (&keys.0, &keys.1),
+            &mut self.chosen,
+            scratch,
+        );
+        backend.read_ids(&self.chosen, replies.len())
+    }
+}

@@ -1,0 +1,611 @@
+//! Qwen3 (Yang et al., arXiv 2505.09388) with LoRA (Hu et al., arXiv
+//! 2106.09685): one forward and one backward pass, written out.
+//!
+//! A layer is `x + O(attention(norm(x)))`, then `x + Down(silu(Gate) · Up)` of a
+//! second norm; queries and keys are normed head by head before rotation. Base
+//! weights are frozen: backward computes gradients of the adapters' factors and
+//! of what lies between them, nothing else; below the lowest adapter it stops.
+
+use engine::{
+    Backend, Cache, Dropout, Group, Heads, LinearGrad, Member, QkNorms, Ragged, Reading, Result,
+};
+
+use crate::lora::GROUPS;
+use crate::pass::{Buffers, GradActs, Keep, LayerActs, Pass};
+use crate::{Batch, Checkpoint, Config, LayerWeights, Lora, Storage};
+
+impl Config {
+    /// The attention's shape.
+    pub(crate) fn attention(&self) -> Heads {
+        Heads {
+            query: self.heads,
+            kv: self.kv_heads,
+            dim: self.head_dim,
+        }
+    }
+}
+
+/// Places of the groups in [`GROUPS`].
+const QKV: usize = 0;
+const O: usize = 1;
+const GATE_UP: usize = 2;
+const DOWN: usize = 3;
+
+/// A layer's frozen weights.
+struct Layer<B: Backend> {
+    norm1: B::F32,
+    q_norm: B::F32,
+    k_norm: B::F32,
+    norm2: B::F32,
+    /// By group.
+    products: [Vec<B::Matrix>; 4],
+}
+
+/// A frozen base model on a device. Adapters are arguments of each call, so one
+/// loaded base serves itself and any number of them.
+pub struct Model<B: Backend> {
+    backend: B,
+    config: Config,
+    embedding: B::Matrix,
+    layers: Vec<Layer<B>>,
+    final_norm: B::F32,
+    /// None: the embedding table again.
+    head: Option<B::Matrix>,
+    /// `[positions, head_dim]`: cosines, then sines.
+    rope: B::F32,
+}
+
+/// Adapter dropout of one training step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepDropout {
+    /// Share of the adapters' inputs that is dropped.
+    pub p: f32,
+    /// The run's seed.
+    pub seed: u64,
+    /// Number of the optimiser step.
+    pub step: u32,
+}
+
+/// Losses on their way back: negative log-likelihoods of the labelled tokens, in
+/// the batch's order.
+pub struct Losses<B: Backend> {
+    reading: B::Reading,
+}
+
+impl<B: Backend> Losses<B> {
+    /// Waits for them; in nats.
+    ///
+    /// # Errors
+    /// If the device failed.
+    pub fn wait(self) -> Result<Vec<f32>> {
+        self.reading.wait()
+    }
+}
+
+/// Keys and values of the tokens so far, by layer and slot.
+pub(crate) struct KvCache<B: Backend> {
+    pub shape: Cache,
+    pub layers: Vec<(B::Act, B::Act)>,
+}
+
+/// Where the tokens of a pass stand and what they attend to.
+pub(crate) struct Tokens<'a, B: Backend> {
+    pub count: usize,
+    pub positions: &'a B::Ids,
+    /// Whole rows that attend to themselves; `None`: one token per slot that
+    /// attends to the cache.
+    pub rows: Option<&'a Ragged<B>>,
+    /// The slot of each token's row, where keys and values are to be kept.
+    pub slots: Option<&'a B::Ids>,
+}
+
+/// What distinguishes the runs of a layer from each other.
+struct Run<'a, B: Backend> {
+    tokens: &'a Tokens<'a, B>,
+    lora: Option<Lora<'a, B>>,
+    dropout: Option<Dropout<'a, B>>,
+}
+
+impl<B: Backend> Model<B> {
+    /// Loads a checkpoint layer by layer, its products in the given storage.
+    ///
+    /// # Errors
+    /// If a file cannot be read or the device has no room.
+    pub fn load(backend: B, checkpoint: &Checkpoint, storage: Storage) -> crate::Result<Self> {
+        let config = checkpoint.config().clone();
+        let layers = (0..config.layers).map(|i| checkpoint.layer(i, storage));
+        let ends = Ends {
+            embedding: checkpoint.embedding()?,
+            final_norm: checkpoint.final_norm()?,
+            lm_head: checkpoint.lm_head()?,
+        };
+        Self::new(backend, config, ends, layers)
+    }
+
+    /// Takes over weights, layer by layer.
+    ///
+    /// # Errors
+    /// The first error of `layers`, or of the device.
+    pub fn new<E: From<engine::Error>>(
+        backend: B,
+        config: Config,
+        ends: Ends,
+        layers: impl Iterator<Item = Result<LayerWeights, E>>,
+    ) -> Result<Self, E> {
+        let upload = |weights: LayerWeights| -> Result<Layer<B>> {
+            let mut products = weights.products.into_iter();
+            let mut group = |members: &[_]| -> Result<Vec<_>> {
+                let members = products.by_ref().take(members.len());
+                members.map(|m| backend.upload_matrix(m)).collect()
+            };
+            Ok(Layer {
+                norm1: backend.upload_f32(&weights.input_norm)?,
+                q_norm: backend.upload_f32(&weights.q_norm)?,
+                k_norm: backend.upload_f32(&weights.k_norm)?,
+                norm2: backend.upload_f32(&weights.post_attention_norm)?,
+                products: [
+                    group(GROUPS[QKV])?,
+                    group(GROUPS[O])?,
+                    group(GROUPS[GATE_UP])?,
+                    group(GROUPS[DOWN])?,
+                ],
+            })
+        };
+        let layers = layers
+            .map(|weights| Ok(upload(weights?)?))
+            .collect::<Result<_, E>>()?;
+        Ok(Self {
+            embedding: backend.upload_matrix(ends.embedding)?,
+            final_norm: backend.upload_f32(&ends.final_norm)?,
+            head: ends
+                .lm_head
+                .map(|head| backend.upload_matrix(head))
+                .transpose()?,
+            rope: backend.upload_f32(&rope_table(&config))?,
+            layers,
+            config,
+            backend,
+        })
+    }
+
+    /// The device it is on.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// Its shape.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The output projection `[vocabulary, hidden]`.
+    pub(crate) fn head(&self) -> &B::Matrix {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// Scratch bytes for `[tokens, predictions, longest]` and ranks by group.
+    pub(crate) fn scratch(
+        &self,
+        [tokens, predictions, longest]: [usize; 3],
+        ranks: [usize; 4],
+    ) -> usize {
+        let mut bytes = self
+            .backend
+            .attention_scratch(self.config.attention(), longest)
+            .max(self.backend.head_scratch(self.head(), predictions));
+        for (weights, rank) in self
+            .layers
+            .iter()
+            .flat_map(|l| l.products.iter().zip(ranks))
+        {
+            let weights: Vec<_> = weights.iter().collect();
+            bytes = bytes.max(self.backend.linear_scratch(&weights, [tokens, rank]));
+        }
+        bytes
+    }
+
+    /// Losses of a batch, without dropout and without gradients.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    pub fn losses(
+        &self,
+        pass: &mut Pass<B>,
+        batch: &Batch<B>,
+        lora: Option<Lora<'_, B>>,
+    ) -> Result<Losses<B>> {
+        let buffers = pass.fit(self, batch.size(), lora)?;
+        let tokens = Tokens {
+            count: batch.tokens(),
+            positions: &batch.rows.positions,
+            rows: Some(&batch.rows),
+            slots: None,
+        };
+        self.embed(&batch.ids, tokens.count, buffers);
+        self.layers_forward(&tokens, lora, None, None, buffers);
+        self.head_loss(batch, None, buffers);
+        Ok(self.read_losses(batch, buffers))
+    }
+
+    /// Losses of a batch, and their gradients *added* to `grads`:
+    /// `grads += scale · ∂ Σ nll / ∂ params`. With `scale` one over the labelled
+    /// tokens of the whole optimiser step, the batches of a step add up to the
+    /// gradient of its token mean, however it was cut into batches.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    ///
+    /// # Panics
+    /// If the pass keeps nothing.
+    pub fn losses_and_gradients(
+        &self,
+        pass: &mut Pass<B>,
+        batch: &Batch<B>,
+        lora: Lora<'_, B>,
+        dropout: Option<StepDropout>,
+        (grads, scale): (&mut B::F32, f32),
+    ) -> Result<Losses<B>> {
+        assert_ne!(
+            pass.keep(),
+            Keep::Nothing,
+            "a backward pass needs a pass that keeps"
+        );
+        let keep = pass.keep();
+        let buffers = pass.fit(self, batch.size(), Some(lora))?;
+        let tokens = Tokens {
+            count: batch.tokens(),
+            positions: &batch.rows.positions,
+            rows: Some(&batch.rows),
+            slots: None,
+        };
+        let dropout = dropout.filter(|d| d.p > 0.0).map(|d| Dropout {
+            p: d.p,
+            seed: d.seed,
+            step: d.step,
+            rows: &batch.rows,
+        });
+        self.embed(&batch.ids, tokens.count, buffers);
+        self.layers_forward(&tokens, Some(lora), dropout, None, buffers);
+        self.head_loss(batch, Some(scale), buffers);
+
+        let run = Run {
+            tokens: &tokens,
+            lora: Some(lora),
+            dropout,
+        };
+        let Buffers {
+            stream,
+            layers,
+            grads: down,
+            scratch,
+            ..
+        } = buffers;
+        let down = down.as_mut().expect("a pass that keeps has gradients");
+        for l in (0..self.layers.len()).rev() {
+            let (inputs, outputs) = stream.split_at_mut(l + 1);
+            let x = &inputs[l];
+            let acts = match keep {
+                Keep::All => &mut layers[l],
+                _ => {
+                    self.layer_forward(l, &run, None, x, &mut layers[0], &mut outputs[0], scratch);
+                    &mut layers[0]
+                }
+            };
+            self.layer_backward(l, &run, &batch.rows, x, acts, down, grads, scratch);
+        }
+        Ok(self.read_losses(batch, buffers))
+    }
+
+    /// The first `batch.labelled()` losses, queued for reading.
+    fn read_losses(&self, batch: &Batch<B>, buffers: &Buffers<B>) -> Losses<B> {
+        Losses {
+            reading: self
+                .backend
+                .read_f32(&buffers.head.nll, 0..batch.labelled()),
+        }
+    }
+
+    /// Token embeddings into the start of the residual stream.
+    pub(crate) fn embed(&self, ids: &B::Ids, tokens: usize, buffers: &mut Buffers<B>) {
+        self.backend
+            .embed(&self.embedding, ids, tokens, &mut buffers.stream[0]);
+    }
+
+    /// All layers, from the stream's start to its end.
+    pub(crate) fn layers_forward(
+        &self,
+        tokens: &Tokens<'_, B>,
+        lora: Option<Lora<'_, B>>,
+        dropout: Option<Dropout<'_, B>>,
+        mut cache: Option<&mut KvCache<B>>,
+        buffers: &mut Buffers<B>,
+    ) {
+        let run = Run {
+            tokens,
+            lora,
+            dropout,
+        };
+        let (streams, inside) = (buffers.stream.len(), buffers.layers.len());
+        for l in 0..self.layers.len() {
+            let (from, to) = (l % streams, (l + 1) % streams);
+            let (low, high) = buffers.stream.split_at_mut(from.max(to));
+            let (x, out) = match from < to {
+                true => (&low[from], &mut high[0]),
+                false => (&high[0], &mut low[to]),
+            };
+            let acts = &mut buffers.layers[l % inside];
+            let cache = cache.as_deref_mut();
+            self.layer_forward(l, &run, cache, x, acts, out, &mut buffers.scratch);
+        }
+    }
+
+    /// The stream's buffer behind the last layer.
+    pub(crate) fn last_stream(&self, streams: usize) -> usize {
+        self.layers.len() % streams
+    }
+
+    /// One layer: `out` from `x`, what is inside into `acts`.
+    #[expect(clippy::too_many_arguments, reason = "every buffer is named")]
+    fn layer_forward(
+        &self,
+        l: usize,
+        run: &Run<'_, B>,
+        cache: Option<&mut KvCache<B>>,
+        x: &B::Act,
+        acts: &mut LayerActs<B>,
+        out: &mut B::Act,
+        scratch: &mut B::Workspace,
+    ) {
+        let (b, c, layer) = (&self.backend, &self.config, &self.layers[l]);
+        let (heads, tokens) = (c.attention(), run.tokens.count);
+        let (hidden, inner) = ([tokens, c.hidden_size], [tokens, c.intermediate_size]);
+        let params = run.lora.map(|l| l.params);
+        let linear =
+            |g: usize, x: &B::Act, residual, out: &mut B::Act, xa: &mut B::Act, scratch: &mut _| {
+                let members = self.members(l, g, run.lora);
+                let group = Group {
+                    layer: l as u32,
+                    members: &members,
+                };
+                b.linear(
+                    &group,
+                    params,
+                    run.dropout,
+                    (x, tokens),
+                    residual,
+                    out,
+                    xa,
+                    scratch,
+                );
+            };
+        let LayerActs { xa, .. } = acts;
+        let [xa_qkv, xa_o, xa_gate_up, xa_down] = xa;
+
+        b.rms_norm(
+            x,
+            (&layer.norm1, c.rms_eps),
+            hidden,
+            &mut acts.norm1,
+            &mut acts.rstd1,
+        );
+        linear(QKV, &acts.norm1, None, &mut acts.qkv, xa_qkv, scratch);
+        let norms = self.qk_norms(layer);
+        let (qkv, qk, positions) = (&acts.qkv, &mut acts.qk, run.tokens.positions);
+        b.qk_norm_rope(heads, &norms, positions, tokens, qkv, qk, &mut acts.rstd_qk);
+        if let (Some(cache), Some(slots)) = (cache, run.tokens.slots) {
+            let at = (slots, run.tokens.positions, tokens);
+            let (keys, values) = &mut cache.layers[l];
+            b.cache_append(heads, cache.shape, at, &acts.qk, &acts.qkv, (keys, values));
+            if run.tokens.rows.is_none() {
+                let (qk, store) = (&acts.qk, (&*keys, &*values));
+                b.cache_attention(
+                    heads,
+                    cache.shape,
+                    at,
+                    qk,
+                    store,
+                    &mut acts.attended,
+                    scratch,
+                );
+            }
+        }
+        if let Some(rows) = run.tokens.rows {
+            let (out, lse) = (&mut acts.attended, &mut acts.lse);
+            b.attention(heads, rows, &acts.qk, &acts.qkv, out, lse, scratch);
+        }
+        linear(O, &acts.attended, Some(x), &mut acts.middle, xa_o, scratch);
+
+        let norm = (&layer.norm2, c.rms_eps);
+        b.rms_norm(&acts.middle, norm, hidden, &mut acts.norm2, &mut acts.rstd2);
+        linear(
+            GATE_UP,
+            &acts.norm2,
+            None,
+            &mut acts.gate_up,
+            xa_gate_up,
+            scratch,
+        );
+        b.swiglu(&acts.gate_up, inner, &mut acts.inner);
+        linear(DOWN, &acts.inner, Some(&acts.middle), out, xa_down, scratch);
+    }
+
+    /// One layer backwards: `down.stream` from the gradient of its output to that
+    /// of its input, adapters' gradients added to `grads`. In the lowest layer it
+    /// goes no further than the lowest adapter.
+    #[expect(clippy::too_many_arguments, reason = "every buffer is named")]
+    fn layer_backward(
+        &self,
+        l: usize,
+        run: &Run<'_, B>,
+        rows: &Ragged<B>,
+        x: &B::Act,
+        acts: &LayerActs<B>,
+        down: &mut GradActs<B>,
+        grads: &mut B::F32,
+        scratch: &mut B::Workspace,
+    ) {
+        let (b, c, layer) = (&self.backend, &self.config, &self.layers[l]);
+        let (heads, tokens) = (c.attention(), run.tokens.count);
+        let (hidden, inner) = ([tokens, c.hidden_size], [tokens, c.intermediate_size]);
+        let lora = run.lora.expect("training has an adapter");
+        // Whether anything before group `g` of this layer is trained.
+        let trained_below = |g: usize| l > 0 || lora.layout.trains_any(0, g);
+        let mut linear = |g: usize, x: &B::Act, dout: &B::Act, dx: &mut B::Act, scratch: &mut _| {
+            let members = self.members(l, g, run.lora);
+            let group = Group {
+                layer: l as u32,
+                members: &members,
+            };
+            let want = LinearGrad {
+                dx: trained_below(g).then_some(dx),
+                grads: Some(&mut *grads),
+            };
+            let input = (x, tokens);
+            b.linear_backward(
+                &group,
+                Some(lora.params),
+                run.dropout,
+                input,
+                &acts.xa[g],
+                dout,
+                want,
+                scratch,
+            );
+        };
+
+        linear(DOWN, &acts.inner, &down.stream, &mut down.inner, scratch);
+        if !trained_below(DOWN) {
+            return;
+        }
+        b.swiglu_backward(&acts.gate_up, &down.inner, inner, &mut down.gate_up);
+        linear(
+            GATE_UP,
+            &acts.norm2,
+            &down.gate_up,
+            &mut down.normed,
+            scratch,
+        );
+        if !trained_below(GATE_UP) {
+            return;
+        }
+        let saved = (&acts.middle, &layer.norm2, &acts.rstd2);
+        b.rms_norm_backward(&down.normed, saved, hidden, &mut down.stream);
+
+        linear(O, &acts.attended, &down.stream, &mut down.attended, scratch);
+        if !trained_below(O) {
+            return;
+        }
+        b.attention_backward(
+            heads,
+            rows,
+            (&acts.qk, &acts.qkv),
+            (&acts.attended, &acts.lse),
+            &down.attended,
+            &mut down.qkv,
+            scratch,
+        );
+        let (norms, saved) = (self.qk_norms(layer), (&acts.qkv, &acts.rstd_qk));
+        b.qk_norm_rope_backward(
+            heads,
+            &norms,
+            run.tokens.positions,
+            tokens,
+            saved,
+            &mut down.qkv,
+        );
+        linear(QKV, &acts.norm1, &down.qkv, &mut down.normed, scratch);
+        if !trained_below(QKV) {
+            return;
+        }
+        let saved = (x, &layer.norm1, &acts.rstd1);
+        b.rms_norm_backward(&down.normed, saved, hidden, &mut down.stream);
+    }
+
+    /// The loss of the labelled rows and, with a scale, its gradient by the
+    /// residual stream.
+    fn head_loss(&self, batch: &Batch<B>, scale: Option<f32>, buffers: &mut Buffers<B>) {
+        let (b, c) = (&self.backend, &self.config);
+        let size = [batch.labelled(), c.hidden_size];
+        let last = &buffers.stream[self.last_stream(buffers.stream.len())];
+        let head = &mut buffers.head;
+        b.gather(last, &batch.sources, size, &mut head.picked);
+        let norm = (&self.final_norm, c.rms_eps);
+        b.rms_norm(&head.picked, norm, size, &mut head.normed, &mut head.rstd);
+        let inputs = (&head.normed, &batch.targets, size[0]);
+        let dnormed = scale.map(|scale| (&mut head.dnormed, scale));
+        b.head_loss(
+            self.head(),
+            inputs,
+            &mut head.nll,
+            dnormed,
+            &mut buffers.scratch,
+        );
+        let Some(down) = buffers.grads.as_mut().filter(|_| scale.is_some()) else {
+            return;
+        };
+        b.zero_act(&mut head.dpicked, size[0] * size[1]);
+        let saved = (&head.picked, &self.final_norm, &head.rstd);
+        b.rms_norm_backward(&head.dnormed, saved, size, &mut head.dpicked);
+        let size = [size[0], batch.tokens(), size[1]];
+        b.scatter(&head.dpicked, &batch.sources, size, &mut down.stream);
+    }
+
+    /// The final norm of picked rows, ready for the head: `picked[i] = stream[index[i]]`.
+    pub(crate) fn final_hidden(&self, index: &B::Ids, count: usize, buffers: &mut Buffers<B>) {
+        let (b, c) = (&self.backend, &self.config);
+        let size = [count, c.hidden_size];
+        let last = &buffers.stream[self.last_stream(buffers.stream.len())];
+        let head = &mut buffers.head;
+        b.gather(last, index, size, &mut head.picked);
+        let norm = (&self.final_norm, c.rms_eps);
+        b.rms_norm(&head.picked, norm, size, &mut head.normed, &mut head.rstd);
+    }
+
+    /// A group's weights with their adapters.
+    fn members(&self, l: usize, g: usize, lora: Option<Lora<'_, B>>) -> Vec<Member<'_, B>> {
+        let weights = self.layers[l].products[g].iter();
+        let member = |(weight, &module)| Member {
+            weight,
+            adapter: lora.and_then(|lora| lora.layout.adapter(l, module)),
+        };
+        weights.zip(GROUPS[g]).map(member).collect()
+    }
+
+    /// The norms of a layer's queries and keys.
+    fn qk_norms<'a>(&'a self, layer: &'a Layer<B>) -> QkNorms<'a, B> {
+        QkNorms {
+            q_norm: &layer.q_norm,
+            k_norm: &layer.k_norm,
+            rope: &self.rope,
+            eps: self.config.rms_eps,
+        }
+    }
+}
+
+/// What is not in a layer.
+pub struct Ends {
+    /// Token embeddings `[vocabulary, hidden]`.
+    pub embedding: engine::HostMatrix,
+    /// Weight of the last norm `[hidden]`.
+    pub final_norm: Vec<f32>,
+    /// Output projection `[vocabulary, hidden]`; none: the embeddings again.
+    pub lm_head: Option<engine::HostMatrix>,
+}
+
+/// `[positions, head_dim]`: the cosines of `position · θ^(-2i/head_dim)`, then the
+/// sines; the angle rounded to f32 where transformers rounds it.
+fn rope_table(config: &Config) -> Vec<f32> {
+    let half = config.head_dim / 2;
+    let frequency = |i: usize| {
+        let exponent = (2 * i) as f32 / config.head_dim as f32;
+        (1.0 / config.rope_theta.powf(f64::from(exponent))) as f32
+    };
+    let frequencies: Vec<f32> = (0..half).map(frequency).collect();
+    let mut table = Vec::with_capacity(config.max_positions * config.head_dim);
+    for position in 0..config.max_positions {
+        let angles = || frequencies.iter().map(|f| f64::from(position as f32 * f));
+        table.extend(angles().map(|a| a.cos() as f32));
+        table.extend(angles().map(|a| a.sin() as f32));
+    }
+    table
+}
