@@ -9,4 +9,19 @@
 //! a tokenizer of the real form, and [`pretrain`] the model folder.
 
 pub mod autograd;
+pub mod corpus;
+pub mod demo;
+pub mod grammar;
+pub mod pretrain;
 pub mod random;
+pub mod topics;
+pub mod vocabulary;
+
+/// The seed behind tests/demo/tweets.jsonl.
+pub const DATA_SEED: u64 = 1;
+/// The seed behind tests/demo/model.
+pub const MODEL_SEED: u64 = 2;
+/// Documents of the pretraining text.
+pub const DOCUMENTS: usize = 12_000;
+/// Pretraining steps.
+pub const STEPS: usize = 240;
