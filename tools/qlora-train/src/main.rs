@@ -1,1 +1,249 @@
-fn main() {}
+//! Fine-tunes Qwen3 with LoRA over a frozen base in 4 bits (QLoRA, Dettmers et
+//! al., arXiv 2305.14314).
+//!
+//! The same command finishes what it began: every result is a function of
+//! settings, data and model, so an interrupted run that goes on leaves the same
+//! bytes as one that was never interrupted.
+
+mod card;
+mod folder;
+mod rows;
+mod schedule;
+mod train;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, ValueEnum};
+use cli::{App, Common, Failure, Flags, PrintConfig, Tool};
+use engine::Cpu;
+use qwen3::{Adapter, Chat, Checkpoint, GenerationConfig, Model, Storage};
+use settings::{Quantization, TrainSettings};
+
+use crate::folder::{Folder, Found, Identity};
+
+/// Fine-tune Qwen3 on tweet→reply pairs
+///
+/// Trains LoRA adapters over a frozen base model and writes them in PEFT format
+/// to --out, with a model card, figures and checkpoints. Rows are pairs as
+/// pair-dedup writes them, or conversations under `messages`; rows with
+/// `split: eval` are held out. A line of figures per step goes to standard
+/// output and to OUT/metrics.jsonl.
+#[derive(Parser)]
+#[command(version, after_long_help = cli::after_help(EXAMPLES))]
+struct QloraTrain {
+    /// Folder of the base model, Hugging Face layout
+    #[arg(long, value_name = "DIR")]
+    model: Option<String>,
+    /// Training rows, JSONL; `-` for standard input
+    #[arg(long, value_name = "FILE", required_unless_present = "print_config")]
+    data: Option<PathBuf>,
+    /// Folder for the adapter, its figures and checkpoints
+    #[arg(long, value_name = "DIR", required_unless_present = "print_config")]
+    out: Option<PathBuf>,
+    /// Go on with the run in --out; a finished one is left as it is
+    #[arg(long)]
+    resume: bool,
+    /// Optimiser steps, instead of epochs
+    #[arg(long, value_name = "N")]
+    steps: Option<u64>,
+    /// Rows of a micro-batch
+    #[arg(long, value_name = "N")]
+    batch_size: Option<usize>,
+    /// Highest learning rate
+    #[arg(long, value_name = "RATE")]
+    learning_rate: Option<f64>,
+    /// How the layers' weights are held
+    #[arg(long, value_name = "KIND")]
+    quantization: Option<QuantizationFlag>,
+    /// Start from this adapter, PEFT format
+    #[arg(long, value_name = "DIR")]
+    init_adapter: Option<PathBuf>,
+    /// Take the rows in their order
+    #[arg(long)]
+    no_shuffle: bool,
+    /// Make each row a pass of its own
+    #[arg(long)]
+    no_packing: bool,
+    /// A control: give each training tweet the reply of another
+    #[arg(long)]
+    shuffled_replies: bool,
+    /// Decides the initial adapter, the order of rows and dropout
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Where malformed lines go (see --max-bad-lines)
+    #[arg(long, value_name = "FILE")]
+    rejects: Option<PathBuf>,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Clone, Copy, ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+enum QuantizationFlag {
+    /// 4-bit NormalFloat, scales quantised again
+    Nf4,
+    /// As in the checkpoint
+    None,
+}
+
+const EXAMPLES: &str = "
+$ qlora-train --model model --data pairs.jsonl --out run1 --steps 3 --batch-size 2
+$ qlora-train --model model --data pairs.jsonl --out run1 --steps 3 --batch-size 2 --resume
+$ head -n 8 pairs.jsonl | qlora-train --model model --data - --out run2 --steps 2 --quantization none
+";
+
+fn main() -> ExitCode {
+    cli::main::<QloraTrain>()
+}
+
+impl Tool for QloraTrain {
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn run(self, app: &App) -> Result<()> {
+        let on = |given: bool, value: bool| given.then_some(value);
+        let flags = Flags::new()
+            .set("model.path", &self.model)
+            .set("model.quantization", &self.quantization)
+            .set("training.max_steps", &self.steps)
+            .set("training.batch_size", &self.batch_size)
+            .set("training.learning_rate", &self.learning_rate)
+            .set("training.seed", &self.seed)
+            .set("training.shuffle", &on(self.no_shuffle, false))
+            .set("training.packing", &on(self.no_packing, false))
+            .set("data.shuffled_replies", &on(self.shuffled_replies, true));
+        let Some(resolved) =
+            app.settings::<TrainSettings>(&["model", "lora", "training", "data"], flags)?
+        else {
+            return Ok(());
+        };
+        let settings = &resolved.settings;
+        check(app, settings)?;
+        let (Some(data), Some(out)) = (&self.data, &self.out) else {
+            return Err(Failure::Usage("--data and --out are needed".into()).into());
+        };
+        if out.exists() && !self.resume {
+            let cause = format!(
+                "--out {} exists; --resume goes on with it, or name another folder",
+                out.display()
+            );
+            return Err(Failure::Usage(cause).into());
+        }
+
+        let model_path = PathBuf::from(&settings.model.path);
+        if !model_path.join("config.json").exists() {
+            let remedy = "fetch it with `hf download Qwen/Qwen3-8B --local-dir DIR`, or name another with --model";
+            return Err(
+                Failure::Usage(format!("no model in {}: {remedy}", model_path.display())).into(),
+            );
+        }
+        let checkpoint = Checkpoint::open(&model_path)?;
+        let config = checkpoint.config();
+        let chat = Chat::load(&model_path)?;
+        chat.check(config, &GenerationConfig::load(&model_path)?)?;
+
+        let rows = rows::load(app, data, self.rejects.as_deref(), settings, &chat)?;
+        let initial = self
+            .init_adapter
+            .as_deref()
+            .map(|folder| Adapter::load(folder, config))
+            .transpose()?;
+        let plan = train::Plan::new(settings, config, &rows, initial.as_ref())?;
+
+        app.info(format_args!(
+            "hashing the base model {}",
+            model_path.display()
+        ));
+        let identity = Identity {
+            v: 1,
+            version: env!("CARGO_PKG_VERSION").into(),
+            // Where the model lies and how often a checkpoint is saved change no result.
+            settings: resolved
+                .show(PrintConfig::Key)
+                .lines()
+                .filter(|line| {
+                    !["model.path", "training.save_"]
+                        .iter()
+                        .any(|key| line.starts_with(key))
+                })
+                .map(String::from)
+                .collect(),
+            data: rows.sha256.clone(),
+            model: checkpoint.fingerprint()?,
+            init_adapter: initial.as_ref().map(Adapter::fingerprint),
+        };
+        let (folder, state) = match Folder::open(out, self.resume, &identity)? {
+            Found::Finished => {
+                app.info(format_args!("{} is finished; nothing to do", out.display()));
+                return Ok(());
+            }
+            Found::Fresh(folder) => (folder, None),
+            Found::Resumed(folder, state) => {
+                app.info(format_args!(
+                    "going on after step {} of {}",
+                    state.step,
+                    plan.steps()
+                ));
+                (folder, Some(*state))
+            }
+        };
+        for line in resolved.show(PrintConfig::Full).lines() {
+            app.info(line);
+        }
+        app.info(plan.describe(&rows));
+        let storage = match settings.model.quantization {
+            Quantization::Nf4 => Storage::Nf4,
+            Quantization::None => Storage::AsStored,
+        };
+        let model = Model::load(Cpu, &checkpoint, storage).context("loading the base model")?;
+        train::run(
+            app, settings, &identity, &model, &plan, &rows, folder, state,
+        )
+    }
+}
+
+/// Settings that parse and cannot work.
+fn check(app: &App, settings: &TrainSettings) -> Result<()> {
+    let t = &settings.training;
+    let positive = [
+        ("lora.rank", settings.lora.rank as f64),
+        ("lora.alpha", f64::from(settings.lora.alpha)),
+        ("training.learning_rate", t.learning_rate),
+        ("training.batch_size", t.batch_size as f64),
+        (
+            "training.gradient_accumulation_steps",
+            t.gradient_accumulation_steps as f64,
+        ),
+        ("training.num_epochs", t.num_epochs),
+        ("training.max_grad_norm", t.max_grad_norm),
+        ("training.max_seq_length", t.max_seq_length as f64),
+        ("training.max_steps", t.max_steps.map_or(1.0, |n| n as f64)),
+    ];
+    for (key, value) in positive {
+        if !(value.is_finite() && value > 0.0) {
+            return Err(Failure::Usage(format!("{key} is {value}; it must be above 0")).into());
+        }
+    }
+    for (key, value, below) in [
+        ("lora.dropout", f64::from(settings.lora.dropout), 1.0),
+        ("data.eval_fraction", settings.data.eval_fraction, 1.0),
+        ("training.weight_decay", t.weight_decay, f64::INFINITY),
+    ] {
+        if !(0.0..below).contains(&value) {
+            return Err(Failure::Usage(format!(
+                "{key} is {value}; it must be at least 0 and below {below}"
+            ))
+            .into());
+        }
+    }
+    if t.learning_rate > 0.1 {
+        app.warn(format_args!(
+            "training.learning_rate is {}: usual is 1e-5 to 1e-3",
+            t.learning_rate
+        ));
+    }
+    Ok(())
+}

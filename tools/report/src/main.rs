@@ -1,1 +1,56 @@
-fn main() {}
+//! The results of a run on one screen: what went in, what was learnt, whether
+//! the replies got better. It computes nothing: every figure is read from the
+//! file that the tool behind it wrote.
+
+mod sources;
+mod table;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use cli::{App, Common, Tool};
+
+/// Print the results of a run as a table
+///
+/// Reads what the tools left in data/processed/DATA, output/models/RUN and
+/// output/eval/RUN, and prints it within 80 columns. What is not there yet is
+/// said, with the command that makes it.
+#[derive(Parser)]
+#[command(version, after_long_help = cli::after_help(EXAMPLES))]
+struct Report {
+    /// Name of the run
+    #[arg(long, value_name = "NAME")]
+    run: String,
+    /// Name of its data [default: that of the run]
+    #[arg(long, value_name = "NAME")]
+    data: Option<String>,
+    /// The folder that holds data/ and output/
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    root: PathBuf,
+    #[command(flatten)]
+    common: Common,
+}
+
+const EXAMPLES: &str = "
+$ report --run demo
+";
+
+fn main() -> ExitCode {
+    cli::main::<Report>()
+}
+
+impl Tool for Report {
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn run(self, _app: &App) -> anyhow::Result<()> {
+        let data = self.data.as_deref().unwrap_or(&self.run);
+        let sources = sources::Sources::read(&self.root, &self.run, data)?;
+        let text = table::render(&sources);
+        let mut out = jsonl::Output::stdout();
+        out.line(|out| out.write_all(text.as_bytes()))?;
+        Ok(out.finish()?)
+    }
+}

@@ -48,7 +48,8 @@ impl App {
                     }
                     File::options().create(true).append(true).open(path)
                 };
-                let file = open().map_err(|e| Failure::Usage(format!("--log {}: {e}", path.display())))?;
+                let file =
+                    open().map_err(|e| Failure::Usage(format!("--log {}: {e}", path.display())))?;
                 Some(Mutex::new(file))
             }
         };
@@ -81,11 +82,20 @@ impl App {
     /// The settings `T` from flags, environment, YAML and defaults. `sections`
     /// are the dotted prefixes that this tool uses; `--print-config` shows
     /// those. `None` means that they were printed and the tool is done.
-    pub fn settings<T>(&self, sections: &[&str], flags: Flags) -> anyhow::Result<Option<Resolved<T>>>
+    pub fn settings<T>(
+        &self,
+        sections: &[&str],
+        flags: Flags,
+    ) -> anyhow::Result<Option<Resolved<T>>>
     where
         T: Default + serde::Serialize + serde::de::DeserializeOwned,
     {
-        let resolved = config::resolve::<T>(self.common.config.as_deref(), sections, flags, std::env::vars())?;
+        let resolved = config::resolve::<T>(
+            self.common.config.as_deref(),
+            sections,
+            flags,
+            std::env::vars(),
+        )?;
         let Some(form) = self.common.print_config else {
             return Ok(Some(resolved));
         };
@@ -116,7 +126,10 @@ impl App {
 
     pub(crate) fn print_summary(&self) {
         if let Some(c) = *self.counts.lock().unwrap_or_else(|e| e.into_inner()) {
-            self.info(format_args!("in {}, out {}, rejected {}", c.read, c.written, c.rejected));
+            self.info(format_args!(
+                "in {}, out {}, rejected {}",
+                c.read, c.written, c.rejected
+            ));
         }
     }
 
@@ -147,7 +160,10 @@ impl App {
                 .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&flag)))
                 .context("installing the signal handler")?;
         }
-        Ok(self.interrupted.get_or_init(|| flag).load(Ordering::Relaxed))
+        Ok(self
+            .interrupted
+            .get_or_init(|| flag)
+            .load(Ordering::Relaxed))
     }
 
     /// One line to stderr, past any progress bar, and to the log. That either
@@ -162,9 +178,14 @@ impl App {
 
     pub(crate) fn log_line(&self, text: &str) {
         if let Some(log) = &self.log {
-            let now = OffsetDateTime::now_utc().replace_nanosecond(0).unwrap_or_else(|_| OffsetDateTime::now_utc());
+            let now = OffsetDateTime::now_utc()
+                .replace_nanosecond(0)
+                .unwrap_or_else(|_| OffsetDateTime::now_utc());
             let stamp = now.format(&Rfc3339).unwrap_or_default();
-            let _ = writeln!(log.lock().unwrap_or_else(|e| e.into_inner()), "{stamp} {text}");
+            let _ = writeln!(
+                log.lock().unwrap_or_else(|e| e.into_inner()),
+                "{stamp} {text}"
+            );
         }
     }
 }
@@ -194,7 +215,11 @@ pub fn env_or_dotenv(name: &str) -> anyhow::Result<Option<String>> {
         return Ok(None);
     }
     // The library's messages quote the line, which may hold the secret.
-    let bad = || Failure::Usage(".env: not readable as KEY=VALUE lines; quote values that hold spaces".into());
+    let bad = || {
+        Failure::Usage(
+            ".env: not readable as KEY=VALUE lines; quote values that hold spaces".into(),
+        )
+    };
     for item in dotenvy::from_path_iter(path).map_err(|_| bad())? {
         let (key, value) = item.map_err(|_| bad())?;
         if key == name {

@@ -51,12 +51,19 @@ impl<T> Resolved<T> {
     pub fn show(&self, form: PrintConfig) -> String {
         let mut text = String::new();
         for (path, value, source) in &self.leaves {
-            let mine = |s: &String| path == s || path.strip_prefix(s.as_str()).is_some_and(|rest| rest.starts_with('.'));
+            let mine = |s: &String| {
+                path == s
+                    || path
+                        .strip_prefix(s.as_str())
+                        .is_some_and(|rest| rest.starts_with('.'))
+            };
             if !self.sections.iter().any(mine) {
                 continue;
             }
             match form {
-                PrintConfig::Full => text.push_str(&format!("{:<44} # {source}\n", format!("{path} = {value}"))),
+                PrintConfig::Full => {
+                    text.push_str(&format!("{:<44} # {source}\n", format!("{path} = {value}")))
+                }
                 PrintConfig::Key => text.push_str(&format!("{path} = {value}\n")),
             }
         }
@@ -93,17 +100,23 @@ where
         .collect();
 
     let mut overlay = |path: &str, value: Value, source: String| -> Result<(), Failure> {
-        set(&mut tree, path, value).map_err(|cause| Failure::Usage(format!("{source}: {cause}")))?;
+        set(&mut tree, path, value)
+            .map_err(|cause| Failure::Usage(format!("{source}: {cause}")))?;
         sources.insert(path.to_owned(), source);
         Ok(())
     };
-    let mut variables: Vec<_> = environment.filter(|(name, _)| name.starts_with(ENV_PREFIX)).collect();
+    let mut variables: Vec<_> = environment
+        .filter(|(name, _)| name.starts_with(ENV_PREFIX))
+        .collect();
     variables.sort();
     for (name, text) in variables {
         let path = name[ENV_PREFIX.len()..].to_lowercase().replace("__", ".");
         let top = path.split('.').next().unwrap_or_default();
         // The three files share one environment: another tool's section is none of ours.
-        if !to_tree(&T::default()).as_object().is_some_and(|t| t.contains_key(top)) {
+        if !to_tree(&T::default())
+            .as_object()
+            .is_some_and(|t| t.contains_key(top))
+        {
             continue;
         }
         let value = serde_saphyr::from_str(&text).unwrap_or(Value::String(text));
@@ -114,25 +127,36 @@ where
         overlay(&path, value, format!("flag for {flag}"))?;
     }
     let settings: T = from_tree(&tree).map_err(|(path, cause)| {
-        let source = sources.get(&path).cloned().unwrap_or_else(|| "settings".into());
+        let source = sources
+            .get(&path)
+            .cloned()
+            .unwrap_or_else(|| "settings".into());
         Failure::Usage(format!("{source}: {path}: {cause}"))
     })?;
     let leaves = leaves(&to_tree(&settings))
         .into_iter()
         .map(|(path, value)| {
-            let source = sources.get(&path).cloned().unwrap_or_else(|| "default".into());
+            let source = sources
+                .get(&path)
+                .cloned()
+                .unwrap_or_else(|| "default".into());
             (path, value, source)
         })
         .collect();
-    Ok(Resolved { settings, sections: sections.iter().map(|&s| s.to_owned()).collect(), leaves })
+    Ok(Resolved {
+        settings,
+        sections: sections.iter().map(|&s| s.to_owned()).collect(),
+        leaves,
+    })
 }
 
 /// The settings of a YAML file, and the tree as it was written.
 fn read_yaml<T: Default + DeserializeOwned>(path: &Path) -> Result<(T, Value), Failure> {
     let name = path.display();
-    let text = std::fs::read_to_string(path).map_err(|e| Failure::Usage(format!("--config {name}: {e}")))?;
-    let tree: Value =
-        serde_saphyr::from_str(&text).map_err(|e| Failure::Usage(format!("{name}: not valid YAML: {e}")))?;
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| Failure::Usage(format!("--config {name}: {e}")))?;
+    let tree: Value = serde_saphyr::from_str(&text)
+        .map_err(|e| Failure::Usage(format!("{name}: not valid YAML: {e}")))?;
     if tree.is_null() {
         return Ok((T::default(), tree));
     }
@@ -142,7 +166,11 @@ fn read_yaml<T: Default + DeserializeOwned>(path: &Path) -> Result<(T, Value), F
             let last = key.rsplit('.').next().unwrap_or(&key);
             let line = text
                 .lines()
-                .position(|line| line.trim_start().strip_prefix(last).is_some_and(|rest| rest.trim_start().starts_with(':')))
+                .position(|line| {
+                    line.trim_start()
+                        .strip_prefix(last)
+                        .is_some_and(|rest| rest.trim_start().starts_with(':'))
+                })
                 .map(|at| format!(":{}", at + 1))
                 .unwrap_or_default();
             Err(Failure::Usage(format!("{name}{line}: {key}: {cause}")))
@@ -162,7 +190,11 @@ fn from_tree<T: DeserializeOwned>(tree: &Value) -> Result<T, (String, String)> {
         }
         let unknown = quoted.next().unwrap_or_default();
         if !path.ends_with(unknown) {
-            path = if path == "." { unknown.to_owned() } else { format!("{path}.{unknown}") };
+            path = if path == "." {
+                unknown.to_owned()
+            } else {
+                format!("{path}.{unknown}")
+            };
         }
         let near = quoted
             .map(|known| (strsim::jaro_winkler(unknown, known), known))
@@ -184,7 +216,11 @@ fn leaves(tree: &Value) -> Vec<(String, Value)> {
         match value {
             Value::Object(map) if !map.is_empty() => {
                 for (key, value) in map {
-                    let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                    let path = if prefix.is_empty() {
+                        key.clone()
+                    } else {
+                        format!("{prefix}.{key}")
+                    };
                     walk(&path, value, out);
                 }
             }
@@ -204,7 +240,9 @@ fn set(tree: &mut Value, path: &str, value: Value) -> Result<(), String> {
         if at.is_null() {
             *at = Value::Object(Map::new());
         }
-        let map = at.as_object_mut().ok_or_else(|| format!("{path}: `{key}` is inside a value, not a section"))?;
+        let map = at
+            .as_object_mut()
+            .ok_or_else(|| format!("{path}: `{key}` is inside a value, not a section"))?;
         if keys.peek().is_none() {
             map.insert(key.to_owned(), value);
             return Ok(());
@@ -220,7 +258,11 @@ mod tests {
     use super::*;
     use settings::TrainSettings;
 
-    fn resolve_train(yaml: &str, flags: Flags, env: &[(&str, &str)]) -> Result<Resolved<TrainSettings>, String> {
+    fn resolve_train(
+        yaml: &str,
+        flags: Flags,
+        env: &[(&str, &str)],
+    ) -> Result<Resolved<TrainSettings>, String> {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), yaml).unwrap();
         let env = env.iter().map(|(k, v)| (k.to_string(), v.to_string()));
@@ -230,15 +272,44 @@ mod tests {
     #[test]
     fn flags_beat_environment_beats_yaml_beats_defaults() {
         let yaml = "lora: {r: 4, alpha: 5}\ntraining: {num_epochs: 3}\n";
-        let env = [("PAIRS__LORA__ALPHA", "6"), ("PAIRS__TRAINING__BATCH_SIZE", "7"), ("PAIRS__JUDGE__MODEL", "x")];
-        let flags = Flags::new().set("training.batch_size", &Some(8)).set("training.seed", &None::<u64>);
+        let env = [
+            ("PAIRS__LORA__ALPHA", "6"),
+            ("PAIRS__TRAINING__BATCH_SIZE", "7"),
+            ("PAIRS__JUDGE__MODEL", "x"),
+        ];
+        let flags = Flags::new()
+            .set("training.batch_size", &Some(8))
+            .set("training.seed", &None::<u64>);
         let resolved = resolve_train(yaml, flags, &env).unwrap();
         let s = &resolved.settings;
-        assert_eq!((s.lora.rank, s.lora.alpha, s.training.num_epochs, s.training.batch_size), (4, 6.0, 3.0, 8));
+        assert_eq!(
+            (
+                s.lora.rank,
+                s.lora.alpha,
+                s.training.num_epochs,
+                s.training.batch_size
+            ),
+            (4, 6.0, 3.0, 8)
+        );
         let shown = resolved.show(PrintConfig::Full);
-        let source = |key: &str| shown.lines().find(|l| l.starts_with(key)).unwrap().split("# ").nth(1).unwrap().to_owned();
-        assert!(source("lora.rank").starts_with("/"), "an alias in the file counts as the file's");
-        assert_eq!(source("lora.alpha"), "environment variable PAIRS__LORA__ALPHA");
+        let source = |key: &str| {
+            shown
+                .lines()
+                .find(|l| l.starts_with(key))
+                .unwrap()
+                .split("# ")
+                .nth(1)
+                .unwrap()
+                .to_owned()
+        };
+        assert!(
+            source("lora.rank").starts_with("/"),
+            "an alias in the file counts as the file's"
+        );
+        assert_eq!(
+            source("lora.alpha"),
+            "environment variable PAIRS__LORA__ALPHA"
+        );
         assert_eq!(source("training.batch_size"), "flag for batch-size");
         assert_eq!(source("training.seed"), "default");
         assert!(!shown.contains("model.path"), "only this tool's sections");
@@ -247,7 +318,12 @@ mod tests {
     #[test]
     fn the_same_settings_have_the_same_key_wherever_they_came_from() {
         let a = resolve_train("lora: {rank: 8}", Flags::new(), &[]).unwrap();
-        let b = resolve_train("# a comment\nmodel: {path: x}\n", Flags::new().set("lora.rank", &Some(8)), &[]).unwrap();
+        let b = resolve_train(
+            "# a comment\nmodel: {path: x}\n",
+            Flags::new().set("lora.rank", &Some(8)),
+            &[],
+        )
+        .unwrap();
         let c = resolve_train("lora: {rank: 9}", Flags::new(), &[]).unwrap();
         assert_eq!(a.sha256(), b.sha256());
         assert_ne!(a.sha256(), c.sha256());
@@ -256,34 +332,69 @@ mod tests {
     #[test]
     fn typos_are_refused_with_the_nearest_key_and_the_line() {
         for (yaml, said) in [
-            ("lora:\n  rnk: 8\n", ":2: lora.rnk: unknown key; the nearest known one is `rank`"),
-            ("trainin: {}\n", ":1: trainin: unknown key; the nearest known one is `training`"),
+            (
+                "lora:\n  rnk: 8\n",
+                ":2: lora.rnk: unknown key; the nearest known one is `rank`",
+            ),
+            (
+                "trainin: {}\n",
+                ":1: trainin: unknown key; the nearest known one is `training`",
+            ),
             ("lora: {rank: many}\n", "lora.rank: invalid type"),
-            ("model:\n  bnb_4bit_quant: nf4\n", "model.bnb_4bit_quant: unknown key"),
+            (
+                "model:\n  bnb_4bit_quant: nf4\n",
+                "model.bnb_4bit_quant: unknown key",
+            ),
             ("lora: [1\n", "not valid YAML"),
         ] {
             let error = resolve_train(yaml, Flags::new(), &[]).unwrap_err();
             assert!(error.contains(said), "{yaml}: {error}");
         }
         let error = resolve_train("", Flags::new(), &[("PAIRS__LORA__RNAK", "8")]).unwrap_err();
-        assert!(error.contains("PAIRS__LORA__RNAK") && error.contains("`rank`"), "{error}");
+        assert!(
+            error.contains("PAIRS__LORA__RNAK") && error.contains("`rank`"),
+            "{error}"
+        );
     }
 
     #[test]
     fn spellings_of_the_python_stacks_are_understood() {
         use settings::Quantization::{Nf4, None};
         for (yaml, expected) in [
-            ("model: {path: ./, load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}", Nf4),
+            (
+                "model: {path: ./, load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}",
+                Nf4,
+            ),
             ("model: {quantization: {load_in_4bit: false}}", None),
-            ("model: {quantization: {load_in_4bit: true, bnb_4bit_use_double_quant: true}}", Nf4),
+            (
+                "model: {quantization: {load_in_4bit: true, bnb_4bit_use_double_quant: true}}",
+                Nf4,
+            ),
             ("model: {quantization: none}", None),
         ] {
-            assert_eq!(resolve_train(yaml, Flags::new(), &[]).unwrap().settings.model.quantization, expected, "{yaml}");
+            assert_eq!(
+                resolve_train(yaml, Flags::new(), &[])
+                    .unwrap()
+                    .settings
+                    .model
+                    .quantization,
+                expected,
+                "{yaml}"
+            );
         }
-        for yaml in ["model: {bnb_4bit_quant_type: fp4}", "model: {quantization: none, load_in_4bit: true}"] {
+        for yaml in [
+            "model: {bnb_4bit_quant_type: fp4}",
+            "model: {quantization: none, load_in_4bit: true}",
+        ] {
             assert!(resolve_train(yaml, Flags::new(), &[]).is_err(), "{yaml}");
         }
-        let s = resolve_train("training: {per_device_train_batch_size: 3}", Flags::new(), &[]).unwrap().settings;
+        let s = resolve_train(
+            "training: {per_device_train_batch_size: 3}",
+            Flags::new(),
+            &[],
+        )
+        .unwrap()
+        .settings;
         assert_eq!(s.training.batch_size, 3);
     }
 }

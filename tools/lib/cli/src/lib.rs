@@ -49,7 +49,12 @@ pub struct Common {
     #[arg(short = 'j', long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..), help_heading = "Common options")]
     pub threads: Option<u16>,
     /// Malformed lines to put up with; each is kept in the rejects file
-    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Common options")]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        help_heading = "Common options"
+    )]
     pub max_bad_lines: u64,
 }
 
@@ -132,7 +137,9 @@ fn print_about(command: &mut clap::Command, name: &str) -> Option<ExitCode> {
             }
         }
         Some("--completions") => {
-            let shell = arguments.next().and_then(|shell| clap_complete::Shell::from_str(&shell, true).ok());
+            let shell = arguments
+                .next()
+                .and_then(|shell| clap_complete::Shell::from_str(&shell, true).ok());
             let Some(shell) = shell else {
                 eprintln!("{name}: --completions takes one of bash, zsh, fish, elvish, powershell");
                 return Some(Exit::Usage.into());
@@ -142,7 +149,9 @@ fn print_about(command: &mut clap::Command, name: &str) -> Option<ExitCode> {
         _ => return None,
     }
     let mut out = jsonl::Output::stdout();
-    let written = out.line(|out| out.write_all(&text)).and_then(|()| out.finish());
+    let written = out
+        .line(|out| out.write_all(&text))
+        .and_then(|()| out.finish());
     Some(match written {
         Ok(()) => Exit::Done.into(),
         Err(error) => {

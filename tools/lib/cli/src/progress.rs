@@ -25,16 +25,34 @@ impl<'a> Progress<'a> {
     pub(crate) fn new(app: &'a App, what: &str, total: Option<u64>) -> Self {
         let bar = app.bars().map(|bars| {
             let (bar, style) = match total {
-                Some(total) => (ProgressBar::new(total), "{prefix} [{bar:24}] {pos}/{len} {eta} {wide_msg}"),
-                None => (ProgressBar::new_spinner(), "{prefix} {pos} {elapsed} {wide_msg}"),
+                Some(total) => (
+                    ProgressBar::new(total),
+                    "{prefix} [{bar:24}] {pos}/{len} {eta} {wide_msg}",
+                ),
+                None => (
+                    ProgressBar::new_spinner(),
+                    "{prefix} {pos} {elapsed} {wide_msg}",
+                ),
             };
-            let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
-            let bar = bars.add(bar.with_style(style.progress_chars("=> ")).with_prefix(what.to_owned()));
+            let style = ProgressStyle::with_template(style)
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
+            let bar = bars.add(
+                bar.with_style(style.progress_chars("=> "))
+                    .with_prefix(what.to_owned()),
+            );
             bar.enable_steady_tick(Duration::from_millis(200));
             bar
         });
         let now = Instant::now();
-        Self { app, what: what.to_owned(), total, done: Cell::new(0), bar, last_line: Cell::new(now), started: now }
+        Self {
+            app,
+            what: what.to_owned(),
+            total,
+            done: Cell::new(0),
+            bar,
+            last_line: Cell::new(now),
+            started: now,
+        }
     }
 
     /// So many more are done.
@@ -55,9 +73,15 @@ impl<'a> Progress<'a> {
             bar.set_message(message.to_owned());
         } else if !self.app.quiet() && self.last_line.get().elapsed() >= LINE_EVERY {
             self.last_line.set(Instant::now());
-            let of = self.total.map(|total| format!("/{total}")).unwrap_or_default();
+            let of = self
+                .total
+                .map(|total| format!("/{total}"))
+                .unwrap_or_default();
             let seconds = self.started.elapsed().as_secs();
-            self.app.info(format_args!("{} {done}{of}, {seconds} s {message}", self.what));
+            self.app.info(format_args!(
+                "{} {done}{of}, {seconds} s {message}",
+                self.what
+            ));
         }
     }
 }

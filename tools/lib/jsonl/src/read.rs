@@ -79,19 +79,35 @@ impl Lines {
     /// Standard input for `-`, else the file.
     pub fn open(path: &Path) -> Result<Self, ReadError> {
         if path == Path::new("-") {
-            return Ok(Self::new("-", BufReader::with_capacity(1 << 16, io::stdin())));
+            return Ok(Self::new(
+                "-",
+                BufReader::with_capacity(1 << 16, io::stdin()),
+            ));
         }
-        let open = |source| ReadError::Open { path: path.to_owned(), source };
+        let open = |source| ReadError::Open {
+            path: path.to_owned(),
+            source,
+        };
         let file = File::open(path).map_err(open)?;
         if file.metadata().map_err(open)?.is_dir() {
             return Err(open(io::Error::from(io::ErrorKind::IsADirectory)));
         }
-        Ok(Self::new(path.display().to_string(), BufReader::with_capacity(1 << 16, file)))
+        Ok(Self::new(
+            path.display().to_string(),
+            BufReader::with_capacity(1 << 16, file),
+        ))
     }
 
     /// Lines of any reader, named `file` in errors.
     pub fn new(file: impl Into<String>, source: impl BufRead + Send + 'static) -> Self {
-        Self { source: Box::new(source), position: Position { file: file.into(), line: 0 }, bytes: Vec::new() }
+        Self {
+            source: Box::new(source),
+            position: Position {
+                file: file.into(),
+                line: 0,
+            },
+            bytes: Vec::new(),
+        }
     }
 
     fn read(&mut self) -> Result<Option<Line>, ReadError> {
@@ -101,7 +117,10 @@ impl Lines {
             let mut limited = io::Read::take(&mut self.source, MAX_LINE_BYTES as u64 + 1);
             let read = limited
                 .read_until(b'\n', &mut self.bytes)
-                .map_err(|source| ReadError::Io { position: self.position.clone(), source })?;
+                .map_err(|source| ReadError::Io {
+                    position: self.position.clone(),
+                    source,
+                })?;
             if read == 0 {
                 return Ok(None);
             }
@@ -121,7 +140,10 @@ impl Lines {
                 continue;
             }
             let text = String::from_utf8(line.to_vec()).map_err(|e| e.into_bytes());
-            return Ok(Some(Line { position: self.position.clone(), text }));
+            return Ok(Some(Line {
+                position: self.position.clone(),
+                text,
+            }));
         }
     }
 }
@@ -144,7 +166,11 @@ pub struct Records {
 impl Records {
     /// Records of `lines`, of which at most `max_bad` may be malformed.
     pub fn new(lines: Lines, max_bad: u64) -> Self {
-        Self { lines, max_bad, bad: 0 }
+        Self {
+            lines,
+            max_bad,
+            bad: 0,
+        }
     }
 
     /// How many malformed lines were passed over so far.
@@ -176,7 +202,9 @@ impl Records {
                 file: position.file,
                 line: position.line,
                 error: cause,
-                raw: line.text.unwrap_or_else(|bytes| String::from_utf8_lossy(&bytes).into_owned()),
+                raw: line
+                    .text
+                    .unwrap_or_else(|bytes| String::from_utf8_lossy(&bytes).into_owned()),
             };
             serde_json::to_writer(&mut *rejects, &serde_json::json!({ "bad_line": bad }))
                 .map_err(io::Error::from)
@@ -221,6 +249,10 @@ mod tests {
         assert!(error.starts_with("f:5: not a JSON object"), "{error}");
         let kept = String::from_utf8(rejects).unwrap();
         assert_eq!(kept.lines().count(), 2);
-        assert!(kept.contains(r#""line":2"#) && kept.contains(r#""raw":"not json""#) && kept.contains("UTF-8"));
+        assert!(
+            kept.contains(r#""line":2"#)
+                && kept.contains(r#""raw":"not json""#)
+                && kept.contains("UTF-8")
+        );
     }
 }

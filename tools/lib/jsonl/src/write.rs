@@ -23,7 +23,10 @@ pub enum WriteError {
 
 impl WriteError {
     fn io(path: &Path, source: io::Error) -> Self {
-        Self::Io { path: path.to_owned(), source }
+        Self::Io {
+            path: path.to_owned(),
+            source,
+        }
     }
 }
 
@@ -36,11 +39,16 @@ pub struct Output {
 impl Output {
     /// Locks nothing: one thread writes.
     pub fn stdout() -> Self {
-        Self { out: BufWriter::with_capacity(1 << 16, io::stdout()) }
+        Self {
+            out: BufWriter::with_capacity(1 << 16, io::stdout()),
+        }
     }
 
     /// Writes one line through `write`, which must end it with a newline.
-    pub fn line(&mut self, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), WriteError> {
+    pub fn line(
+        &mut self,
+        write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<(), WriteError> {
         write(&mut self.out).map_err(Self::error)
     }
 
@@ -98,14 +106,24 @@ impl AtomicFile {
             std::fs::create_dir_all(folder).map_err(|e| WriteError::io(folder, e))?;
         }
         let target = part.as_deref().unwrap_or(path);
-        let file = if direct { File::options().write(true).open(target) } else { File::create(target) }
-            .map_err(|e| WriteError::io(target, e))?;
-        Ok(Self { path: path.to_owned(), part, out: BufWriter::with_capacity(1 << 16, file) })
+        let file = if direct {
+            File::options().write(true).open(target)
+        } else {
+            File::create(target)
+        }
+        .map_err(|e| WriteError::io(target, e))?;
+        Ok(Self {
+            path: path.to_owned(),
+            part,
+            out: BufWriter::with_capacity(1 << 16, file),
+        })
     }
 
     /// Writes one record as a line.
     pub fn record(&mut self, record: &record::Record) -> Result<(), WriteError> {
-        record.write_line(&mut self.out).map_err(|e| WriteError::io(&self.path, e))
+        record
+            .write_line(&mut self.out)
+            .map_err(|e| WriteError::io(&self.path, e))
     }
 
     /// Flushes, syncs to the disk and renames into place.
@@ -157,10 +175,15 @@ mod tests {
         let mut file = AtomicFile::create(&path).unwrap();
         file.write_all(b"half").unwrap();
         drop(file);
-        assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 0);
+        assert_eq!(
+            std::fs::read_dir(path.parent().unwrap()).unwrap().count(),
+            0
+        );
         write_atomically(&path, b"whole").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"whole");
-        let full = write_atomically(Path::new("/dev/full"), b"x").unwrap_err().to_string();
+        let full = write_atomically(Path::new("/dev/full"), b"x")
+            .unwrap_err()
+            .to_string();
         assert!(full.starts_with("/dev/full: "), "{full}");
     }
 }

@@ -30,7 +30,9 @@ pub enum Error {
     #[error("not a JSON object: {0}")]
     Json(String),
     /// A newer version of the format.
-    #[error("record version {0} is newer than this build understands ({VERSION}); update the tools")]
+    #[error(
+        "record version {0} is newer than this build understands ({VERSION}); update the tools"
+    )]
     Version(u64),
     /// A field that is needed is not there.
     #[error("key `{0}` is missing")]
@@ -74,7 +76,10 @@ impl Record {
             Some(raw) if raw.get() == "null" => Ok(None),
             Some(raw) => serde_json::from_str(raw.get())
                 .map(Some)
-                .map_err(|e| Error::Field { key: key.to_owned(), cause: e.to_string() }),
+                .map_err(|e| Error::Field {
+                    key: key.to_owned(),
+                    cause: e.to_string(),
+                }),
         }
     }
 
@@ -90,15 +95,25 @@ impl Record {
 
     /// Sets a field: in its place where it exists, else at the end.
     pub fn set<T: Serialize + ?Sized>(&mut self, key: &str, value: &T) -> Result<(), Error> {
-        let raw = serde_json::value::to_raw_value(value)
-            .map_err(|e| Error::Field { key: key.to_owned(), cause: e.to_string() })?;
+        let raw = serde_json::value::to_raw_value(value).map_err(|e| Error::Field {
+            key: key.to_owned(),
+            cause: e.to_string(),
+        })?;
         self.fields.insert(key.to_owned(), raw);
         Ok(())
     }
 
     /// Sets a field only where it is missing.
-    pub fn set_default<T: Serialize + ?Sized>(&mut self, key: &str, value: &T) -> Result<(), Error> {
-        if self.contains(key) { Ok(()) } else { self.set(key, value) }
+    pub fn set_default<T: Serialize + ?Sized>(
+        &mut self,
+        key: &str,
+        value: &T,
+    ) -> Result<(), Error> {
+        if self.contains(key) {
+            Ok(())
+        } else {
+            self.set(key, value)
+        }
     }
 
     /// Removes a field; says whether it was there.
@@ -169,9 +184,15 @@ mod tests {
         let mut record = Record::parse(line).unwrap();
         assert_eq!(record.to_string(), line);
         record.set("added", &true).unwrap();
-        assert_eq!(record.to_string(), format!("{},\"added\":true}}", &line[..line.len() - 1]));
+        assert_eq!(
+            record.to_string(),
+            format!("{},\"added\":true}}", &line[..line.len() - 1])
+        );
         record.set("f", &2).unwrap();
-        assert!(record.to_string().contains(r#""f":2,"s""#), "a value is replaced in its place");
+        assert!(
+            record.to_string().contains(r#""f":2,"s""#),
+            "a value is replaced in its place"
+        );
     }
 
     #[test]
@@ -187,7 +208,19 @@ mod tests {
             assert!(error.contains(said), "{line}: {error}");
         }
         let record = Record::parse(r#"{"n":null,"s":3}"#).unwrap();
-        assert!(record.require::<String>("n").unwrap_err().to_string().contains("`n` is missing"));
-        assert!(record.get::<String>("s").unwrap_err().to_string().contains("`s`"));
+        assert!(
+            record
+                .require::<String>("n")
+                .unwrap_err()
+                .to_string()
+                .contains("`n` is missing")
+        );
+        assert!(
+            record
+                .get::<String>("s")
+                .unwrap_err()
+                .to_string()
+                .contains("`s`")
+        );
     }
 }

@@ -41,7 +41,9 @@ impl Pair {
         let id = match (text_id("id")?, &tweet_id, &reply_id) {
             (Some(id), ..) => id,
             (None, Some(tweet), Some(reply)) => format!("{tweet}-{reply}"),
-            (None, None, _) => return Err(Error::Missing("id` (or `tweet_id` and `reply_id".into())),
+            (None, None, _) => {
+                return Err(Error::Missing("id` (or `tweet_id` and `reply_id".into()));
+            }
             (None, _, None) => return Err(Error::Missing("id` (or `reply_id".into())),
         };
         Ok(Self {
@@ -109,7 +111,10 @@ pub struct BadLine {
 }
 
 /// Counts records by each reason they were refused for.
-pub fn count_by_reason<'a>(reasons: impl IntoIterator<Item = &'a Reason>, counts: &mut BTreeMap<String, u64>) {
+pub fn count_by_reason<'a>(
+    reasons: impl IntoIterator<Item = &'a Reason>,
+    counts: &mut BTreeMap<String, u64>,
+) {
     for reason in reasons {
         *counts.entry(reason.filter.clone()).or_default() += 1;
     }
@@ -132,7 +137,11 @@ impl<'de> Deserialize<'de> for TextId {
                 f.write_str("an id: a string or a whole number")
             }
             fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<TextId, E> {
-                if text.is_empty() { Err(E::custom("an id is empty")) } else { Ok(TextId(text.to_owned())) }
+                if text.is_empty() {
+                    Err(E::custom("an id is empty"))
+                } else {
+                    Ok(TextId(text.to_owned()))
+                }
             }
             fn visit_u64<E>(self, id: u64) -> Result<TextId, E> {
                 Ok(TextId(id.to_string()))
@@ -141,7 +150,9 @@ impl<'de> Deserialize<'de> for TextId {
                 Err(E::custom(format_args!("id {id} is negative")))
             }
             fn visit_f64<E: serde::de::Error>(self, _: f64) -> Result<TextId, E> {
-                Err(E::custom("an id came as a float and has lost digits; export ids as strings"))
+                Err(E::custom(
+                    "an id came as a float and has lost digits; export ids as strings",
+                ))
             }
         }
         let id = deserializer.deserialize_any(AnyId)?;
@@ -160,10 +171,24 @@ mod tests {
     #[test]
     fn ids_come_as_text_or_as_numbers() {
         let pair = |line| Record::parse(line).unwrap().pair();
-        let a = pair(r#"{"tweet_id":1790000000000000001,"tweet":"t","reply_id":"9","reply":"r"}"#).unwrap();
-        assert_eq!((a.id.as_str(), a.conversation_id.as_str()), ("1790000000000000001-9", "1790000000000000001"));
-        assert!(pair(r#"{"tweet":"t","reply":"r"}"#).unwrap_err().to_string().contains("`id`"));
+        let a = pair(r#"{"tweet_id":1790000000000000001,"tweet":"t","reply_id":"9","reply":"r"}"#)
+            .unwrap();
+        assert_eq!(
+            (a.id.as_str(), a.conversation_id.as_str()),
+            ("1790000000000000001-9", "1790000000000000001")
+        );
+        assert!(
+            pair(r#"{"tweet":"t","reply":"r"}"#)
+                .unwrap_err()
+                .to_string()
+                .contains("`id`")
+        );
         assert!(pair(r#"{"tweet_id":1e18,"tweet":"t","reply_id":"9","reply":"r"}"#).is_err());
-        assert!(pair(r#"{"id":"a","reply":"r"}"#).unwrap_err().to_string().contains("`tweet` is missing"));
+        assert!(
+            pair(r#"{"id":"a","reply":"r"}"#)
+                .unwrap_err()
+                .to_string()
+                .contains("`tweet` is missing")
+        );
     }
 }

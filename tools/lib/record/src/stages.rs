@@ -79,7 +79,10 @@ mod tests {
         assert_eq!(quality(Some(50), Some(2500), 0.0), 0.5);
         assert_eq!(quality(Some(50), Some(2500), 0.2), 0.4);
         let few_followers = quality(Some(20), Some(100), 0.0);
-        assert!(few_followers > quality(Some(20), Some(100_000), 0.0), "the same likes weigh more in a small room");
+        assert!(
+            few_followers > quality(Some(20), Some(100_000), 0.0),
+            "the same likes weigh more in a small room"
+        );
         assert!((0.9..1.0).contains(&quality(Some(u64::MAX), Some(1), 0.0)));
     }
 }

@@ -136,7 +136,11 @@ pub struct Quality {
 
 impl Default for Quality {
     fn default() -> Self {
-        Self { max_toxicity: 0.3, exclude_spam: true, unknown_figures: UnknownFigures::Reject }
+        Self {
+            max_toxicity: 0.3,
+            exclude_spam: true,
+            unknown_figures: UnknownFigures::Reject,
+        }
     }
 }
 

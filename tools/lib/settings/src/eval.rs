@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::{Quantization, TextChoice};
+
 /// The whole file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -14,10 +16,19 @@ pub struct EvalSettings {
     pub statistics: Statistics,
 }
 
-/// How replies are generated.
+/// How replies are generated. What is not set is as the adapter was trained,
+/// by the `train.yaml` beside it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Generation {
+    /// Folder of the base model in Hugging Face layout.
+    pub model: Option<String>,
+    /// How its layers' weights are held.
+    pub quantization: Option<Quantization>,
+    /// Which text of a pair.
+    pub text: Option<TextChoice>,
+    /// Put before every conversation; empty for none.
+    pub system_prompt: Option<String>,
     /// Longest reply, in tokens.
     pub max_new_tokens: usize,
     /// 0 takes the likeliest token each time.
@@ -34,7 +45,18 @@ pub struct Generation {
 
 impl Default for Generation {
     fn default() -> Self {
-        Self { max_new_tokens: 96, temperature: 0.0, top_p: 1.0, top_k: 0, batch_size: 16, seed: 42 }
+        Self {
+            model: None,
+            quantization: None,
+            text: None,
+            system_prompt: None,
+            max_new_tokens: 96,
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            batch_size: 16,
+            seed: 42,
+        }
     }
 }
 
@@ -67,7 +89,13 @@ pub struct Judge {
 
 impl Default for Judge {
     fn default() -> Self {
-        Self { provider: JudgeProvider::Anthropic, model: "claude-sonnet-5".into(), max_tokens: 1024, concurrency: 4, max_cost_usd: 5.0 }
+        Self {
+            provider: JudgeProvider::Anthropic,
+            model: "claude-sonnet-5".into(),
+            max_tokens: 1024,
+            concurrency: 4,
+            max_cost_usd: 5.0,
+        }
     }
 }
 
@@ -85,6 +113,10 @@ pub struct Statistics {
 
 impl Default for Statistics {
     fn default() -> Self {
-        Self { alpha: 0.05, resamples: 10_000, seed: 42 }
+        Self {
+            alpha: 0.05,
+            resamples: 10_000,
+            seed: 42,
+        }
     }
 }

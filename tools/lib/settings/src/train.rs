@@ -40,7 +40,10 @@ pub struct Model {
 
 impl Default for Model {
     fn default() -> Self {
-        Self { path: "data/cache/models/Qwen3-8B".into(), quantization: Quantization::Nf4 }
+        Self {
+            path: "data/cache/models/Qwen3-8B".into(),
+            quantization: Quantization::Nf4,
+        }
     }
 }
 
@@ -96,7 +99,9 @@ impl<'de> Deserialize<'de> for Model {
         }
         for map in maps {
             if let Some(kind) = map.bnb_4bit_quant_type.filter(|kind| kind != "nf4") {
-                return refuse(format!("bnb_4bit_quant_type: {kind} is not supported; nf4 is"));
+                return refuse(format!(
+                    "bnb_4bit_quant_type: {kind} is not supported; nf4 is"
+                ));
             }
             if map.bnb_4bit_use_double_quant == Some(false) {
                 return refuse("bnb_4bit_use_double_quant: false is not supported: nf4 here always quantises its scales again".into());
@@ -104,20 +109,33 @@ impl<'de> Deserialize<'de> for Model {
             if let Some(dtype) = map.bnb_4bit_compute_dtype
                 && !["bfloat16", "bf16", "float32", "torch.bfloat16"].contains(&dtype.as_str())
             {
-                return refuse(format!("bnb_4bit_compute_dtype: {dtype} is not supported; bfloat16 is (the CPU computes in float32)"));
+                return refuse(format!(
+                    "bnb_4bit_compute_dtype: {dtype} is not supported; bfloat16 is (the CPU computes in float32)"
+                ));
             }
             if let Some(storage) = map.bnb_4bit_quant_storage.filter(|s| s != "uint8") {
-                return refuse(format!("bnb_4bit_quant_storage: {storage} is not supported; uint8 is"));
+                return refuse(format!(
+                    "bnb_4bit_quant_storage: {storage} is not supported; uint8 is"
+                ));
             }
         }
-        let asked = load_in_4bit.map(|four| if four { Quantization::Nf4 } else { Quantization::None });
+        let asked = load_in_4bit.map(|four| {
+            if four {
+                Quantization::Nf4
+            } else {
+                Quantization::None
+            }
+        });
         let quantization = match (named, asked) {
             (Some(name), Some(asked)) if name != asked => {
                 return refuse("`quantization` and `load_in_4bit` contradict each other".into());
             }
             (named, asked) => named.or(asked).unwrap_or_default(),
         };
-        Ok(Self { path: keys.path.unwrap_or_else(|| Self::default().path), quantization })
+        Ok(Self {
+            path: keys.path.unwrap_or_else(|| Self::default().path),
+            quantization,
+        })
     }
 }
 
@@ -155,7 +173,17 @@ impl Default for Lora {
             alpha: 32.0,
             dropout: 0.05,
             target_modules: TargetModules::List(
-                ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"].map(String::from).into(),
+                [
+                    "q_proj",
+                    "k_proj",
+                    "v_proj",
+                    "o_proj",
+                    "gate_proj",
+                    "up_proj",
+                    "down_proj",
+                ]
+                .map(String::from)
+                .into(),
             ),
         }
     }
