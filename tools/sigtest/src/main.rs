@@ -86,6 +86,9 @@ $ sigtest --a systems.base.nll --b systems.lora.nll --exit-status < out.jsonl
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Line {
     v: u64,
+    /// The paths that were compared.
+    a: String,
+    b: String,
     metric: String,
     test: &'static str,
     /// Which form the test took: exact or not, with clusters or not.
@@ -355,6 +358,8 @@ impl Sigtest {
         let finite = |x: f64| x.is_finite().then_some(x);
         let blank = Line {
             v: record::VERSION,
+            a: self.a.clone(),
+            b: self.b.clone(),
             metric: metric.to_owned(),
             test: "",
             method: None,
