@@ -25,6 +25,18 @@ pub enum ConfigError {
         /// Where it would have gone.
         host: String,
     },
+    /// The secret would go to a host that is not its service's, and nobody said so.
+    #[error(
+        "{name} belongs to {service} and would be sent to {host}: say --send-key-to {host} if that is meant"
+    )]
+    Elsewhere {
+        /// The environment variable.
+        name: String,
+        /// The service's own host.
+        service: String,
+        /// Where it would have gone.
+        host: String,
+    },
     /// The secret is empty or has characters that no header can carry.
     #[error(
         "{name} is empty or has characters that cannot be sent: copy it again, on one line, without quotes"

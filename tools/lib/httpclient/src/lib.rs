@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 pub use error::{ConfigError, Error};
 pub use policy::Policy;
 pub use reqwest::{Method, Url};
-pub use secret::{Scheme, Secret};
+pub use secret::{Scheme, Secret, confirm_host};
 
 /// One service: where it is, how patiently it is asked, and what opens it.
 #[derive(Debug, Clone)]

@@ -97,6 +97,36 @@ impl fmt::Debug for Secret {
     }
 }
 
+/// Lets the secret `name` of `service` go to `url`: freely where both have one origin,
+/// else only where `confirmed` names the host of `url` (with its port, if it has one).
+///
+/// A wrong address in a configuration from elsewhere must not be enough to give a key
+/// away; saying the host twice is.
+///
+/// # Errors
+/// [`ConfigError::Elsewhere`] when it was not confirmed.
+pub fn confirm_host(
+    name: &str,
+    service: &str,
+    url: &str,
+    confirmed: Option<&str>,
+) -> Result<(), ConfigError> {
+    let (service, url) = (crate::parse_base(service)?, crate::parse_base(url)?);
+    let shown = |url: &Url| {
+        let port = url.port().map(|p| format!(":{p}")).unwrap_or_default();
+        format!("{}{port}", url.host_str().unwrap_or(""))
+    };
+    let host = shown(&url);
+    if service.origin() == url.origin() || confirmed == Some(host.as_str()) {
+        return Ok(());
+    }
+    Err(ConfigError::Elsewhere {
+        name: name.to_owned(),
+        service: shown(&service),
+        host,
+    })
+}
+
 /// Whether `url` stays on this machine. Names are not resolved, `localhost` apart.
 pub(crate) fn is_loopback(url: &Url) -> bool {
     let host = url
@@ -148,6 +178,17 @@ mod tests {
             secret().redact("bad token s3cr3t-value."),
             "bad token [THE_KEY]."
         );
+    }
+
+    #[test]
+    fn another_host_must_be_said_twice() {
+        let confirm = |url, host| confirm_host("K", "https://api.example.com", url, host).is_ok();
+        assert!(confirm("https://api.example.com/v2", None));
+        assert!(!confirm("https://proxy.test/", None));
+        assert!(!confirm("https://proxy.test/", Some("api.example.com")));
+        assert!(confirm("https://proxy.test/", Some("proxy.test")));
+        assert!(!confirm("https://proxy.test:8443/", Some("proxy.test")));
+        assert!(confirm("https://proxy.test:8443/", Some("proxy.test:8443")));
     }
 
     #[test]

@@ -1,0 +1,903 @@
+//! tw-fetch through its binary: imports of every format, and the Apify API as played
+//! by a local server.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::HashSet;
+use std::process::Stdio;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use harness::server::{Reply, Request, Server};
+use harness::{Conventions, Run, Tool, check_examples};
+use serde_json::{Value, json};
+
+const TOKEN: &str = "apify_api_0123456789abcdef";
+
+fn tool() -> Tool {
+    Tool::new(env!("CARGO_BIN_EXE_tw-fetch"))
+}
+
+fn pair_lines(n: usize) -> String {
+    (0..n)
+        .map(|i| {
+            let pair = json!({"tweet_id": format!("{}", 100 + i), "tweet": "What is your favourite soup?", "reply_id": format!("{}", 900 + i), "reply": "Tomato, with far too much bread."});
+            format!("{pair}\n")
+        })
+        .collect()
+}
+
+harness::conventions!(|| {
+    let conventions = Conventions {
+        arguments: vec!["--method".into(), "file".into()],
+        // Past any pipe's buffer, so that a reader who left is noticed.
+        input: pair_lines(2000),
+        empty: 0,
+        key: "collection.target_pairs",
+        passes_records: true,
+    };
+    (tool(), conventions)
+});
+
+#[test]
+fn examples_of_the_help_run() {
+    let tool = tool();
+    tool.file("export.json", &Value::from(apify_items()).to_string());
+    tool.file("tweets.jsonl", &lines(&apify_items()[..1]));
+    tool.file("replies.jsonl", &lines(&apify_items()[1..]));
+    tool.file("pairs.jsonl", &pair_lines(2));
+    check_examples(&tool);
+}
+
+// ---- files ----
+
+fn lines(items: &[Value]) -> String {
+    items.iter().map(|item| format!("{item}\n")).collect()
+}
+
+/// A tweet, a reply, a reply to that, and one to a tweet that is not here: the fields
+/// and forms of Tweet Scraper V2.
+fn apify_items() -> Vec<Value> {
+    let item = |id: &str, parent: Option<&str>, author: &str, text: &str, likes: u64| {
+        let mut item = json!({
+            "type": "tweet", "id": id, "url": format!("https://x.com/i/status/{id}"), "text": "cut short…", "fullText": text,
+            "retweetCount": 1, "replyCount": 2, "likeCount": likes, "createdAt": "Thu Sep 18 04:57:01 +0000 2025", "lang": "en",
+            "isReply": parent.is_some(), "conversationId": "1790000000000000001", "isRetweet": false, "isQuote": false,
+            "media": [], "entities": {"hashtags": [], "urls": [], "user_mentions": []},
+            "author": {"id": format!("id-{author}"), "userName": author, "followers": 1500}
+        });
+        if let Some(parent) = parent {
+            item["inReplyToId"] = parent.into();
+        }
+        item
+    };
+    let mut items = vec![
+        item(
+            "1790000000000000001",
+            None,
+            "made_up_anna",
+            "Soup &amp; bread &lt;3 &amp;amp; you?",
+            300,
+        ),
+        item(
+            "1790000000000000002",
+            Some("1790000000000000001"),
+            "made_up_ben",
+            "Bread first, always.",
+            40,
+        ),
+        item(
+            "1790000000000000003",
+            Some("1790000000000000002"),
+            "made_up_cleo",
+            "Second that.",
+            7,
+        ),
+        item(
+            "1790000000000000009",
+            Some("1790000000000000008"),
+            "made_up_dora",
+            "To nobody here.",
+            3,
+        ),
+    ];
+    items[2]["media"] = json!(["https://pbs.example/1.jpg", "https://pbs.example/2.jpg"]);
+    items
+}
+
+fn expected_pairs(source: &str) -> Vec<Value> {
+    vec![
+        json!({
+            "v": 1, "id": "1790000000000000001-1790000000000000002", "conversation_id": "1790000000000000001",
+            "tweet_id": "1790000000000000001", "tweet": "Soup & bread <3 &amp; you?", "tweet_likes": 300, "tweet_replies": 2,
+            "tweet_created_at": "2025-09-18T04:57:01Z", "tweet_lang": "en", "tweet_media": 0, "tweet_urls": 0,
+            "reply_id": "1790000000000000002", "reply": "Bread first, always.", "reply_likes": 40,
+            "reply_author_followers": 1500, "reply_created_at": "2025-09-18T04:57:01Z", "reply_lang": "en",
+            "reply_media": 0, "reply_urls": 0, "source": source,
+        }),
+        json!({
+            "v": 1, "id": "1790000000000000002-1790000000000000003", "conversation_id": "1790000000000000001",
+            "tweet_id": "1790000000000000002", "tweet": "Bread first, always.", "tweet_likes": 40, "tweet_replies": 2,
+            "tweet_created_at": "2025-09-18T04:57:01Z", "tweet_lang": "en", "tweet_media": 0, "tweet_urls": 0,
+            "reply_id": "1790000000000000003", "reply": "Second that.", "reply_likes": 7,
+            "reply_author_followers": 1500, "reply_created_at": "2025-09-18T04:57:01Z", "reply_lang": "en",
+            "reply_media": 2, "reply_urls": 0, "source": source,
+        }),
+    ]
+}
+
+#[test]
+fn an_apify_export_joins_from_an_array_from_lines_and_in_any_order() {
+    let tool = tool();
+    let items = apify_items();
+    let array = tool.file("array.json", &serde_json::to_string_pretty(&items).unwrap());
+    let jsonl = tool.file("lines.jsonl", &lines(&items));
+    for file in [&array, &jsonl] {
+        let run = tool
+            .run(&["--method", "file", "--input", file], "")
+            .exits(0);
+        assert_eq!(run.records(), expected_pairs("apify-export"));
+        let run = run.never_says("made_up_");
+        run.says("in no pair: parent_not_collected 1 (--unpaired FILE keeps them)")
+            .says("in 4, out 2, rejected 1");
+    }
+    let backwards: Vec<Value> = items.into_iter().rev().collect();
+    let mut pairs = tool
+        .run(&["--input", "-"], &lines(&backwards))
+        .exits(0)
+        .records();
+    pairs.reverse();
+    assert_eq!(
+        pairs,
+        expected_pairs("apify-export"),
+        "a reply may come before its tweet"
+    );
+}
+
+#[test]
+fn a_flattened_csv_gives_the_same_pairs() {
+    for separator in ["/", "."] {
+        let tool = tool();
+        let header = [
+            "id",
+            "fullText",
+            "text",
+            "likeCount",
+            "replyCount",
+            "createdAt",
+            "lang",
+            "isReply",
+            "inReplyToId",
+            "conversationId",
+            "author/id",
+            "author/userName",
+            "author/followers",
+            "media/0",
+            "media/1",
+        ]
+        .join(",")
+        .replace('/', separator);
+        let mut csv = format!("\u{feff}{header}\r\n");
+        for item in apify_items() {
+            let quote = |v: &Value| match v {
+                Value::Null => String::new(),
+                Value::String(s) => format!("\"{}\"", s.replace('"', "\"\"")),
+                other => other.to_string(),
+            };
+            let cells = [
+                "/id",
+                "/fullText",
+                "/text",
+                "/likeCount",
+                "/replyCount",
+                "/createdAt",
+                "/lang",
+                "/isReply",
+                "/inReplyToId",
+                "/conversationId",
+                "/author/id",
+                "/author/userName",
+                "/author/followers",
+                "/media/0",
+                "/media/1",
+            ];
+            let row: Vec<String> = cells
+                .iter()
+                .map(|p| item.pointer(p).map(quote).unwrap_or_default())
+                .collect();
+            csv += &format!("{}\r\n", row.join(","));
+        }
+        let file = tool.file("export.csv", &csv);
+        assert_eq!(
+            tool.run(&["--input", &file], "").exits(0).records(),
+            expected_pairs("apify-export")
+        );
+        let bad = tool.file("bad.csv", &format!("{csv}1,2,3\r\n"));
+        tool.run(&["--input", &bad], "")
+            .exits(3)
+            .says("bad.csv:6: 3 cells under 15 headers");
+    }
+}
+
+#[test]
+fn twscrape_lines_join_and_keep_every_digit() {
+    let tool = tool();
+    let tweet = |id: u64, parent: Option<u64>, user: u64, text: &str| {
+        json!({
+            "id": id, "id_str": id.to_string(), "date": "2025-09-18 04:57:01+00:00", "lang": "en", "rawContent": text,
+            "replyCount": 2, "likeCount": 11, "conversationId": 1_790_000_000_000_000_001_u64,
+            "inReplyToTweetId": parent, "links": [], "media": {"photos": [], "videos": [{}], "animated": []},
+            "user": {"id": user, "username": "made_up_anna", "followersCount": 70}
+        })
+    };
+    let items = [
+        tweet(1_790_000_000_000_000_001, None, 1, "A &gt; B"),
+        // 1 apart, and beyond 2^53: floats would take them for the same tweet.
+        tweet(
+            1_790_000_000_000_000_002,
+            Some(1_790_000_000_000_000_001),
+            2,
+            "No.",
+        ),
+        tweet(
+            1_790_000_000_000_000_003,
+            Some(1_790_000_000_000_000_001),
+            1,
+            "And another thing",
+        ),
+    ];
+    let pairs = tool
+        .run(&["--unpaired", "unpaired.jsonl"], &lines(&items))
+        .exits(0)
+        .records();
+    assert_eq!(pairs.len(), 1);
+    assert_eq!(pairs[0]["id"], "1790000000000000001-1790000000000000002");
+    assert_eq!(pairs[0]["tweet"], "A > B");
+    assert_eq!(pairs[0]["reply_author_followers"], 70);
+    assert_eq!(pairs[0]["reply_media"], 1);
+    assert_eq!(pairs[0]["source"], "twscrape");
+    let left: Value = serde_json::from_str(&tool.read("unpaired.jsonl")).unwrap();
+    assert_eq!(left["rejected"]["reasons"][0]["filter"], "self_reply");
+    assert_eq!(left["id"], 1_790_000_000_000_000_003_u64);
+}
+
+#[test]
+fn pairs_pass_byte_for_byte_and_get_what_they_lack() {
+    let tool = tool();
+    let bare = r#"{"tweet_id":"1","tweet":"a \u00e9","reply_id":2,"reply":"b","odd":1.0e2}"#;
+    let whole =
+        r#"{"v":1,"id":"x","conversation_id":"c","tweet":"a","reply":"b","odd":{ "n" : 1 }}"#;
+    let run = tool
+        .run::<&str>(&[], &format!("{bare}\n{whole}\n"))
+        .exits(0);
+    let added = r#","v":1,"id":"1-2","conversation_id":"1"}"#;
+    assert_eq!(
+        run.stdout,
+        format!("{}{added}\n{whole}\n", &bare[..bare.len() - 1])
+    );
+}
+
+#[test]
+fn nothing_is_lost_between_pairs_and_unpaired() {
+    let tool = tool();
+    let mut items = apify_items();
+    items.push(items[0].clone());
+    items.push(json!({"noResults": true}));
+    items.push(
+        json!({"id": "5", "fullText": "RT @x: hm", "isRetweet": true, "conversationId": "5"}),
+    );
+    items.push(json!({"id": "6", "fullText": "Anybody?", "conversationId": "6"}));
+    let run = tool
+        .run(
+            &["--unpaired", "left.jsonl", "--keep-authors"],
+            &lines(&items),
+        )
+        .exits(0);
+    let run = run.says("in 8, out 2, rejected 5");
+    assert_eq!(run.records()[0]["reply_author"], "made_up_ben");
+    let left = tool.read("left.jsonl");
+    let reasons: Vec<String> = left
+        .lines()
+        .map(|line| {
+            serde_json::from_str::<Value>(line).unwrap()["rejected"]["reasons"][0]["filter"]
+                .to_string()
+        })
+        .collect();
+    let expected = [
+        "duplicate_id",
+        "no_tweet",
+        "parent_not_collected",
+        "retweet",
+        "no_reply_collected",
+    ];
+    assert_eq!(reasons, expected.map(|r| format!("\"{r}\"")));
+    // What is left over may be read again beside what it lacked.
+    let parent = json!({"id": "1790000000000000008", "text": "The missing one", "conversationId": "1790000000000000008"});
+    let more = tool.file("more.jsonl", &lines(&[parent]));
+    let again = tool
+        .run(&["--input", &tool.path("left.jsonl"), "--input", &more], "")
+        .exits(0);
+    assert!(
+        again
+            .records()
+            .iter()
+            .any(|pair| pair["reply"] == "To nobody here."),
+        "{again}"
+    );
+}
+
+#[test]
+fn what_is_malformed_is_named_by_its_place() {
+    let tool = tool();
+    let cases = [
+        (
+            "lines.jsonl",
+            "{\"id\":\"1\",\"text\":\"a\"}\n{oops\n",
+            "lines.jsonl:2: ",
+        ),
+        (
+            "array.json",
+            "[\n{\"id\":\"1\",\"text\":\"a\"},\n{\"id\":1.79e18,\"text\":\"b\"}]",
+            "array.json: element 2: key `id`",
+        ),
+        (
+            "cut.json",
+            "[{\"id\":\"1\",\"text\":\"a\"},\n{\"id\":",
+            "cut.json:2: not a JSON array",
+        ),
+        (
+            "sheet.csv",
+            "id,text\n1.79E+18,a\n",
+            "sheet.csv:2: key `id`: `1.79E+18` has lost digits",
+        ),
+        (
+            "words.txt",
+            "hello\nworld\n",
+            "words.txt:1: neither JSON nor CSV",
+        ),
+        (
+            "other.jsonl",
+            "{\"a\":1}\n",
+            "other.jsonl:1: no record here is an Apify tweet",
+        ),
+        (
+            "pairs.jsonl",
+            "{\"tweet\":\"a\",\"reply\":\"b\",\"id\":\"1\"}\n{\"tweet\":\"a\"}\n",
+            "pairs.jsonl:2: key `",
+        ),
+    ];
+    for (name, text, said) in cases {
+        let file = tool.file(name, text);
+        let run = tool.run(&["--input", &file], "").exits(3).says(said);
+        assert!(!run.stderr.contains("panicked"), "{run}");
+    }
+    tool.run(&["--input", "nowhere.json"], "")
+        .exits(2)
+        .says("nowhere.json");
+    let two = "{\"id\":\"1\",\"text\":\"a\"}\nnot json\n";
+    tool.run(&["--max-bad-lines", "1", "--unpaired", "u.jsonl"], two)
+        .exits(0)
+        .says("in 2, out 0, rejected 2");
+    let kept = tool.read("u.jsonl");
+    assert!(
+        kept.contains(r#""line":2"#) && kept.contains(r#""raw":"not json""#),
+        "{kept}"
+    );
+}
+
+// ---- Apify ----
+
+/// Plays Apify: one search that finds `conversations` tweets, and for each conversation
+/// asked for two replies that pass the filters and one that does not. `meddle` may answer
+/// first.
+fn apify(
+    conversations: usize,
+    meddle: impl Fn(&Request, usize) -> Option<Reply> + Send + Sync + 'static,
+) -> Server {
+    // Datasets by run, so that each run keeps its own items.
+    let datasets: Mutex<Vec<Vec<Value>>> = Mutex::default();
+    Server::start(move |request, before| {
+        if request.header("authorization") != Some(&format!("Bearer {TOKEN}")) {
+            return Reply::json(
+                401,
+                &json!({"error": {"type": "token-not-provided", "message": "Authentication token was not provided"}}),
+            );
+        }
+        if let Some(reply) = meddle(request, before) {
+            return reply;
+        }
+        let run = |n: usize, status: &str| {
+            json!({"data": {
+                "id": format!("run{n}"), "actId": "act", "status": status, "defaultDatasetId": format!("set{n}"),
+                "startedAt": "2026-01-02T03:04:05.000Z", "usageTotalUsd": 0.01, "stats": {}, "unknown": [1]
+            }})
+        };
+        let parts: Vec<&str> = request.path.trim_matches('/').split('/').collect();
+        let number = |name: &str| {
+            name.trim_start_matches(|c: char| c.is_alphabetic())
+                .parse::<usize>()
+                .unwrap()
+        };
+        match (request.method.as_str(), parts.as_slice()) {
+            ("POST", ["acts", "apidojo~tweet-scraper", "runs"]) => {
+                let input = request.json();
+                let mut sets = datasets.lock().unwrap();
+                sets.push(match input["conversationIds"].as_array() {
+                    None => (0..conversations).map(found_tweet).collect(),
+                    Some(ids) => ids
+                        .iter()
+                        .flat_map(|id| found_replies(id.as_str().unwrap()))
+                        .collect(),
+                });
+                Reply::json(201, &run(sets.len() - 1, "READY"))
+            }
+            ("GET", ["actor-runs", id]) => Reply::json(200, &run(number(id), "SUCCEEDED")),
+            ("POST", ["actor-runs", id, "abort"]) => Reply::json(200, &run(number(id), "ABORTING")),
+            ("POST", ["actor-runs", id, "resurrect"]) => {
+                Reply::json(200, &run(number(id), "RUNNING"))
+            }
+            ("GET", ["datasets", id, "items"]) => {
+                let sets = datasets.lock().unwrap();
+                let items = &sets[number(id)];
+                let query = |name: &str| request.query(name).unwrap().parse::<usize>().unwrap();
+                let page: Vec<Value> = items
+                    .iter()
+                    .skip(query("offset"))
+                    .take(query("limit"))
+                    .cloned()
+                    .collect();
+                Reply::text(200, &lines(&page))
+                    .header("x-apify-pagination-total", &items.len().to_string())
+            }
+            _ => Reply::json(
+                404,
+                &json!({"error": {"type": "record-not-found", "message": "no such thing"}}),
+            ),
+        }
+    })
+}
+
+fn found_tweet(i: usize) -> Value {
+    let id = format!("{}", 5000 + i);
+    json!({
+        "type": "tweet", "id": id, "conversationId": id, "isReply": false, "likeCount": 500, "replyCount": 10 + i, "lang": "en",
+        "fullText": "What is the one dish that your family asks you to make every single winter?",
+        "author": {"id": "asker", "userName": "made_up_asker", "followers": 9000}
+    })
+}
+
+fn found_replies(conversation: &str) -> Vec<Value> {
+    (0..3)
+        .map(|i| {
+            json!({
+                "type": "tweet", "id": format!("{conversation}{i}"), "conversationId": conversation, "inReplyToId": conversation,
+                "isReply": true, "likeCount": if i == 2 { 0 } else { 80 }, "replyCount": 0, "lang": "en",
+                "fullText": "Onion soup, because it is cheap and it makes the whole house smell of dinner.",
+                "author": {"id": format!("author{i}"), "userName": format!("made_up_{i}"), "followers": 4000}
+            })
+        })
+        .collect()
+}
+
+fn nothing(_: &Request, _: usize) -> Option<Reply> {
+    None
+}
+
+/// Two conversations a run, three items a page, and only one repeat of what fails.
+const CONFIG: &str = "collection:
+  apify: {conversations_per_run: 2, replies_per_conversation: 5, page_size: 3, attempts: 3, search_items: 50}
+";
+
+fn fetch(tool: &Tool, server: &Server, more: &[&str]) -> Run {
+    let config = tool.file("data.yaml", CONFIG);
+    let (url, host) = (server.url(), server.host());
+    let mut arguments = vec![
+        "--method", "apify", "--config", &config, "--state", "state", "--query", "soup",
+    ];
+    arguments.extend(["--apify-url", &url, "--send-key-to", &host]);
+    arguments.extend(more);
+    tool.run(&arguments, "").never_says(TOKEN)
+}
+
+fn with_token() -> Tool {
+    tool().env("APIFY_API_TOKEN", TOKEN)
+}
+
+fn starts(server: &Server) -> Vec<Request> {
+    server
+        .requests()
+        .into_iter()
+        .filter(|r| r.method == "POST" && r.path.ends_with("/runs"))
+        .collect()
+}
+
+#[test]
+fn it_searches_then_asks_for_replies_until_there_are_enough() {
+    let (tool, server) = (with_token(), apify(5, nothing));
+    let run = fetch(&tool, &server, &["--target", "6", "--log", "log.txt"]).exits(0);
+    // Two conversations a run, two good pairs in each: two runs of replies make eight.
+    let pairs = run.records();
+    assert_eq!(pairs.len(), 12, "{run}");
+    assert_eq!(pairs[0]["source"], "apify");
+    assert_eq!(pairs[0]["collected_at"], "2026-01-02T03:04:05.000Z");
+    let run = run.says("12 pairs collected, 8 of them pass the cheap filters (target 6)");
+    run.says("4 conversations asked for: 12 replies fetched, where the tweets count 50");
+
+    let started = starts(&server);
+    assert_eq!(started.len(), 3);
+    let search = started[0].json();
+    assert_eq!(search["searchTerms"], json!(["soup"]));
+    assert_eq!(search["minimumFavorites"], 100);
+    assert_eq!(started[0].query("maxItems"), Some("50"));
+    assert_eq!(started[0].query("maxTotalChargeUsd"), Some("5.0000"));
+    assert_eq!(
+        started[1].json()["conversationIds"],
+        json!(["5004", "5003"]),
+        "the liveliest first"
+    );
+    assert_eq!(
+        started[2].json()["conversationIds"],
+        json!(["5002", "5001"])
+    );
+
+    // 5 tweets and 6 replies, three to a page: by offset, none twice.
+    let pages: Vec<String> = server
+        .requests()
+        .iter()
+        .filter(|r| r.path == "/datasets/set0/items")
+        .map(|r| r.query("offset").unwrap().to_owned())
+        .collect();
+    assert_eq!(pages, ["0", "3"]);
+    assert!(!tool.read("log.txt").contains(TOKEN));
+    for file in std::fs::read_dir(tool.folder().join("state")).unwrap() {
+        assert!(
+            !std::fs::read_to_string(file.unwrap().path())
+                .unwrap()
+                .contains(TOKEN)
+        );
+    }
+
+    // Finished: served from disk, the same bytes, nobody asked, no token needed.
+    let before = server.requests().len();
+    let keyless = Tool::new(env!("CARGO_BIN_EXE_tw-fetch"));
+    let state = tool.path("state");
+    let arguments = [
+        "--method", "apify", "--state", &state, "--query", "soup", "--target", "6",
+    ];
+    let config = keyless.file("data.yaml", CONFIG);
+    let again = keyless
+        .run(&[&arguments[..], &["--config", &config]].concat(), "")
+        .exits(0);
+    assert_eq!(again.records(), pairs);
+    assert_eq!(server.requests().len(), before);
+
+    // A higher target goes on from there; other searches are another collection.
+    let more = fetch(&tool, &server, &["--target", "100"]).exits(0);
+    assert_eq!(more.records().len(), 15);
+    assert_eq!(
+        starts(&server).len(),
+        4,
+        "one run more, for the one conversation left"
+    );
+    more.says("the target was not reached and no conversation is left");
+    fetch(&tool, &server, &["--query", "bread"])
+        .exits(2)
+        .says("search_queries was [\"soup\"] and is [\"soup\",\"bread\"]");
+}
+
+#[test]
+fn every_passing_fault_is_weathered() {
+    let calm = fetch(&with_token(), &apify(3, nothing), &["--target", "4"]).exits(0);
+    // Every request fails once, each in its own way.
+    let faults = Mutex::new((HashSet::new(), 0_usize));
+    let server = apify(3, move |request, _| {
+        let mut faults = faults.lock().unwrap();
+        let key = format!(
+            "{} {} {:?}",
+            request.method,
+            request.path,
+            request.query("offset")
+        );
+        let start = request.method == "POST" && request.path.ends_with("/runs");
+        if !faults.0.insert(key) {
+            return None;
+        }
+        faults.1 += 1;
+        let limited = json!({"error": {"type": "rate-limit-exceeded", "message": "You have exceeded the rate limit"}});
+        Some(match faults.1 % 4 {
+            _ if start => Reply::json(429, &limited).header("retry-after", "0"),
+            0 => Reply::json(429, &limited),
+            1 => Reply::text(502, "<html>Bad Gateway</html>"),
+            2 => Reply::text(
+                200,
+                "{\"id\":\"1\",\"fullText\":\"half a line\"}\n{\"id\":\"2",
+            )
+            .cut_after(20),
+            _ => Reply::hang_up(),
+        })
+    });
+    let run = fetch(&with_token(), &server, &["--target", "4"]).exits(0);
+    assert_eq!(run.stdout, calm.stdout);
+}
+
+#[test]
+fn a_page_that_fails_for_good_is_gone_on_from() {
+    let broken = std::sync::Arc::new(Mutex::new(true));
+    let still = broken.clone();
+    let server = apify(5, move |request, _| {
+        let page_two =
+            request.path == "/datasets/set0/items" && request.query("offset") == Some("3");
+        (page_two && *still.lock().unwrap()).then(|| Reply::text(500, "out of order"))
+    });
+    let tool = with_token();
+    fetch(&tool, &server, &["--target", "1"])
+        .exits(4)
+        .says("500: out of order (tried 3 times)")
+        .says("datasets/set0/items");
+    *broken.lock().unwrap() = false;
+    let before = server.requests().len();
+    let run = fetch(&tool, &server, &["--target", "1"]).exits(0);
+    assert_eq!(run.records().len(), 6);
+    assert_eq!(starts(&server).len(), 2, "the search is not paid for again");
+    let first_page = server.requests()[before..]
+        .iter()
+        .any(|r| r.path == "/datasets/set0/items" && r.query("offset") == Some("0"));
+    assert!(!first_page, "what is on disk is not fetched again");
+}
+
+#[test]
+fn a_start_without_an_answer_is_not_repeated_blindly() {
+    let server = apify(2, |request, before| {
+        (request.path.ends_with("/runs") && before == 0)
+            .then(|| Reply::json(201, &json!({"data": {"id": "lost"}})).cut_after(3))
+    });
+    let tool = with_token();
+    fetch(&tool, &server, &[])
+        .exits(4)
+        .says("its id never arrived")
+        .says("--adopt-run");
+    fetch(&tool, &server, &[]).exits(4).says("--adopt-run");
+    assert_eq!(
+        starts(&server).len(),
+        1,
+        "nothing is started that may be running"
+    );
+    fetch(&tool, &server, &["--adopt-run", "none", "--target", "1"]).exits(0);
+    fetch(&tool, &server, &["--adopt-run", "x"])
+        .exits(2)
+        .says("knows of no run");
+}
+
+#[test]
+fn a_failed_run_is_reported_and_its_items_taken() {
+    let server = apify(2, |request, _| {
+        let run = |items| json!({"data": {"id": "run1", "status": "FAILED", "statusMessage": "Out of memory", "defaultDatasetId": items}});
+        (request.path == "/actor-runs/run1").then(|| Reply::json(200, &run("set1")))
+    });
+    let run = fetch(&with_token(), &server, &["--target", "1"]).exits(0);
+    let run = run.says("the run run1 ended as FAILED (Out of memory); what it fetched is taken");
+    assert_eq!(run.records().len(), 6);
+
+    let server = apify(0, |request, _| {
+        let run = json!({"data": {"id": "run0", "status": "TIMED-OUT", "statusMessage": "Too slow", "defaultDatasetId": "set0"}});
+        (request.path == "/actor-runs/run0").then(|| Reply::json(200, &run))
+    });
+    fetch(&with_token(), &server, &[])
+        .exits(4)
+        .says("ended as TIMED-OUT (Too slow) and left nothing");
+}
+
+#[test]
+fn no_credit_and_a_wrong_token_say_what_to_do() {
+    let server = apify(2, |request, _| {
+        let body = json!({"error": {"type": "not-enough-usage", "message": "Your plan has no usage left"}});
+        request
+            .path
+            .ends_with("/runs")
+            .then(|| Reply::json(402, &body))
+    });
+    let tool = with_token();
+    let run = fetch(&tool, &server, &[])
+        .exits(4)
+        .says("Your plan has no usage left");
+    run.says("console.apify.com/billing").says("--method file");
+    // A refusal costs nothing and leaves nothing unsettled.
+    fetch(&tool, &server, &[]).exits(4).says("no usage left");
+
+    let wrong = Tool::new(env!("CARGO_BIN_EXE_tw-fetch")).env("APIFY_API_TOKEN", "apify_api_wrong");
+    fetch(&wrong, &server, &[])
+        .exits(4)
+        .says("401")
+        .says("check APIFY_API_TOKEN")
+        .never_says("apify_api_wrong");
+    fetch(&Tool::new(env!("CARGO_BIN_EXE_tw-fetch")), &server, &[])
+        .exits(2)
+        .says("APIFY_API_TOKEN is not set");
+}
+
+#[test]
+fn the_budget_is_kept() {
+    let server = apify(5, nothing);
+    let tool = with_token();
+    let dear = tool.file(
+        "dear.yaml",
+        &format!("{CONFIG}  target_pairs: 100\n").replace(
+            "apify: {",
+            "apify: {max_cost_usd: 0.01, price_per_1000_usd: 1.0, ",
+        ),
+    );
+    let (url, host) = (server.url(), server.host());
+    let arguments = [
+        "--method",
+        "apify",
+        "--config",
+        &dear,
+        "--state",
+        "state",
+        "--query",
+        "soup",
+        "--apify-url",
+        &url,
+        "--send-key-to",
+        &host,
+    ];
+    // Ten items can be paid for: five found, and the run itself is booked at a cent.
+    let run = tool
+        .run(&arguments, "")
+        .exits(0)
+        .says("not reached within collection.apify.max_cost_usd");
+    assert!(run.records().is_empty());
+    assert_eq!(starts(&server).len(), 1);
+    assert_eq!(starts(&server)[0].query("maxItems"), Some("10"));
+    assert_eq!(
+        starts(&server)[0].query("maxTotalChargeUsd"),
+        Some("0.0100")
+    );
+}
+
+#[test]
+fn the_token_goes_nowhere_unsaid() {
+    let (tool, server) = (with_token(), apify(2, nothing));
+    let url = server.url();
+    let arguments = [
+        "--method",
+        "apify",
+        "--state",
+        "s",
+        "--query",
+        "q",
+        "--apify-url",
+        &url,
+    ];
+    tool.run(&arguments, "")
+        .exits(2)
+        .says("APIFY_API_TOKEN belongs to api.apify.com")
+        .says(&format!("--send-key-to {}", server.host()));
+    let plain = [
+        "--method",
+        "apify",
+        "--state",
+        "s",
+        "--query",
+        "q",
+        "--apify-url",
+        "http://example.com",
+        "--send-key-to",
+        "example.com",
+    ];
+    tool.run(&plain, "").exits(2).says("in clear text");
+    assert!(server.requests().is_empty());
+    assert!(
+        !tool.folder().join("s").exists(),
+        "refused before anything was written"
+    );
+}
+
+#[test]
+fn usage_that_makes_no_sense_is_refused() {
+    let tool = with_token();
+    tool.run(&["--method", "apify", "--query", "q"], "")
+        .exits(2)
+        .says("--state DIR");
+    tool.run(&["--method", "apify", "--state", "s"], "")
+        .exits(2)
+        .says("--query")
+        .says("search_queries");
+    tool.run(&["--method", "apify", "--state", "s", "--input", "x"], "")
+        .exits(2)
+        .says("--method file");
+    let key = tool
+        .run(&["--method", "apify", "--print-config=key"], "")
+        .exits(0);
+    assert!(
+        !key.stdout.contains("reply_filters"),
+        "loosening a filter must not fetch again\n{key}"
+    );
+}
+
+#[test]
+fn an_interrupted_collection_stops_its_run_and_goes_on() {
+    let stopped = std::sync::Arc::new(Mutex::new(false));
+    let seen = stopped.clone();
+    let server = apify(2, move |request, _| {
+        let run = |status: &str| {
+            Reply::json(
+                200,
+                &json!({"data": {"id": "run0", "status": status, "defaultDatasetId": "set0"}}),
+            )
+        };
+        match (request.method.as_str(), request.path.as_str()) {
+            ("POST", "/actor-runs/run0/abort") => {
+                *seen.lock().unwrap() = true;
+                Some(run("ABORTING"))
+            }
+            ("GET", "/actor-runs/run0") if !*seen.lock().unwrap() => {
+                Some(run("RUNNING").after(Duration::from_secs(5)))
+            }
+            ("GET", "/actor-runs/run0") if request.query("waitForFinish").is_none() => {
+                Some(run("ABORTED"))
+            }
+            _ => None,
+        }
+    });
+    let tool = with_token();
+    let config = tool.file("data.yaml", CONFIG);
+    let (url, host) = (server.url(), server.host());
+    let arguments = [
+        "--method",
+        "apify",
+        "--config",
+        &config,
+        "--state",
+        "state",
+        "--query",
+        "soup",
+        "--apify-url",
+        &url,
+        "--send-key-to",
+        &host,
+        "--target",
+        "1",
+    ];
+    let child = tool
+        .command(&arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while !server
+        .requests()
+        .iter()
+        .any(|r| r.path == "/actor-runs/run0")
+    {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    std::process::Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status()
+        .unwrap();
+    let output = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(130), "{stderr}");
+    assert!(
+        stderr.contains("the run run0 was asked to stop"),
+        "{stderr}"
+    );
+    assert!(output.stdout.is_empty());
+    assert!(
+        server
+            .requests()
+            .iter()
+            .any(|r| r.path == "/actor-runs/run0/abort")
+    );
+
+    let run = tool.run(&arguments, "").exits(0).says("it goes on");
+    assert_eq!(run.records().len(), 6);
+    assert!(
+        server
+            .requests()
+            .iter()
+            .any(|r| r.path == "/actor-runs/run0/resurrect")
+    );
+    assert_eq!(starts(&server).len(), 2, "the search is not paid for twice");
+}
