@@ -78,23 +78,32 @@ impl Adapter {
         let config = read_config(&Keys::read(folder.join(CONFIG))?)?;
         let path = folder.join(TENSORS);
         let bytes = read(&path)?;
-        let file = SafeTensors::deserialize(&bytes)
-            .map_err(|error| Error::file(&path, format!("is not a whole safetensors file: {error}")))?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|error| {
+            Error::file(&path, format!("is not a whole safetensors file: {error}"))
+        })?;
 
         let mut names: BTreeSet<&str> = file.names().into_iter().collect();
         let mut take = |name: String, shape: [usize; 2]| {
-            let tensor = file.tensor(&name).map_err(|_| missing(&path, &name, &names_with_other_prefix(&file)))?;
+            let tensor = file
+                .tensor(&name)
+                .map_err(|_| missing(&path, &name, &names_with_other_prefix(&file)))?;
             names.remove(name.as_str());
             if tensor.shape() != shape {
                 let found = tensor.shape();
-                let reason = format!("has the shape {found:?}, not {shape:?}: an adapter of another base or rank");
+                let reason = format!(
+                    "has the shape {found:?}, not {shape:?}: an adapter of another base or rank"
+                );
                 return Err(Error::tensor(&path, &name, reason));
             }
             match tensor.dtype() {
                 Dtype::F32 => Ok(f32s(tensor.data())),
                 Dtype::BF16 => Ok(bf16s(tensor.data()).iter().map(|v| v.to_f32()).collect()),
                 Dtype::F16 => Ok(f16s(tensor.data()).iter().map(|v| v.to_f32()).collect()),
-                other => Err(Error::tensor(&path, &name, format!("is {other:?}, not F32, BF16 or F16"))),
+                other => Err(Error::tensor(
+                    &path,
+                    &name,
+                    format!("is {other:?}, not F32, BF16 or F16"),
+                )),
             }
         };
         let mut pairs = BTreeMap::new();
@@ -123,11 +132,18 @@ impl Adapter {
     /// If the pairs are not those that `config` and `model` call for.
     pub fn save(&self, folder: &Path, model: &Config) -> Result<()> {
         let AdapterConfig { rank, targets, .. } = &self.config;
-        assert_eq!(self.pairs.len(), model.layers * targets.len(), "pairs of an adapter");
+        assert_eq!(
+            self.pairs.len(),
+            model.layers * targets.len(),
+            "pairs of an adapter"
+        );
         let mut tensors = Vec::with_capacity(2 * self.pairs.len());
         for (&(layer, module), pair) in &self.pairs {
             let [outputs, inputs] = module.shape(model);
-            for (which, values, shape) in [('A', &pair.a, [*rank, inputs]), ('B', &pair.b, [outputs, *rank])] {
+            for (which, values, shape) in [
+                ('A', &pair.a, [*rank, inputs]),
+                ('B', &pair.b, [outputs, *rank]),
+            ] {
                 let name = tensor_name(layer, module, which);
                 assert_eq!(values.len(), shape[0] * shape[1], "values of {name}");
                 let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
@@ -136,13 +152,18 @@ impl Adapter {
         }
         let views = tensors.iter().map(|(name, shape, bytes)| {
             let view = TensorView::new(Dtype::F32, shape.to_vec(), bytes);
-            (name, view.expect("the length was just checked against the shape"))
+            (
+                name,
+                view.expect("the length was just checked against the shape"),
+            )
         });
         let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        let file = safetensors::serialize(views, Some(metadata)).expect("views made above are consistent");
+        let file =
+            safetensors::serialize(views, Some(metadata)).expect("views made above are consistent");
         write(&folder.join(TENSORS), &file)?;
 
-        let mut text = serde_json::to_vec_pretty(&self.config_json()).expect("a JSON value is serialisable");
+        let mut text =
+            serde_json::to_vec_pretty(&self.config_json()).expect("a JSON value is serialisable");
         text.push(b'\n');
         write(&folder.join(CONFIG), &text)
     }
@@ -164,10 +185,21 @@ impl Adapter {
 
     /// What PEFT writes, the optional parts at rest.
     fn config_json(&self) -> Value {
-        let AdapterConfig { base_model, rank, alpha, dropout, targets, rslora } = &self.config;
+        let AdapterConfig {
+            base_model,
+            rank,
+            alpha,
+            dropout,
+            targets,
+            rslora,
+        } = &self.config;
         let targets: Vec<&str> = targets.iter().map(|module| module.name()).collect();
         // PEFT's own files hold a whole number where alpha is one.
-        let alpha = if alpha.fract() == 0.0 && alpha.abs() < 1e15 { json!(*alpha as i64) } else { json!(alpha) };
+        let alpha = if alpha.fract() == 0.0 && alpha.abs() < 1e15 {
+            json!(*alpha as i64)
+        } else {
+            json!(alpha)
+        };
         json!({
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -208,7 +240,10 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
         file.write_all(bytes)?;
         file.sync_all()
     });
-    written.map_err(|source| Error::Write { path: path.into(), source })
+    written.map_err(|source| Error::Write {
+        path: path.into(),
+        source,
+    })
 }
 
 /// Keys that say where an adapter comes from or how it was initialised, not
@@ -237,14 +272,19 @@ const READ: [&str; 8] = [
 
 fn read_config(keys: &Keys) -> Result<AdapterConfig> {
     keys.must_be("peft_type", "LORA")?;
-    if let Some(task) = keys.optional::<String>("task_type")?.filter(|task| task != "CAUSAL_LM") {
+    if let Some(task) = keys
+        .optional::<String>("task_type")?
+        .filter(|task| task != "CAUSAL_LM")
+    {
         return Err(keys.wrong("task_type", format!("is \"{task}\", not \"CAUSAL_LM\"")));
     }
     // PEFT initialises these from the base's own weights, and changes the base.
     if let Some(Value::String(how)) = keys.map.get("init_lora_weights")
         && !["gaussian", "orthogonal", "eva"].contains(&how.as_str())
     {
-        let reason = format!("is \"{how}\", which goes with a changed base: convert the adapter to plain LoRA with PEFT");
+        let reason = format!(
+            "is \"{how}\", which goes with a changed base: convert the adapter to plain LoRA with PEFT"
+        );
         return Err(keys.wrong("init_lora_weights", reason));
     }
     // Whatever else a key turns on, it is at rest when null, false or empty.
@@ -255,7 +295,11 @@ fn read_config(keys: &Keys) -> Result<AdapterConfig> {
         Value::String(text) => key == "bias" && text == "none",
         _ => false,
     };
-    let mut others = keys.map.iter().filter(|(key, _)| ![&WITHOUT_EFFECT[..], &READ].concat().contains(&key.as_str()));
+    let mut others = keys.map.iter().filter(|(key, _)| {
+        ![&WITHOUT_EFFECT[..], &READ]
+            .concat()
+            .contains(&key.as_str())
+    });
     if let Some((key, value)) = others.find(|(key, value)| !at_rest(key, value)) {
         return Err(keys.wrong(key, format!("is {value}, which is not supported")));
     }
@@ -263,10 +307,15 @@ fn read_config(keys: &Keys) -> Result<AdapterConfig> {
     let rank = keys.size("r")?;
     let alpha = keys.required::<f64>("lora_alpha")?;
     if !(alpha.is_finite() && alpha != 0.0) {
-        return Err(keys.wrong("lora_alpha", format!("is {alpha}: the adapter would do nothing")));
+        return Err(keys.wrong(
+            "lora_alpha",
+            format!("is {alpha}: the adapter would do nothing"),
+        ));
     }
     Ok(AdapterConfig {
-        base_model: keys.optional("base_model_name_or_path")?.unwrap_or_default(),
+        base_model: keys
+            .optional("base_model_name_or_path")?
+            .unwrap_or_default(),
         rank,
         alpha,
         dropout: keys.optional("lora_dropout")?.unwrap_or(0.0),
@@ -286,8 +335,12 @@ fn read_targets(keys: &Keys) -> Result<BTreeSet<Module>> {
         Value::Array(names) if !names.is_empty() => names
             .iter()
             .map(|name| {
-                let name = name.as_str().ok_or_else(|| wrong(format!("holds {name}, not a name")))?;
-                name.parse().map_err(|unknown| wrong(format!("holds a name that is not supported: {unknown}")))
+                let name = name
+                    .as_str()
+                    .ok_or_else(|| wrong(format!("holds {name}, not a name")))?;
+                name.parse().map_err(|unknown| {
+                    wrong(format!("holds a name that is not supported: {unknown}"))
+                })
             })
             .collect(),
         other => Err(wrong(format!("is {other}, not a list of names"))),
@@ -299,12 +352,17 @@ fn read_targets(keys: &Keys) -> Result<BTreeSet<Module>> {
 fn names_with_other_prefix(file: &SafeTensors) -> Option<String> {
     let mut names = file.names();
     names.sort_unstable();
-    names.into_iter().find(|name| !name.starts_with(PREFIX)).map(str::to_owned)
+    names
+        .into_iter()
+        .find(|name| !name.starts_with(PREFIX))
+        .map(str::to_owned)
 }
 
 fn missing(path: &Path, name: &str, stranger: &Option<String>) -> Error {
     let reason = match stranger {
-        Some(stranger) => format!("is missing, while there is `{stranger}`: saved without PEFT's prefix?"),
+        Some(stranger) => {
+            format!("is missing, while there is `{stranger}`: saved without PEFT's prefix?")
+        }
         None => "is missing".into(),
     };
     Error::tensor(path, name, reason)

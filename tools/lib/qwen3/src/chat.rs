@@ -69,7 +69,9 @@ impl Chat {
             .map_err(|error| Error::file(&path, format!("is not a tokenizer: {error}")))?;
         // A file may ask for either; a training row is neither cut nor filled.
         tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(|error| Error::Tokenizer(error.to_string()))?;
+        tokenizer
+            .with_truncation(None)
+            .map_err(|error| Error::Tokenizer(error.to_string()))?;
 
         let settings = Keys::read(folder.join("tokenizer_config.json"))?;
         let source = template_source(folder, &settings)?;
@@ -77,16 +79,33 @@ impl Chat {
         hash.update(Sha256::digest(&bytes));
         hash.update(&source);
         let template = Template::new(source, named_tokens(&settings)).map_err(|error| {
-            Error::key(&settings.path, "chat_template", format!("does not compile: {error:#}"))
+            Error::key(
+                &settings.path,
+                "chat_template",
+                format!("does not compile: {error:#}"),
+            )
         })?;
 
         let turn_end = tokenizer.token_to_id(TURN_END).ok_or_else(|| {
-            Error::file(&path, format!("has no token {TURN_END}: not the tokenizer of a chat model of Qwen's"))
+            Error::file(
+                &path,
+                format!("has no token {TURN_END}: not the tokenizer of a chat model of Qwen's"),
+            )
         })?;
-        let mut added: Vec<String> =
-            tokenizer.get_added_tokens_decoder().into_values().map(|token| token.content).collect();
+        let mut added: Vec<String> = tokenizer
+            .get_added_tokens_decoder()
+            .into_values()
+            .map(|token| token.content)
+            .collect();
         added.sort_unstable();
-        Ok(Self { path, tokenizer, template, added, turn_end, fingerprint: crate::fingerprint::hex(&hash.finalize()) })
+        Ok(Self {
+            path,
+            tokenizer,
+            template,
+            added,
+            turn_end,
+            fingerprint: crate::fingerprint::hex(&hash.finalize()),
+        })
     }
 
     /// Checks that tokenizer and model belong together.
@@ -96,10 +115,17 @@ impl Chat {
     /// at `<|im_end|>`: a base model has never seen that token, and with its
     /// lm_head frozen an adapter cannot learn it.
     pub fn check(&self, model: &Config, generation: &GenerationConfig) -> Result<()> {
-        let largest = self.tokenizer.get_vocab(true).into_values().max().unwrap_or(0);
+        let largest = self
+            .tokenizer
+            .get_vocab(true)
+            .into_values()
+            .max()
+            .unwrap_or(0);
         if largest as usize >= model.vocab_size {
             let rows = model.vocab_size;
-            let reason = format!("has the id {largest}, but the model only {rows} embeddings: files of two models?");
+            let reason = format!(
+                "has the id {largest}, but the model only {rows} embeddings: files of two models?"
+            );
             return Err(Error::file(&self.path, reason));
         }
         if !generation.stop_ids.contains(&self.turn_end) {
@@ -118,7 +144,9 @@ impl Chat {
     /// # Errors
     /// If the template refuses it.
     pub fn render(&self, messages: &[Message], options: &RenderOptions) -> Result<String> {
-        self.template.render(messages, options).map_err(Error::Template)
+        self.template
+            .render(messages, options)
+            .map_err(Error::Template)
     }
 
     /// The ids of a text that is already rendered.
@@ -127,7 +155,9 @@ impl Chat {
     /// If the tokenizer fails, which a byte-level one does not.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.tokenizer.encode_fast(text, false);
-        encoding.map(|e| e.get_ids().to_vec()).map_err(|error| Error::Tokenizer(error.to_string()))
+        encoding
+            .map(|e| e.get_ids().to_vec())
+            .map_err(|error| Error::Tokenizer(error.to_string()))
     }
 
     /// What is put to the model for it to answer: the messages and the opening
@@ -136,8 +166,11 @@ impl Chat {
     /// # Errors
     /// If the template refuses the messages.
     pub fn encode_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        let options =
-            RenderOptions { add_generation_prompt: true, enable_thinking: Some(false), ..RenderOptions::default() };
+        let options = RenderOptions {
+            add_generation_prompt: true,
+            enable_thinking: Some(false),
+            ..RenderOptions::default()
+        };
         self.encode(&self.render(messages, &options)?)
     }
 
@@ -148,16 +181,28 @@ impl Chat {
     /// in the text is not that of the messages.
     pub fn encode_training(&self, messages: &[Message], loss_on: LossOn) -> Result<Encoded> {
         let text = self.render(messages, &RenderOptions::default())?;
-        let encoding = self.tokenizer.encode(text.as_str(), false).map_err(|e| Error::Tokenizer(e.to_string()))?;
+        let encoding = self
+            .tokenizer
+            .encode(text.as_str(), false)
+            .map_err(|e| Error::Tokenizer(e.to_string()))?;
         let ids = encoding.get_ids().to_vec();
         if loss_on == LossOn::All {
-            return Ok(Encoded { labelled: vec![true; ids.len()], ids });
+            return Ok(Encoded {
+                labelled: vec![true; ids.len()],
+                ids,
+            });
         }
 
         let replies = replies(&text);
-        let expected = messages.iter().filter(|message| message.role == "assistant").count();
+        let expected = messages
+            .iter()
+            .filter(|message| message.role == "assistant")
+            .count();
         if replies.len() != expected {
-            return Err(Error::Turns { expected, found: replies.len() });
+            return Err(Error::Turns {
+                expected,
+                found: replies.len(),
+            });
         }
         // Offsets are of bytes, as are the replies'. Both ascend.
         let mut rest = &replies[..];
@@ -167,7 +212,10 @@ impl Chat {
             }
             rest.first().is_some_and(|reply| reply.start <= start)
         });
-        Ok(Encoded { labelled: labelled.collect(), ids })
+        Ok(Encoded {
+            labelled: labelled.collect(),
+            ids,
+        })
     }
 
     /// The text of ids, special tokens left out. Bytes that are no UTF-8, as
@@ -176,13 +224,18 @@ impl Chat {
     /// # Errors
     /// If the tokenizer's decoder fails, which a byte-level one does not.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.tokenizer.decode(ids, true).map_err(|error| Error::Tokenizer(error.to_string()))
+        self.tokenizer
+            .decode(ids, true)
+            .map_err(|error| Error::Tokenizer(error.to_string()))
     }
 
     /// The first special token, in alphabetical order, that `text` spells out
     /// and that the model would read as such: `<|im_end|>`, `<think>`.
     pub fn special_in(&self, text: &str) -> Option<&str> {
-        self.added.iter().map(String::as_str).find(|token| text.contains(token))
+        self.added
+            .iter()
+            .map(String::as_str)
+            .find(|token| text.contains(token))
     }
 
     /// The id of `<|im_end|>`, with which a reply ends.
@@ -203,7 +256,9 @@ fn replies(text: &str) -> Vec<std::ops::Range<usize>> {
     let mut from = 0;
     while let Some(opening) = text[from..].find(ASSISTANT_TURN) {
         let mut start = from + opening + ASSISTANT_TURN.len();
-        let Some(length) = text[start..].find(TURN_END) else { break };
+        let Some(length) = text[start..].find(TURN_END) else {
+            break;
+        };
         let end = start + length + TURN_END.len();
         if text[start..].starts_with(EMPTY_REASONING) {
             start += EMPTY_REASONING.len();
@@ -236,7 +291,10 @@ fn template_source(folder: &Path, settings: &Keys) -> Result<String> {
     {
         return Ok(source);
     }
-    Err(settings.wrong("chat_template", "is missing here, and there is no chat_template.jinja: not a chat model"))
+    Err(settings.wrong(
+        "chat_template",
+        "is missing here, and there is no chat_template.jinja: not a chat model",
+    ))
 }
 
 /// The tokens that `tokenizer_config.json` gives a name.
@@ -244,7 +302,13 @@ fn named_tokens(settings: &Keys) -> Vec<(String, String)> {
     let names = ["bos_token", "eos_token", "pad_token", "unk_token"];
     let text = |name: &str| {
         let token = settings.map.get(name)?;
-        token.as_str().or(token["content"].as_str()).map(str::to_owned)
+        token
+            .as_str()
+            .or(token["content"].as_str())
+            .map(str::to_owned)
     };
-    names.into_iter().filter_map(|name| Some((name.to_owned(), text(name)?))).collect()
+    names
+        .into_iter()
+        .filter_map(|name| Some((name.to_owned(), text(name)?)))
+        .collect()
 }

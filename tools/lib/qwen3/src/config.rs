@@ -55,10 +55,19 @@ impl Config {
         if let Some(names) = keys.optional::<Vec<String>>("architectures")?
             && names != ["Qwen3ForCausalLM"]
         {
-            return Err(keys.wrong("architectures", format!("is {names:?}, not [\"Qwen3ForCausalLM\"]")));
+            return Err(keys.wrong(
+                "architectures",
+                format!("is {names:?}, not [\"Qwen3ForCausalLM\"]"),
+            ));
         }
-        if keys.optional::<String>("hidden_act")?.is_some_and(|act| act != "silu") {
-            return Err(keys.wrong("hidden_act", "is not \"silu\", the only activation supported"));
+        if keys
+            .optional::<String>("hidden_act")?
+            .is_some_and(|act| act != "silu")
+        {
+            return Err(keys.wrong(
+                "hidden_act",
+                "is not \"silu\", the only activation supported",
+            ));
         }
         for (key, meaning) in [
             ("attention_bias", "biases in attention are"),
@@ -69,12 +78,18 @@ impl Config {
             }
         }
         if keys.optional::<f64>("attention_dropout")?.unwrap_or(0.0) != 0.0 {
-            return Err(keys.wrong("attention_dropout", "is not 0: dropout in attention is not supported"));
+            return Err(keys.wrong(
+                "attention_dropout",
+                "is not 0: dropout in attention is not supported",
+            ));
         }
         if let Some(types) = keys.optional::<Vec<String>>("layer_types")?
             && let Some(other) = types.iter().find(|t| *t != "full_attention")
         {
-            return Err(keys.wrong("layer_types", format!("holds \"{other}\": only \"full_attention\" is supported")));
+            return Err(keys.wrong(
+                "layer_types",
+                format!("holds \"{other}\": only \"full_attention\" is supported"),
+            ));
         }
 
         let heads = keys.size("num_attention_heads")?;
@@ -86,18 +101,28 @@ impl Config {
             heads,
             kv_heads: keys.size("num_key_value_heads")?,
             // What transformers takes where the key is missing.
-            head_dim: if keys.has("head_dim") { keys.size("head_dim")? } else { 128 },
+            head_dim: if keys.has("head_dim") {
+                keys.size("head_dim")?
+            } else {
+                128
+            },
             max_positions: keys.size("max_position_embeddings")?,
             rms_eps: keys.required::<f64>("rms_norm_eps")? as f32,
             rope_theta: rope_theta(keys)?,
             tied: keys.optional("tie_word_embeddings")?.unwrap_or(false),
         };
         if !heads.is_multiple_of(config.kv_heads) {
-            let reason = format!("is {}, which does not divide the {heads} attention heads", config.kv_heads);
+            let reason = format!(
+                "is {}, which does not divide the {heads} attention heads",
+                config.kv_heads
+            );
             return Err(keys.wrong("num_key_value_heads", reason));
         }
         if config.head_dim % 2 != 0 {
-            let reason = format!("is {}: rotary positions need an even number", config.head_dim);
+            let reason = format!(
+                "is {}: rotary positions need an even number",
+                config.head_dim
+            );
             return Err(keys.wrong("head_dim", reason));
         }
         Ok(config)
@@ -108,11 +133,18 @@ impl Config {
 /// `rope_parameters.rope_theta`. Any scaling of positions is refused.
 fn rope_theta(keys: &Keys) -> Result<f64> {
     for key in ["rope_scaling", "rope_parameters"] {
-        let Some(map) = keys.optional::<Map<String, Value>>(key)? else { continue };
-        let kind = map.get("rope_type").or(map.get("type")).and_then(Value::as_str);
+        let Some(map) = keys.optional::<Map<String, Value>>(key)? else {
+            continue;
+        };
+        let kind = map
+            .get("rope_type")
+            .or(map.get("type"))
+            .and_then(Value::as_str);
         if kind.is_some_and(|kind| kind != "default") || map.contains_key("factor") {
             let kind = kind.unwrap_or("unnamed");
-            let reason = format!("asks for \"{kind}\" scaling: only unscaled rotary positions are supported");
+            let reason = format!(
+                "asks for \"{kind}\" scaling: only unscaled rotary positions are supported"
+            );
             return Err(keys.wrong(key, reason));
         }
         if let Some(theta) = map.get("rope_theta").and_then(Value::as_f64) {
@@ -148,14 +180,20 @@ impl GenerationConfig {
         let path = folder.join("generation_config.json");
         let keys = match read_text_if_there(&path)? {
             Some(_) => Keys::read(path)?,
-            None => Keys { path, map: Map::new() },
+            None => Keys {
+                path,
+                map: Map::new(),
+            },
         };
         let mut stop_ids = keys.ids("eos_token_id")?;
         if stop_ids.is_empty() {
             stop_ids = model.ids("eos_token_id")?;
         }
         if stop_ids.is_empty() {
-            return Err(keys.wrong("eos_token_id", "is missing here and in config.json: no reply would ever end"));
+            return Err(keys.wrong(
+                "eos_token_id",
+                "is missing here and in config.json: no reply would ever end",
+            ));
         }
         Ok(Self {
             stop_ids,
@@ -202,7 +240,8 @@ impl Keys {
     }
 
     pub(crate) fn required<T: DeserializeOwned>(&self, key: &str) -> Result<T> {
-        self.optional(key)?.ok_or_else(|| self.wrong(key, "is missing"))
+        self.optional(key)?
+            .ok_or_else(|| self.wrong(key, "is missing"))
     }
 
     /// A positive whole number.
@@ -251,7 +290,15 @@ pub enum Module {
 
 impl Module {
     /// All seven.
-    pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+    pub const ALL: [Self; 7] = [
+        Self::Q,
+        Self::K,
+        Self::V,
+        Self::O,
+        Self::Gate,
+        Self::Up,
+        Self::Down,
+    ];
 
     /// Its last name in checkpoints: `q_proj`.
     pub fn name(self) -> &'static str {

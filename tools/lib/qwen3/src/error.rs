@@ -89,21 +89,35 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     pub(crate) fn key(path: &Path, key: impl Into<String>, reason: impl Into<String>) -> Self {
         let (key, reason) = (key.into(), reason.into());
-        Self::Key { path: path.into(), key, reason }
+        Self::Key {
+            path: path.into(),
+            key,
+            reason,
+        }
     }
 
     pub(crate) fn tensor(path: &Path, name: &str, reason: impl Into<String>) -> Self {
-        Self::Tensor { path: path.into(), name: name.into(), reason: reason.into() }
+        Self::Tensor {
+            path: path.into(),
+            name: name.into(),
+            reason: reason.into(),
+        }
     }
 
     pub(crate) fn file(path: &Path, reason: impl Into<String>) -> Self {
-        Self::File { path: path.into(), reason: reason.into() }
+        Self::File {
+            path: path.into(),
+            reason: reason.into(),
+        }
     }
 }
 
 /// The bytes of a file.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|source| Error::Read { path: path.into(), source })
+    std::fs::read(path).map_err(|source| Error::Read {
+        path: path.into(),
+        source,
+    })
 }
 
 /// The text of a file, if there is such a file.
@@ -111,6 +125,9 @@ pub(crate) fn read_text_if_there(path: &Path) -> Result<Option<String>> {
     match std::fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
         Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(Error::Read { path: path.into(), source }),
+        Err(source) => Err(Error::Read {
+            path: path.into(),
+            source,
+        }),
     }
 }

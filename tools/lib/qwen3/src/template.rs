@@ -42,7 +42,11 @@ impl Message {
     }
 
     fn new(role: &str, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into(), rest: Map::new() }
+        Self {
+            role: role.into(),
+            content: content.into(),
+            rest: Map::new(),
+        }
     }
 }
 
@@ -68,9 +72,15 @@ pub(crate) struct Template {
 const NAME: &str = "chat template";
 
 impl Template {
-    pub(crate) fn new(source: String, tokens: Vec<(String, String)>) -> Result<Self, minijinja::Error> {
+    pub(crate) fn new(
+        source: String,
+        tokens: Vec<(String, String)>,
+    ) -> Result<Self, minijinja::Error> {
         let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?;
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build()?;
         environment.set_syntax(syntax);
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_unknown_method_callback(unknown_method_callback);
@@ -79,13 +89,26 @@ impl Template {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_template_owned(NAME, source)?;
-        Ok(Self { environment, tokens })
+        Ok(Self {
+            environment,
+            tokens,
+        })
     }
 
-    pub(crate) fn render(&self, messages: &[Message], options: &RenderOptions) -> Result<String, minijinja::Error> {
+    pub(crate) fn render(
+        &self,
+        messages: &[Message],
+        options: &RenderOptions,
+    ) -> Result<String, minijinja::Error> {
         let messages = messages.iter().map(|message| {
-            let own = [("role", Value::from(&message.role)), ("content", Value::from(&message.content))];
-            let rest = message.rest.iter().map(|(key, value)| (key.as_str(), to_jinja(value)));
+            let own = [
+                ("role", Value::from(&message.role)),
+                ("content", Value::from(&message.content)),
+            ];
+            let rest = message
+                .rest
+                .iter()
+                .map(|(key, value)| (key.as_str(), to_jinja(value)));
             Value::from_pairs(own.into_iter().chain(rest))
         });
         let tools = match &options.tools[..] {
@@ -96,11 +119,24 @@ impl Template {
             ("messages", messages.collect()),
             ("tools", tools),
             ("documents", Value::from(())),
-            ("add_generation_prompt", Value::from(options.add_generation_prompt)),
+            (
+                "add_generation_prompt",
+                Value::from(options.add_generation_prompt),
+            ),
         ];
-        context.extend(options.enable_thinking.map(|on| ("enable_thinking", Value::from(on))));
-        context.extend(self.tokens.iter().map(|(name, token)| (name.as_str(), Value::from(token))));
-        self.environment.get_template(NAME)?.render(Value::from_pairs(context))
+        context.extend(
+            options
+                .enable_thinking
+                .map(|on| ("enable_thinking", Value::from(on))),
+        );
+        context.extend(
+            self.tokens
+                .iter()
+                .map(|(name, token)| (name.as_str(), Value::from(token))),
+        );
+        self.environment
+            .get_template(NAME)?
+            .render(Value::from_pairs(context))
     }
 }
 
@@ -115,7 +151,9 @@ fn to_jinja(value: &Json) -> Value {
         },
         Json::String(text) => Value::from(text),
         Json::Array(items) => items.iter().map(to_jinja).collect(),
-        Json::Object(map) => Value::from_pairs(map.iter().map(|(key, value)| (key, to_jinja(value)))),
+        Json::Object(map) => {
+            Value::from_pairs(map.iter().map(|(key, value)| (key, to_jinja(value))))
+        }
     }
 }
 
@@ -123,8 +161,14 @@ fn to_jinja(value: &Json) -> Value {
 /// `ensure_ascii=False`, which escapes nothing for HTML and puts a space after
 /// each comma and colon. Its layout arguments are refused rather than ignored.
 fn to_json(value: &Value, options: Kwargs) -> Result<String, minijinja::Error> {
-    if options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false) {
-        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, "tojson(ensure_ascii=true) is not supported"));
+    if options
+        .get::<Option<bool>>("ensure_ascii")?
+        .unwrap_or(false)
+    {
+        return Err(minijinja::Error::new(
+            ErrorKind::InvalidOperation,
+            "tojson(ensure_ascii=true) is not supported",
+        ));
     }
     options.assert_all_used()?;
     let mut out = String::new();

@@ -30,8 +30,13 @@ const FINAL_NORM: &str = "model.norm.weight";
 const LM_HEAD: &str = "lm_head.weight";
 
 /// What a product's name is followed by where bitsandbytes stored it.
-const QUANTIZED_PARTS: [&str; 5] =
-    ["absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4"];
+const QUANTIZED_PARTS: [&str; 5] = [
+    "absmax",
+    "quant_map",
+    "nested_absmax",
+    "nested_quant_map",
+    "quant_state.bitsandbytes__nf4",
+];
 
 /// How the seven products of each layer are to be held. Embeddings, lm_head and
 /// norms stay as they are stored, and products that are stored in 4 bits too.
@@ -78,7 +83,10 @@ struct Shard {
 
 impl Shard {
     fn open(path: PathBuf) -> Result<Self> {
-        let unreadable = |source| Error::Read { path: path.clone(), source };
+        let unreadable = |source| Error::Read {
+            path: path.clone(),
+            source,
+        };
         let file = File::open(&path).map_err(unreadable)?;
         // SAFETY: nothing here writes to a model's files; another process that
         // shortens one while it is in use ends this one with SIGBUS, as it would
@@ -87,13 +95,21 @@ impl Shard {
         let (size, header) = SafeTensors::read_metadata(&map).map_err(|error| {
             let reason = match error {
                 SafeTensorError::MetadataIncompleteBuffer | SafeTensorError::HeaderTooSmall => {
-                    format!("is {} bytes, not as long as its header says: a download cut short?", map.len())
+                    format!(
+                        "is {} bytes, not as long as its header says: a download cut short?",
+                        map.len()
+                    )
                 }
                 other => format!("is not a safetensors file: {other}"),
             };
             Error::file(&path, reason)
         })?;
-        Ok(Self { path, map, header, start: size + 8 })
+        Ok(Self {
+            path,
+            map,
+            header,
+            start: size + 8,
+        })
     }
 
     fn bytes(&self, info: &TensorInfo) -> &[u8] {
@@ -112,7 +128,13 @@ impl Checkpoint {
         let keys = Keys::read(folder.join("config.json"))?;
         let config = Config::from_keys(&keys)?;
         let (shards, tensors) = open_shards(folder)?;
-        let mut checkpoint = Self { folder: folder.into(), config, shards, tensors, lm_head: false };
+        let mut checkpoint = Self {
+            folder: folder.into(),
+            config,
+            shards,
+            tensors,
+            lm_head: false,
+        };
         checkpoint.check(&keys)?;
         Ok(checkpoint)
     }
@@ -156,7 +178,11 @@ impl Checkpoint {
     /// # Panics
     /// If there is no such layer.
     pub fn layer(&self, index: usize, storage: Storage) -> Result<LayerWeights> {
-        assert!(index < self.config.layers, "layer {index} of {}", self.config.layers);
+        assert!(
+            index < self.config.layers,
+            "layer {index} of {}",
+            self.config.layers
+        );
         let product = |module: Module| {
             let name = product_name(index, module);
             if self.info(&name)?.1.dtype == Dtype::U8 {
@@ -193,7 +219,11 @@ impl Checkpoint {
     /// # Errors
     /// If `config.json` has gone.
     pub fn fingerprint(&self) -> Result<String> {
-        let files: Vec<_> = self.shards.par_iter().map(|shard| Sha256::digest(&shard.map)).collect();
+        let files: Vec<_> = self
+            .shards
+            .par_iter()
+            .map(|shard| Sha256::digest(&shard.map))
+            .collect();
         let mut whole = Sha256::new();
         whole.update(Sha256::digest(read(&self.folder.join("config.json"))?));
         files.iter().for_each(|digest| whole.update(digest));
@@ -208,7 +238,14 @@ impl Checkpoint {
 
     /// Every tensor that the model needs is there as it should be, and none else.
     fn check(&mut self, keys: &Keys) -> Result<()> {
-        let Config { vocab_size, hidden_size, head_dim, layers, tied, .. } = self.config;
+        let Config {
+            vocab_size,
+            hidden_size,
+            head_dim,
+            layers,
+            tied,
+            ..
+        } = self.config;
         let stored_head = self.tensors.contains_key(LM_HEAD);
         let mut dense = vec![
             (EMBEDDING.to_owned(), vec![vocab_size, hidden_size]),
@@ -256,7 +293,10 @@ impl Checkpoint {
         }
         self.lm_head = !tied;
         // Old exports keep the rotary frequencies, which follow from the config.
-        let odd = self.tensors.keys().find(|name| !known.contains(*name) && !name.ends_with("rotary_emb.inv_freq"));
+        let odd = self
+            .tensors
+            .keys()
+            .find(|name| !known.contains(*name) && !name.ends_with("rotary_emb.inv_freq"));
         match odd {
             Some(name) => Err(Error::tensor(
                 &self.info(name)?.0.path,
@@ -274,7 +314,10 @@ impl Checkpoint {
             return wrong(format!("is {:?}, not F32, BF16 or F16", info.dtype));
         }
         if info.shape != shape {
-            return wrong(format!("has the shape {:?}, not {shape:?} as config.json asks", info.shape));
+            return wrong(format!(
+                "has the shape {:?}, not {shape:?} as config.json asks",
+                info.shape
+            ));
         }
         Ok(())
     }
@@ -319,7 +362,9 @@ impl Checkpoint {
     fn quantized(&self, name: &str, shape: [usize; 2]) -> Result<HostMatrix> {
         let (packed, absmax) = self.quantized_parts(name, shape)?;
         let tensor = Nf4Tensor::from_parts(shape, packed.to_vec(), absmax);
-        tensor.map(HostMatrix::nf4).map_err(|error| Error::tensor(&self.folder, name, error.to_string()))
+        tensor
+            .map(HostMatrix::nf4)
+            .map_err(|error| Error::tensor(&self.folder, name, error.to_string()))
     }
 
     /// A product in the form in which bitsandbytes' `Linear4bit` is saved: its
@@ -332,11 +377,16 @@ impl Checkpoint {
             let (shard, info) = self.info(&name)?;
             match info.dtype {
                 found if found == dtype => Ok(shard.bytes(info)),
-                found => Err(Error::tensor(&shard.path, &name, format!("is {found:?}, not {dtype:?}"))),
+                found => Err(Error::tensor(
+                    &shard.path,
+                    &name,
+                    format!("is {found:?}, not {dtype:?}"),
+                )),
             }
         };
-        let state: QuantState = serde_json::from_slice(part("quant_state.bitsandbytes__nf4", Dtype::U8)?)
-            .map_err(|error| wrong(format!("has a malformed quant_state: {error}")))?;
+        let state: QuantState =
+            serde_json::from_slice(part("quant_state.bitsandbytes__nf4", Dtype::U8)?)
+                .map_err(|error| wrong(format!("has a malformed quant_state: {error}")))?;
         if state.quant_type != "nf4" || state.blocksize != BLOCK || state.shape != shape {
             return Err(wrong(format!(
                 "is {} in blocks of {} with the shape {:?}, not nf4 in blocks of {BLOCK} with {shape:?}",
@@ -351,14 +401,15 @@ impl Checkpoint {
             None => Absmax::Plain(f32s(part("absmax", Dtype::F32)?)),
             Some(offset) => {
                 if state.nested_blocksize != Some(NESTED_BLOCK) {
-                    return Err(wrong(format!("has a nested_blocksize that is not {NESTED_BLOCK}")));
+                    return Err(wrong(format!(
+                        "has a nested_blocksize that is not {NESTED_BLOCK}"
+                    )));
                 }
                 let codes = part("absmax", Dtype::U8)?;
                 let absmax = f32s(part("nested_absmax", Dtype::F32)?);
                 let map = f32s(part("nested_quant_map", Dtype::F32)?);
-                restore_scales(codes, absmax, &map, offset).ok_or_else(|| {
-                    wrong("has nested scales of the wrong length".into())
-                })?
+                restore_scales(codes, absmax, &map, offset)
+                    .ok_or_else(|| wrong("has nested scales of the wrong length".into()))?
             }
         };
         let packed = self.dense_bytes(name)?;
@@ -391,10 +442,18 @@ fn restore_scales(codes: &[u8], absmax: Vec<f32>, map: &[f32], offset: f32) -> O
         return None;
     }
     if map == nf4::dynamic_map() {
-        return Some(Absmax::Nested { codes: codes.to_vec(), absmax, offset });
+        return Some(Absmax::Nested {
+            codes: codes.to_vec(),
+            absmax,
+            offset,
+        });
     }
-    let restore = |(block, &code): (usize, &u8)| map[usize::from(code)] * absmax[block / NESTED_BLOCK] + offset;
-    Some(Absmax::Plain(codes.iter().enumerate().map(restore).collect()))
+    let restore = |(block, &code): (usize, &u8)| {
+        map[usize::from(code)] * absmax[block / NESTED_BLOCK] + offset
+    };
+    Some(Absmax::Plain(
+        codes.iter().enumerate().map(restore).collect(),
+    ))
 }
 
 fn product_name(layer: usize, module: Module) -> String {
@@ -412,32 +471,61 @@ fn open_shards(folder: &Path) -> Result<(Vec<Shard>, BTreeMap<String, usize>)> {
     if !path.exists() {
         let single = folder.join(SINGLE);
         if !single.exists() {
-            let reason = format!("holds neither {SINGLE} nor {INDEX}: not a model in Hugging Face layout");
+            let reason =
+                format!("holds neither {SINGLE} nor {INDEX}: not a model in Hugging Face layout");
             return Err(Error::file(folder, reason));
         }
         let shard = Shard::open(single)?;
-        let names = shard.header.tensors().into_keys().map(|name| (name, 0)).collect();
+        let names = shard
+            .header
+            .tensors()
+            .into_keys()
+            .map(|name| (name, 0))
+            .collect();
         return Ok((vec![shard], names));
     }
-    let index: Index = serde_json::from_slice(&read(&path)?).map_err(|source| Error::Json { path: path.clone(), source })?;
+    let index: Index = serde_json::from_slice(&read(&path)?).map_err(|source| Error::Json {
+        path: path.clone(),
+        source,
+    })?;
     let names: BTreeSet<&String> = index.weight_map.values().collect();
-    if let Some(name) = names.iter().find(|name| Path::new(name).components().count() != 1) {
-        return Err(Error::key(&path, "weight_map", format!("names {name:?}, which is not a file of this folder")));
+    if let Some(name) = names
+        .iter()
+        .find(|name| Path::new(name).components().count() != 1)
+    {
+        return Err(Error::key(
+            &path,
+            "weight_map",
+            format!("names {name:?}, which is not a file of this folder"),
+        ));
     }
-    let shards: Vec<Shard> = names.iter().map(|name| Shard::open(folder.join(name))).collect::<Result<_>>()?;
+    let shards: Vec<Shard> = names
+        .iter()
+        .map(|name| Shard::open(folder.join(name)))
+        .collect::<Result<_>>()?;
     let mut tensors = BTreeMap::new();
     for (number, (shard, file)) in shards.iter().zip(&names).enumerate() {
         for name in shard.header.tensors().into_keys() {
             if index.weight_map.get(&name) != Some(*file) {
-                return Err(Error::tensor(&shard.path, &name, format!("is not where {INDEX} says")));
+                return Err(Error::tensor(
+                    &shard.path,
+                    &name,
+                    format!("is not where {INDEX} says"),
+                ));
             }
             tensors.insert(name, number);
         }
     }
-    match index.weight_map.iter().find(|(name, _)| !tensors.contains_key(*name)) {
-        Some((name, file)) => {
-            Err(Error::tensor(&folder.join(file), name, format!("is missing, though {INDEX} says that it is here")))
-        }
+    match index
+        .weight_map
+        .iter()
+        .find(|(name, _)| !tensors.contains_key(*name))
+    {
+        Some((name, file)) => Err(Error::tensor(
+            &folder.join(file),
+            name,
+            format!("is missing, though {INDEX} says that it is here"),
+        )),
         None => Ok((shards, tensors)),
     }
 }
@@ -445,13 +533,28 @@ fn open_shards(folder: &Path) -> Result<(Vec<Shard>, BTreeMap<String, usize>)> {
 // Tensors need not be aligned in the file, so their values are copied out.
 
 pub(crate) fn f32s(bytes: &[u8]) -> Vec<f32> {
-    bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+    bytes
+        .as_chunks()
+        .0
+        .iter()
+        .map(|&b| f32::from_le_bytes(b))
+        .collect()
 }
 
 pub(crate) fn bf16s(bytes: &[u8]) -> Vec<bf16> {
-    bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b)).collect()
+    bytes
+        .as_chunks()
+        .0
+        .iter()
+        .map(|&b| bf16::from_le_bytes(b))
+        .collect()
 }
 
 pub(crate) fn f16s(bytes: &[u8]) -> Vec<f16> {
-    bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b)).collect()
+    bytes
+        .as_chunks()
+        .0
+        .iter()
+        .map(|&b| f16::from_le_bytes(b))
+        .collect()
 }
