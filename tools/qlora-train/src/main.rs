@@ -89,9 +89,9 @@ enum QuantizationFlag {
 }
 
 const EXAMPLES: &str = "
-$ qlora-train --model model --data pairs.jsonl --out run1 --steps 3 --batch-size 2
-$ qlora-train --model model --data pairs.jsonl --out run1 --steps 3 --batch-size 2 --resume
-$ head -n 8 pairs.jsonl | qlora-train --model model --data - --out run2 --steps 2 --quantization none
+$ qlora-train --model model --data pairs.jsonl --out run1 --steps 3
+$ qlora-train --model model --data pairs.jsonl --out run1 --steps 3 --resume
+$ head pairs.jsonl | qlora-train --model model --data - --out run2 --steps 2
 ";
 
 fn main() -> ExitCode {
