@@ -1,1 +1,400 @@
-fn main() {}
+//! Normalises the texts, drops pairs that say what a better one says, sorts by
+//! quality and cuts off the held-out part.
+//!
+//! All of it is a function of the set of rows, not of their order, and doing it
+//! again changes nothing: rows are taken best first and dropped when near a row
+//! that was *kept*, so no two kept rows are near, and the cut looks at kept rows
+//! alone.
+
+mod near;
+mod normalize;
+mod split;
+mod union;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Mutex;
+
+use anyhow::Context;
+use clap::Parser;
+use cli::{App, Common, Counts, Failure, Flags, Tool};
+use embed::Embedder;
+use jsonl::{AtomicFile, Lines, Output, Records};
+use record::{Dropped, Duplicate, Pair, Record, Split, Validation, quality};
+use settings::{DataSettings, Deduplication};
+
+use crate::near::{Near, Vectors, drop_near, join_near};
+use crate::normalize::{fold, normalize};
+use crate::split::{Group, split};
+use crate::union::Union;
+
+/// Deduplicate tweet→reply pairs, and cut off the held-out part
+///
+/// Reads pairs on standard input; adds `tweet_normalized`, `reply_normalized` and
+/// `split`; of pairs whose texts are the same once normalised, or whose tweets and
+/// whose replies are both near by sentence vectors, keeps the one of best quality.
+/// Writes what is left, best first. Needs the sentence model (`make models`).
+#[derive(Parser)]
+#[command(version, after_long_help = cli::after_help(EXAMPLES))]
+struct PairDedup {
+    /// Where dropped pairs go, each with its keeper and cosines, and malformed lines
+    #[arg(long, value_name = "FILE")]
+    dropped: Option<PathBuf>,
+    /// Folder of the sentence model [default: data/cache/models/all-MiniLM-L6-v2]
+    #[arg(long, value_name = "DIR")]
+    model: Option<String>,
+    /// Cosine above which texts are near [default: 0.9]
+    #[arg(long, value_name = "COSINE")]
+    threshold: Option<f32>,
+    /// Part of the pairs that is held out [default: 0.1]
+    #[arg(long, value_name = "FRACTION")]
+    eval_fraction: Option<f64>,
+    /// Decides which pairs are held out [default: 42]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    #[command(flatten)]
+    common: Common,
+}
+
+const EXAMPLES: &str = "
+$ pair-dedup --dropped dropped.jsonl < valid.jsonl > pairs.jsonl
+$ pair-dedup --threshold 0.85 --quiet < valid.jsonl > unique.jsonl
+$ pair-dedup --seed 7 --eval-fraction 0.2 < valid.jsonl | wc -l
+";
+
+const NAME: &str = "pair-dedup";
+
+/// A pair on its way through.
+struct Row {
+    record: Record,
+    pair: Pair,
+    tweet: String,
+    reply: String,
+    quality: f64,
+}
+
+impl Row {
+    fn of(record: Record) -> Result<Self, record::Error> {
+        let pair = record.pair()?;
+        let quality = match record.get::<Validation>("validation")? {
+            Some(validation) => validation.quality,
+            None => quality(pair.reply_likes, pair.reply_author_followers, 0.0),
+        };
+        Ok(Self {
+            tweet: normalize(&pair.tweet),
+            reply: normalize(&pair.reply),
+            record,
+            pair,
+            quality,
+        })
+    }
+
+    /// Best first; the rest of the key makes the order one of the set of rows.
+    fn compare(a: &Self, b: &Self) -> std::cmp::Ordering {
+        b.quality
+            .total_cmp(&a.quality)
+            .then_with(|| a.pair.id.cmp(&b.pair.id))
+            .then_with(|| (&a.tweet, &a.reply).cmp(&(&b.tweet, &b.reply)))
+            .then_with(|| a.record.to_string().cmp(&b.record.to_string()))
+    }
+}
+
+fn main() -> ExitCode {
+    cli::main::<PairDedup>()
+}
+
+impl Tool for PairDedup {
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn run(self, app: &App) -> anyhow::Result<()> {
+        let flags = Flags::new()
+            .set("deduplication.model", &self.model)
+            .set("deduplication.similarity_threshold", &self.threshold)
+            .set("deduplication.eval_fraction", &self.eval_fraction)
+            .set("deduplication.seed", &self.seed);
+        let Some(resolved) = app.settings::<DataSettings>(&["deduplication"], flags)? else {
+            return Ok(());
+        };
+        let settings = &resolved.settings.deduplication;
+        self.check(settings)?;
+
+        let mut dropped = self
+            .dropped
+            .as_deref()
+            .map(AtomicFile::create)
+            .transpose()?;
+        let (mut rows, bad) = self.read(&mut dropped)?;
+        let read = rows.len();
+        rows.sort_by(Row::compare);
+
+        let mut gone: Vec<(Row, Dropped)> = Vec::new();
+        let rows = drop_exact(rows, &mut gone);
+        let exact = gone.len();
+        let (rows, sides) = if rows.len() < 2 {
+            let sides = vec![Split::Train; rows.len()];
+            (rows, sides)
+        } else {
+            // As written: the f32 nearest to 0.9 is a little less than 0.9.
+            let threshold = rounded(settings.similarity_threshold.into());
+            let (texts, mut numbers) = number_texts(&rows);
+            let vectors = embed(&texts, &settings.model, app)?;
+            let rows = drop_semantic(rows, &mut numbers, &vectors, threshold, &mut gone, app);
+            let groups = groups(&rows, &numbers, &vectors, threshold);
+            let sides = split(&groups, rows.len(), settings.eval_fraction, settings.seed);
+            (rows, sides)
+        };
+
+        let mut out = Output::stdout();
+        for (mut row, side) in rows.into_iter().zip(&sides) {
+            add_texts(&mut row)?;
+            row.record.set("split", side)?;
+            out.record(&row.record)?;
+        }
+        out.finish()?;
+        gone.sort_by(|(a, _), (b, _)| Row::compare(a, b));
+        if let Some(mut file) = dropped {
+            for (mut row, dropped) in gone.drain(..) {
+                add_texts(&mut row)?;
+                row.record.set("dropped", &dropped)?;
+                file.record(&row.record)?;
+            }
+            file.commit()?;
+        } else if read > sides.len() {
+            app.info(
+                "the dropped pairs are kept nowhere; --dropped FILE keeps them with their keepers",
+            );
+        }
+
+        let written = sides.len();
+        let held_out = sides.iter().filter(|&&side| side == Split::Eval).count();
+        app.info(format_args!(
+            "dropped {exact} exact and {} semantic duplicates; {} to train on, {held_out} held out",
+            read - exact - written,
+            written - held_out,
+        ));
+        let [read, written] = [read, written].map(|n| n as u64);
+        app.count(Counts {
+            read: read + bad,
+            written,
+            rejected: read - written + bad,
+        });
+        Ok(())
+    }
+}
+
+impl PairDedup {
+    fn check(&self, settings: &Deduplication) -> Result<(), Failure> {
+        let usage = |text: String| Err(Failure::Usage(text));
+        if !(settings.similarity_threshold > 0.0 && settings.similarity_threshold <= 1.0) {
+            let found = settings.similarity_threshold;
+            return usage(format!(
+                "deduplication.similarity_threshold (--threshold) is {found}; it must be above 0, at most 1"
+            ));
+        }
+        if !(0.0..=1.0).contains(&settings.eval_fraction) {
+            let found = settings.eval_fraction;
+            return usage(format!(
+                "deduplication.eval_fraction (--eval-fraction) is {found}; it must be in 0 to 1"
+            ));
+        }
+        if self.common.max_bad_lines > 0 && self.dropped.is_none() {
+            return usage("--max-bad-lines needs --dropped FILE to keep the lines in".into());
+        }
+        Ok(())
+    }
+
+    /// All rows, and the number of malformed lines.
+    fn read(&self, dropped: &mut Option<AtomicFile>) -> anyhow::Result<(Vec<Row>, u64)> {
+        let mut nowhere = std::io::sink();
+        let kept: &mut dyn std::io::Write = match dropped {
+            Some(file) => file,
+            None => &mut nowhere,
+        };
+        let mut records = Records::new(Lines::open(Path::new("-"))?, self.common.max_bad_lines);
+        let mut rows = Vec::new();
+        while let Some((_, row)) = records.next_with(kept, Row::of)? {
+            rows.push(row);
+        }
+        Ok((rows, records.bad()))
+    }
+}
+
+/// Keeps the first of rows with the same texts, case aside, and of rows with the
+/// same id, which are two readings of one pair.
+fn drop_exact(rows: Vec<Row>, gone: &mut Vec<(Row, Dropped)>) -> Vec<Row> {
+    let mut by_text: HashMap<(String, String), String> = HashMap::new();
+    let mut ids = HashSet::new();
+    let mut kept = Vec::with_capacity(rows.len());
+    for row in rows {
+        let key = (fold(&row.tweet), fold(&row.reply));
+        let (reason, keeper) = if let Some(keeper) = by_text.get(&key) {
+            (Duplicate::Exact, keeper.clone())
+        } else if ids.contains(&row.pair.id) {
+            (Duplicate::Id, row.pair.id.clone())
+        } else {
+            by_text.insert(key, row.pair.id.clone());
+            ids.insert(row.pair.id.clone());
+            kept.push(row);
+            continue;
+        };
+        gone.push((
+            row,
+            Dropped {
+                by: NAME.into(),
+                reason,
+                keeper,
+                tweet_cosine: None,
+                reply_cosine: None,
+            },
+        ));
+    }
+    kept
+}
+
+/// The distinct texts of some rows, and of each row the numbers of its tweet and
+/// its reply among them.
+fn number_texts(rows: &[Row]) -> (Vec<&str>, Vec<(usize, usize)>) {
+    let mut texts = Vec::new();
+    let mut numbers = HashMap::new();
+    let mut number = |text| {
+        *numbers.entry(text).or_insert_with(|| {
+            texts.push(text);
+            texts.len() - 1
+        })
+    };
+    let of_rows = rows
+        .iter()
+        .map(|row| (number(row.tweet.as_str()), number(row.reply.as_str())))
+        .collect();
+    (texts, of_rows)
+}
+
+/// Sentence vectors of the texts.
+fn embed(texts: &[&str], model: &str, app: &App) -> anyhow::Result<Vectors> {
+    let embedder = Embedder::load(Path::new(model)).context("deduplication.model (--model)")?;
+    let progress = Mutex::new(app.progress("sentence vectors", Some(texts.len() as u64)));
+    let vectors = embedder.embed(texts, |done| {
+        // A poisoned lock is a progress bar that broke, no reason to stop.
+        progress
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .set(done as u64);
+    })?;
+    Ok(Vectors(vectors))
+}
+
+/// Keeps the rows that are near none that is kept; `numbers` follows suit.
+fn drop_semantic(
+    rows: Vec<Row>,
+    numbers: &mut Vec<(usize, usize)>,
+    vectors: &Vectors,
+    threshold: f64,
+    gone: &mut Vec<(Row, Dropped)>,
+    app: &App,
+) -> Vec<Row> {
+    let progress = app.progress("comparing", Some(rows.len() as u64));
+    let found = drop_near(vectors, numbers, threshold, |done| {
+        progress.set(done as u64)
+    });
+    let ids: Vec<String> = rows.iter().map(|row| row.pair.id.clone()).collect();
+    let keepers: HashMap<&str, &str> = ids
+        .iter()
+        .zip(&found)
+        .filter_map(|(id, near)| Some((id.as_str(), ids[near.as_ref()?.keeper].as_str())))
+        .collect();
+    // Who kept an exact duplicate may have gone itself.
+    for (_, dropped) in gone.iter_mut() {
+        if let Some(keeper) = keepers.get(dropped.keeper.as_str()) {
+            dropped.keeper = (*keeper).to_owned();
+        }
+    }
+
+    let mut kept = Vec::new();
+    let mut kept_numbers = Vec::new();
+    for ((row, near), &number) in rows.into_iter().zip(found).zip(&*numbers) {
+        match near {
+            None => {
+                kept.push(row);
+                kept_numbers.push(number);
+            }
+            Some(Near {
+                keeper,
+                tweet,
+                reply,
+            }) => gone.push((
+                row,
+                Dropped {
+                    by: NAME.into(),
+                    reason: Duplicate::Semantic,
+                    keeper: ids[keeper].clone(),
+                    tweet_cosine: Some(rounded(tweet)),
+                    reply_cosine: Some(rounded(reply)),
+                },
+            )),
+        }
+    }
+    *numbers = kept_numbers;
+    kept
+}
+
+/// The rows in groups that must stay on one side of the cut: the same thread, the
+/// same tweet, tweets that are near, and a tweet that is another row's reply.
+fn groups(
+    rows: &[Row],
+    numbers: &[(usize, usize)],
+    vectors: &Vectors,
+    threshold: f64,
+) -> Vec<Group> {
+    let mut union = Union::new(rows.len());
+    let mut first_with = HashMap::new();
+    for (i, row) in rows.iter().enumerate() {
+        let ids = [
+            ("conversation", Some(&row.pair.conversation_id)),
+            ("tweet", row.pair.tweet_id.as_ref()),
+        ];
+        for (kind, id) in ids {
+            if let Some(id) = id {
+                union.join(i, *first_with.entry((kind, id)).or_insert(i));
+            }
+        }
+    }
+    let mut by_tweet = BTreeMap::new();
+    for (i, &(tweet, _)) in numbers.iter().enumerate() {
+        union.join(i, *by_tweet.entry(tweet).or_insert(i));
+    }
+    for (i, (_, reply)) in numbers.iter().enumerate() {
+        if let Some(&other) = by_tweet.get(reply) {
+            union.join(i, other);
+        }
+    }
+    let (tweets, elements): (Vec<usize>, Vec<usize>) = by_tweet.into_iter().unzip();
+    join_near(vectors, &tweets, &elements, threshold, &mut union);
+
+    let mut groups: BTreeMap<usize, Group> = BTreeMap::new();
+    for (i, row) in rows.iter().enumerate() {
+        let name = &row.pair.conversation_id;
+        let group = groups.entry(union.root(i)).or_insert_with(|| Group {
+            name: name.clone(),
+            rows: Vec::new(),
+        });
+        if *name < group.name {
+            group.name.clone_from(name);
+        }
+        group.rows.push(i);
+    }
+    groups.into_values().collect()
+}
+
+fn add_texts(row: &mut Row) -> Result<(), record::Error> {
+    row.pair.identify(&mut row.record)?;
+    row.record.set("tweet_normalized", &row.tweet)?;
+    row.record.set("reply_normalized", &row.reply)
+}
+
+/// Six digits: past them a cosine says nothing.
+fn rounded(cosine: f64) -> f64 {
+    (cosine * 1e6).round() / 1e6
+}

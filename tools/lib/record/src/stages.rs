@@ -45,14 +45,14 @@ pub fn quality(reply_likes: Option<u64>, followers: Option<u64>, toxicity: f32) 
 pub struct Dropped {
     /// The tool that dropped it.
     pub by: String,
-    /// Whether the two are the same text or say the same.
+    /// In what way the two are the same.
     pub reason: Duplicate,
     /// `id` of the pair that stayed in its stead.
     pub keeper: String,
-    /// Cosine of the two tweets; not there for an exact duplicate.
+    /// Cosine of the two tweets, for a semantic duplicate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tweet_cosine: Option<f64>,
-    /// Cosine of the two replies; not there for an exact duplicate.
+    /// Cosine of the two replies, for a semantic duplicate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reply_cosine: Option<f64>,
 }
@@ -65,6 +65,8 @@ pub enum Duplicate {
     Exact,
     /// Both texts are near by cosine.
     Semantic,
+    /// Another reading of the pair with the same id.
+    Id,
 }
 
 #[cfg(test)]

@@ -1,0 +1,457 @@
+//! pair-dedup through the real binary, with the real sentence model.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use harness::{Conventions, Run, Tool};
+use serde_json::{Value, json};
+
+fn tool() -> Tool {
+    Tool::new(env!("CARGO_BIN_EXE_pair-dedup"))
+}
+
+fn model() -> String {
+    let path =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../data/cache/models/all-MiniLM-L6-v2");
+    assert!(
+        path.join("model.safetensors").exists(),
+        "the sentence model is not there; `make models` fetches it"
+    );
+    path.display().to_string()
+}
+
+/// Tweets and replies about one thing each.
+const TOPICS: [(&str, &str); 16] = [
+    (
+        "The ferry was an hour late again this morning.",
+        "Take the early one, it has never failed me.",
+    ),
+    (
+        "I finally fixed the leaking tap in the kitchen.",
+        "Well done, mine still drips into a bucket.",
+    ),
+    (
+        "Our choir sings in the old mill on Friday night.",
+        "I will bring my mother, she loves that place.",
+    ),
+    (
+        "Nobody told me that rye bread takes two days.",
+        "Worth the wait, and the second loaf is quicker.",
+    ),
+    (
+        "The lighthouse is open to visitors for one week.",
+        "Count the steps for me, I always lose track.",
+    ),
+    (
+        "My bicycle has a new chain and rides like silk.",
+        "Oil it after the first rain and it stays that way.",
+    ),
+    (
+        "We counted eleven herons on the pond at dawn.",
+        "That is twice as many as we saw last year.",
+    ),
+    (
+        "The chess club meets in the library from now on.",
+        "Good, the café was far too loud to think.",
+    ),
+    (
+        "Snow in April, and the magnolia was just in bloom.",
+        "Cover it tonight and it may come through.",
+    ),
+    (
+        "This novel has no chapter breaks at all.",
+        "I read it in one sitting for that very reason.",
+    ),
+    (
+        "Learning to weld is mostly learning to clean metal.",
+        "And buying gloves that are one size too big.",
+    ),
+    (
+        "The market has the first strawberries of the season.",
+        "Save me a basket, I am stuck at work until six.",
+    ),
+    (
+        "Our goat got onto the roof of the shed today.",
+        "Ours does that weekly, we gave up on the ladder.",
+    ),
+    (
+        "The telescope arrived and of course it is cloudy.",
+        "It is a rule of nature, mine waited two weeks.",
+    ),
+    (
+        "I am building a canoe out of cedar strips.",
+        "Sand more than you think, then sand once more.",
+    ),
+    (
+        "The new tram line opens between the two stations.",
+        "At last, that walk in winter was no joke.",
+    ),
+];
+
+fn pair(id: &str, conversation: &str, tweet: &str, reply: &str, likes: u64) -> Value {
+    json!({
+        "v": 1, "id": id, "conversation_id": conversation, "tweet": tweet, "tweet_likes": 100,
+        "reply": reply, "reply_likes": likes, "reply_author_followers": 400, "x_note": {"n": 1.50}
+    })
+}
+
+/// Every topic as a pair, some with a second reply in the same thread, and copies
+/// of both kinds. Ids: `aN` the pair, `bN` another reply, `eN` exact, `sN` semantic.
+fn pairs() -> Vec<Value> {
+    let mut pairs = Vec::new();
+    for (i, (tweet, reply)) in TOPICS.into_iter().enumerate() {
+        let thread = format!("t{i:02}");
+        pairs.push(pair(&format!("a{i:02}"), &thread, tweet, reply, 50));
+        if i % 4 == 0 {
+            let other = TOPICS[(i + 5) % 16].1;
+            pairs.push(pair(
+                &format!("b{i:02}"),
+                &thread,
+                tweet,
+                other,
+                20 + i as u64,
+            ));
+        }
+        if i % 4 == 1 {
+            let tweet = format!("@someone  {}", tweet.to_uppercase());
+            let reply = reply
+                .replace("the", "\u{200b}the")
+                .replace(' ', "  ")
+                .replace(',', " ,")
+                .replace(" ,", ",");
+            pairs.push(pair(
+                &format!("e{i:02}"),
+                &format!("u{i:02}"),
+                &tweet,
+                &reply,
+                10,
+            ));
+        }
+        if i % 4 == 2 {
+            // A few other signs: not the same text, and near by any measure.
+            let (tweet, reply) = (
+                tweet.replace('.', "!"),
+                format!("{}!!", reply.trim_end_matches('.')),
+            );
+            pairs.push(pair(
+                &format!("s{i:02}"),
+                &format!("w{i:02}"),
+                &tweet,
+                &reply,
+                80,
+            ));
+        }
+    }
+    pairs
+}
+
+fn text(pairs: &[Value]) -> String {
+    pairs.iter().map(|pair| format!("{pair}\n")).collect()
+}
+
+fn run(tool: &Tool, more: &[&str], input: &str) -> Run {
+    let model = model();
+    let arguments: Vec<&str> = ["--model", &model, "--dropped", "dropped.jsonl"]
+        .iter()
+        .chain(more)
+        .copied()
+        .collect();
+    tool.run(&arguments, input).exits(0)
+}
+
+fn lines(text: &str) -> Vec<Value> {
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+fn id(record: &Value) -> &str {
+    record["id"].as_str().unwrap()
+}
+
+harness::conventions!(|| {
+    let arguments = ["--dropped", "dropped.jsonl", "--model", &model()]
+        .map(String::from)
+        .to_vec();
+    let input = text(&pairs()[..8]);
+    (
+        tool(),
+        Conventions {
+            arguments,
+            input,
+            empty: 0,
+            key: "deduplication.eval_fraction",
+            passes_records: true,
+        },
+    )
+});
+
+#[test]
+fn doing_it_again_changes_nothing_and_order_does_not_matter() {
+    let tool = tool();
+    let pairs = pairs();
+    let once = run(&tool, &["--eval-fraction", "0.3"], &text(&pairs)).stdout;
+    assert!(!tool.read("dropped.jsonl").is_empty());
+    let again = run(&tool, &["--eval-fraction", "0.3"], &once).stdout;
+    assert_eq!(once, again);
+    assert_eq!(tool.read("dropped.jsonl"), "");
+    let reversed: Vec<Value> = pairs.into_iter().rev().collect();
+    assert_eq!(
+        run(&tool, &["--eval-fraction", "0.3"], &text(&reversed)).stdout,
+        once
+    );
+}
+
+#[test]
+fn kept_and_dropped_together_are_the_input_and_every_keeper_stays() {
+    let tool = tool();
+    let input = pairs();
+    let kept = run(&tool, &[], &text(&input)).records();
+    let dropped = lines(&tool.read("dropped.jsonl"));
+
+    let mut all: BTreeMap<&str, Value> = BTreeMap::new();
+    for record in kept.iter().chain(&dropped) {
+        let mut bare = record.clone();
+        for key in ["tweet_normalized", "reply_normalized", "split", "dropped"] {
+            bare.as_object_mut().unwrap().remove(key);
+        }
+        assert!(all.insert(id(record), bare).is_none(), "twice: {record}");
+    }
+    let expected: BTreeMap<&str, Value> =
+        input.iter().map(|pair| (id(pair), pair.clone())).collect();
+    assert_eq!(all, expected);
+
+    let ids: BTreeSet<&str> = kept.iter().map(id).collect();
+    let mut found = Vec::new();
+    for record in &dropped {
+        let why = &record["dropped"];
+        assert!(
+            ids.contains(why["keeper"].as_str().unwrap()),
+            "the keeper is gone: {record}"
+        );
+        found.push((
+            id(record),
+            why["reason"].as_str().unwrap(),
+            why["keeper"].as_str().unwrap(),
+        ));
+        if why["reason"] == "semantic" {
+            assert!(
+                why["tweet_cosine"].as_f64().unwrap() > 0.9
+                    && why["reply_cosine"].as_f64().unwrap() > 0.9
+            );
+        } else {
+            assert!(why.get("tweet_cosine").is_none() && why.get("reply_cosine").is_none());
+        }
+    }
+    found.sort_unstable();
+    // Of the semantic copies the one with more likes stays: the copy.
+    let mut expected = Vec::new();
+    for i in 0..16 {
+        let name = |kind: &str| format!("{kind}{i:02}");
+        match i % 4 {
+            1 => expected.push((name("e"), "exact", name("a"))),
+            2 => expected.push((name("a"), "semantic", name("s"))),
+            _ => {}
+        }
+    }
+    expected.sort();
+    let expected: Vec<(&str, &str, &str)> = expected
+        .iter()
+        .map(|(a, b, c)| (a.as_str(), *b, c.as_str()))
+        .collect();
+    assert_eq!(found, expected);
+    assert!(
+        kept.windows(2)
+            .all(|w| w[0]["reply_likes"].as_u64() >= w[1]["reply_likes"].as_u64()),
+        "best first"
+    );
+}
+
+#[test]
+fn both_texts_must_be_near() {
+    let (tweet, reply) = TOPICS[0];
+    let input = [
+        pair("1", "1", tweet, reply, 9),
+        pair("2", "2", tweet, TOPICS[1].1, 8),
+        pair("3", "3", TOPICS[1].0, reply, 7),
+    ];
+    let kept = run(&tool(), &[], &text(&input)).records();
+    assert_eq!(kept.iter().map(id).collect::<Vec<_>>(), ["1", "2", "3"]);
+}
+
+#[test]
+fn a_keeper_that_goes_itself_is_followed() {
+    let (tweet, reply) = TOPICS[2];
+    let input = [
+        pair(
+            "best",
+            "1",
+            &tweet.replace('.', "!"),
+            &reply.replace('.', "!!"),
+            90,
+        ),
+        pair("middle", "2", tweet, reply, 50),
+        pair("worst", "3", &tweet.to_lowercase(), reply, 10),
+        pair(
+            "middle",
+            "2",
+            "Quite another reading of the same pair, after an edit.",
+            reply,
+            5,
+        ),
+    ];
+    let tool = tool();
+    assert_eq!(run(&tool, &[], &text(&input)).records().len(), 1);
+    let dropped = lines(&tool.read("dropped.jsonl"));
+    let why: Vec<_> = dropped
+        .iter()
+        .map(|r| (id(r), &r["dropped"]["reason"], &r["dropped"]["keeper"]))
+        .collect();
+    assert_eq!(
+        why,
+        [
+            ("middle", &json!("semantic"), &json!("best")),
+            ("worst", &json!("exact"), &json!("best")),
+            ("middle", &json!("id"), &json!("best"))
+        ]
+    );
+}
+
+/// Threads, the same tweet elsewhere, near tweets, and a reply that is the next
+/// tweet all stay on one side, whatever the seed.
+#[test]
+fn nothing_leaks_across_the_cut() {
+    let tool = tool();
+    let mut input = Vec::new();
+    for (i, (tweet, reply)) in TOPICS.into_iter().enumerate() {
+        let other = |n: usize| TOPICS[(i + n) % 16].1;
+        input.push(pair(
+            &format!("{i:02}a"),
+            &format!("{i:02}x"),
+            tweet,
+            reply,
+            9,
+        ));
+        match i % 4 {
+            0 => input.push(pair(
+                &format!("{i:02}b"),
+                &format!("{i:02}x"),
+                "Well, that is one way to see it.",
+                other(3),
+                8,
+            )),
+            1 => input.push(pair(
+                &format!("{i:02}b"),
+                &format!("{i:02}y"),
+                tweet,
+                other(3),
+                8,
+            )),
+            2 => input.push(pair(
+                &format!("{i:02}b"),
+                &format!("{i:02}y"),
+                &tweet.replace('.', "!!"),
+                other(3),
+                8,
+            )),
+            _ => input.push(pair(
+                &format!("{i:02}b"),
+                &format!("{i:02}y"),
+                reply,
+                other(3),
+                8,
+            )),
+        }
+    }
+    // The filler tweet must not join the threads that it stands in.
+    for (n, pair) in input
+        .iter_mut()
+        .filter(|p| p["tweet"].as_str().unwrap().starts_with("Well, "))
+        .enumerate()
+    {
+        let fillers = [
+            "Who painted that door?",
+            "My knee knows when rain comes.",
+            "Tax forms in verse, please.",
+            "Owls again.",
+        ];
+        pair["tweet"] = json!(fillers[n]);
+    }
+    let mut choices = BTreeSet::new();
+    for seed in ["1", "2", "3", "4"] {
+        let kept = run(
+            &tool,
+            &["--seed", seed, "--eval-fraction", "0.25"],
+            &text(&input),
+        )
+        .records();
+        assert_eq!(kept.len(), 32);
+        let sides: BTreeMap<&str, &str> = kept
+            .iter()
+            .map(|r| (id(r), r["split"].as_str().unwrap()))
+            .collect();
+        for i in 0..16 {
+            assert_eq!(
+                sides[format!("{i:02}a").as_str()],
+                sides[format!("{i:02}b").as_str()],
+                "topic {i}, seed {seed}"
+            );
+        }
+        assert_eq!(sides.values().filter(|&&side| side == "eval").count(), 8);
+        choices.insert(format!("{sides:?}"));
+    }
+    assert_eq!(choices.len(), 4, "the seed decides nothing");
+}
+
+#[test]
+fn normalised_texts_stand_beside_the_raw_ones() {
+    let input = pair(
+        "1",
+        "1",
+        "@ann  Sooooo “nice” #GoodDay!!!!!",
+        "ｙｅｓ\nindeed",
+        1,
+    );
+    let [record] = &run(&tool(), &[], &text(&[input.clone()])).records()[..] else {
+        panic!()
+    };
+    assert_eq!(record["tweet_normalized"], "Soo \"nice\" Good Day!!!");
+    assert_eq!(record["reply_normalized"], "yes indeed");
+    assert_eq!(
+        (&record["tweet"], &record["reply"]),
+        (&input["tweet"], &input["reply"])
+    );
+}
+
+#[test]
+fn wrong_use_names_the_remedy() {
+    let tool = tool();
+    let input = text(&pairs()[..4]);
+    tool.run(&["--model", "nowhere"], &input)
+        .exits(4)
+        .says("make models")
+        .says("nowhere");
+    tool.run(&["--threshold", "1.5"], &input)
+        .exits(2)
+        .says("similarity_threshold");
+    tool.run(&["--eval-fraction", "-0.1"], &input).exits(2);
+    tool.run(&["--max-bad-lines", "1"], &input)
+        .exits(2)
+        .says("--dropped");
+    tool.run(&["--model", "nowhere"], &text(&pairs()[..1]))
+        .exits(0);
+    tool.run(&["--model", &model()], &text(&pairs()))
+        .exits(0)
+        .says("--dropped FILE");
+}
+
+#[test]
+fn the_examples_of_the_help_run() {
+    let tool = tool();
+    tool.file("valid.jsonl", &text(&pairs()));
+    let folder = tool.folder().join("data/cache/models");
+    std::fs::create_dir_all(&folder).unwrap();
+    std::os::unix::fs::symlink(model(), folder.join("all-MiniLM-L6-v2")).unwrap();
+    harness::check_examples(&tool);
+}
