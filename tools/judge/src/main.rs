@@ -1,1 +1,585 @@
-fn main() {}
+//! judge compares what systems replied, two at a time and in both orders, and adds
+//! what it finds to each item. Claude judges, or, offline, nearness to the reply that
+//! people liked.
+
+mod anthropic;
+mod ledger;
+mod verdict;
+
+use std::cell::RefCell;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::rc::Rc;
+
+use anyhow::Context;
+use clap::{Parser, ValueEnum};
+use cli::{App, Common, Counts, Failure, Flags, Signature};
+use httpclient::{Client, Scheme, Secret};
+use jsonl::{AtomicFile, Lines, Output, Records};
+use record::Record;
+use serde_json::json;
+use settings::{EvalSettings, Judge as Settings, JudgeProvider};
+use textmetrics::{ChrfKind, ChrfStats};
+use tokio::sync::Semaphore;
+use tokio::task::LocalSet;
+
+use anthropic::Question;
+use ledger::Ledger;
+use verdict::{Comparison, Item, Opinion, Preference, Tally, Usage, Verdicts};
+
+const EXAMPLES: &str = "\
+$ judge --provider reference < items.jsonl > judged.jsonl
+With ANTHROPIC_API_KEY set; the same command goes on where it stopped:
+  judge --state state --max-cost 2 < items.jsonl > judged.jsonl
+  sigtest --a verdicts.score.base --b verdicts.score.lora < judged.jsonl";
+
+/// Compare what systems replied, in both orders
+///
+/// Reads the items of gen-eval and adds `verdicts` to each: who is preferred with
+/// either reply shown first, and the outcome. A system wins an item only if it is
+/// preferred in both orders; else the item is a tie. `verdicts.score.NAME` is 1, 0.5 or 0,
+/// and null where the judge gave no verdict.
+///
+/// With --provider anthropic Claude is asked which reply readers would rather like; it
+/// sees the tweet and two replies, no names, and not the reply that people liked. Every
+/// answer is kept in --state, so that none is paid for twice. With --provider reference
+/// nobody is asked: the reply nearer (chrF) to what people liked is preferred. That
+/// measures likeness, not quality, and every record says so: `reference-chrf`.
+#[derive(Parser)]
+#[command(version, after_long_help = cli::after_help(EXAMPLES), max_term_width = 80)]
+struct Judge {
+    /// Who compares
+    #[arg(long, value_enum)]
+    provider: Option<Provider>,
+    /// Systems to compare; may be repeated, the first gives `verdicts.score`
+    /// [default: the first two of each item]
+    #[arg(long, value_name = "A:B")]
+    compare: Vec<String>,
+    /// The model to ask
+    #[arg(long, value_name = "NAME")]
+    model: Option<String>,
+    /// Stop before the answers cost more than this
+    #[arg(long, value_name = "USD")]
+    max_cost: Option<f64>,
+    /// Requests under way at once
+    #[arg(long, value_name = "N")]
+    concurrency: Option<usize>,
+    /// Folder for the answers that were paid for (anthropic)
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
+    /// Write outcomes, tokens and cost here, as one JSON object
+    #[arg(long, value_name = "FILE")]
+    summary: Option<PathBuf>,
+    /// Write malformed lines here (with --max-bad-lines)
+    #[arg(long, value_name = "FILE")]
+    rejects: Option<PathBuf>,
+    /// Only check that the judge can be asked: exit 0, or 2 where a key is missing
+    #[arg(long)]
+    check: bool,
+    /// Another address of the Claude API
+    #[arg(long, value_name = "URL", default_value = anthropic::HOME, hide_default_value = true)]
+    anthropic_url: String,
+    /// Allow sending the key to that address: its HOST or HOST:PORT
+    #[arg(long, value_name = "HOST")]
+    send_key_to: Option<String>,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Provider {
+    /// Claude (needs ANTHROPIC_API_KEY)
+    Anthropic,
+    /// Nearness (chrF) to the reply that people liked; offline
+    Reference,
+}
+
+/// The judge of `--provider reference`, as records name it.
+const REFERENCE: &str = "reference-chrf";
+
+fn main() -> ExitCode {
+    cli::main::<Judge>()
+}
+
+impl cli::Tool for Judge {
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn run(self, app: &App) -> anyhow::Result<()> {
+        let provider = self.provider.map(|provider| match provider {
+            Provider::Anthropic => JudgeProvider::Anthropic,
+            Provider::Reference => JudgeProvider::Reference,
+        });
+        let flags = Flags::new()
+            .set("judge.provider", &provider)
+            .set(
+                "judge.compare",
+                &Some(&self.compare).filter(|c| !c.is_empty()),
+            )
+            .set("judge.model", &self.model)
+            .set("judge.max_cost_usd", &self.max_cost)
+            .set("judge.concurrency", &self.concurrency);
+        let Some(resolved) = app.settings::<EvalSettings>(&["judge"], flags)? else {
+            return Ok(());
+        };
+        let config = resolved.sha256();
+        let settings = resolved.settings.judge;
+        let pairs = settings
+            .compare
+            .iter()
+            .map(|pair| parse_pair(pair))
+            .collect::<Result<Vec<_>, _>>()?;
+        match settings.provider {
+            JudgeProvider::Reference => {
+                if self.check {
+                    return Ok(());
+                }
+                let signature = Signature::new("judge")
+                    .with("judge", REFERENCE)
+                    .with_hash("config", &config);
+                self.judge_by_reference(app, &pairs, &signature)
+            }
+            JudgeProvider::Anthropic => {
+                let client = self.client(&settings)?;
+                let Some(price) = settings.prices.get(&settings.model).copied() else {
+                    return Err(Failure::Usage(format!(
+                        "judge.prices has no price for {}: add it (US dollars for a million tokens), so that \
+                         judge.max_cost_usd can be kept",
+                        settings.model
+                    ))
+                    .into());
+                };
+                if self.check {
+                    return Ok(());
+                }
+                let Some(folder) = &self.state else {
+                    return Err(Failure::Usage(
+                        "--provider anthropic needs --state DIR, so that no answer is paid for twice".into(),
+                    )
+                    .into());
+                };
+                let (records, counts) = self.read(&pairs)?;
+                let ledger = Ledger::open(folder, price, settings.max_cost_usd)?;
+                let signature = Signature::new("judge")
+                    .with("judge", &settings.model)
+                    .with_hash("prompt", &anthropic::prompt_hash())
+                    .with_hash("config", &config);
+                let claude = Rc::new(Claude::new(
+                    client,
+                    settings,
+                    pairs,
+                    ledger,
+                    signature.to_string(),
+                ));
+                self.judge_by_claude(app, &claude, records, counts)
+            }
+        }
+    }
+}
+
+/// A line of the input: an item to judge, or one that passes as it is.
+enum Entry {
+    Item(Record, Box<Item>),
+    Corpus(Record),
+}
+
+impl Judge {
+    /// The service, or what to do where it cannot be asked.
+    fn client(&self, settings: &Settings) -> anyhow::Result<Client> {
+        let usage = |e: httpclient::ConfigError| Failure::Usage(e.to_string());
+        let key = cli::env_or_dotenv(anthropic::KEY)?.ok_or_else(|| {
+            Failure::Usage(format!(
+                "{} is not set: put it into .env or the environment (https://console.anthropic.com → API keys), or \
+                 judge offline with --provider reference (make: JUDGE=reference)",
+                anthropic::KEY
+            ))
+        })?;
+        let confirmed = self.send_key_to.as_deref();
+        httpclient::confirm_host(
+            anthropic::KEY,
+            anthropic::HOME,
+            &self.anthropic_url,
+            confirmed,
+        )
+        .map_err(usage)?;
+        let secret = Secret::bind(anthropic::KEY, &key, Scheme::ApiKey, &self.anthropic_url)
+            .map_err(usage)?;
+        let client = Client::new(&self.anthropic_url, anthropic::policy(settings.attempts))
+            .map_err(usage)?;
+        Ok(client
+            .with_secret(secret)
+            .with_header("anthropic-version", "2023-06-01"))
+    }
+
+    /// Reads all of standard input first: what is malformed is found before anything is paid for.
+    fn read(&self, pairs: &[(String, String)]) -> anyhow::Result<(Vec<Entry>, Counts)> {
+        let mut file = self
+            .rejects
+            .as_deref()
+            .map(AtomicFile::create)
+            .transpose()?;
+        let mut nowhere = std::io::sink();
+        let rejects: &mut dyn Write = match &mut file {
+            Some(file) => file,
+            None => &mut nowhere,
+        };
+        let mut records = Records::new(Lines::open("-".as_ref())?, self.common.max_bad_lines);
+        let mut entries = Vec::new();
+        let understand = |record: Record| {
+            if record.contains("corpus") {
+                return Ok(Entry::Corpus(record));
+            }
+            let item = Item::of(&record)?;
+            item.pairs(pairs)?;
+            Ok(Entry::Item(record, Box::new(item)))
+        };
+        while let Some((_, entry)) = records.next_with(rejects, understand)? {
+            entries.push(entry);
+        }
+        if let Some(file) = file {
+            file.commit()?;
+        }
+        let bad = records.bad();
+        let counts = Counts {
+            read: entries.len() as u64 + bad,
+            written: 0,
+            rejected: bad,
+        };
+        Ok((entries, counts))
+    }
+
+    fn judge_by_reference(
+        &self,
+        app: &App,
+        pairs: &[(String, String)],
+        signature: &Signature,
+    ) -> anyhow::Result<()> {
+        let (entries, mut counts) = self.read(pairs)?;
+        let mut out = Output::stdout();
+        let mut tally = Tally::default();
+        for entry in entries {
+            let record = match entry {
+                Entry::Corpus(record) => record,
+                Entry::Item(mut record, item) => {
+                    let comparisons = item
+                        .pairs(pairs)?
+                        .iter()
+                        .map(|(a, b)| nearer(&item, a, b))
+                        .collect();
+                    let verdicts = verdicts(REFERENCE, comparisons, &signature.to_string(), None);
+                    verdicts.comparisons.iter().for_each(|c| tally.add(c));
+                    record.set("verdicts", &verdicts)?;
+                    record
+                }
+            };
+            out.record(&record)?;
+            counts.written += 1;
+        }
+        out.finish()?;
+        app.count(counts);
+        self.summarise(app, REFERENCE, &tally, None)
+    }
+
+    fn judge_by_claude(
+        &self,
+        app: &App,
+        claude: &Rc<Claude>,
+        entries: Vec<Entry>,
+        mut counts: Counts,
+    ) -> anyhow::Result<()> {
+        app.interrupted()?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let mut out = Output::stdout();
+        let mut tally = Tally::default();
+        let mut usage = Usage::default();
+        let items = entries
+            .iter()
+            .filter(|entry| matches!(entry, Entry::Item(..)))
+            .count();
+        let progress = app.progress("items judged", Some(items as u64));
+        let judged = LocalSet::new().block_on(&runtime, async {
+            // All are begun at once and wait for each other at the semaphore: the order of
+            // the output is that of the input, whoever is answered first.
+            let tasks: Vec<_> = entries
+                .into_iter()
+                .map(|entry| match entry {
+                    Entry::Corpus(record) => (record, None),
+                    Entry::Item(record, item) => {
+                        let claude = Rc::clone(claude);
+                        (
+                            record,
+                            Some(tokio::task::spawn_local(async move {
+                                claude.judge(&item).await
+                            })),
+                        )
+                    }
+                })
+                .collect();
+            let mut complete = true;
+            for (mut record, task) in tasks {
+                if let Some(task) = task {
+                    // What is under way is paid for: it is waited for and kept, though the
+                    // output ends with the first item that could not be judged.
+                    let Some(verdicts) = claude.until_interrupted(app, task).await? else {
+                        complete = false;
+                        continue;
+                    };
+                    verdicts.comparisons.iter().for_each(|c| tally.add(c));
+                    usage += verdicts.usage;
+                    record.set("verdicts", &verdicts)?;
+                    progress.add(1);
+                }
+                if complete {
+                    match out.record(&record) {
+                        Ok(()) => counts.written += 1,
+                        Err(error) => {
+                            complete = false;
+                            claude.fail(error.into());
+                        }
+                    }
+                }
+            }
+            claude.failure.take().map_or(Ok(()), Err)
+        });
+        drop(progress);
+        let ledger = claude.ledger.borrow();
+        if let Err(error) = judged {
+            // What is judged so far is good: let whoever reads have it.
+            out.finish()?;
+            app.info(format_args!(
+                "{} items judged; {} new answers are kept, and the same command goes on from there",
+                counts.written, ledger.asked
+            ));
+            return Err(error);
+        }
+        out.finish()?;
+        app.count(counts);
+        let bill = json!({
+            "usage": usage,
+            "requests": ledger.asked,
+            "cost_usd": ledger.spent_usd(),
+            "prices_as_of": claude.settings.prices_as_of,
+        });
+        app.info(format_args!(
+            "{} new answers; all together {} tokens in, {} out, about ${:.2} at prices of {}",
+            ledger.asked,
+            usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens,
+            usage.output_tokens,
+            ledger.spent_usd(),
+            claude.settings.prices_as_of
+        ));
+        self.summarise(app, &claude.settings.model, &tally, Some(bill))
+    }
+
+    fn summarise(
+        &self,
+        app: &App,
+        judge: &str,
+        tally: &Tally,
+        bill: Option<serde_json::Value>,
+    ) -> anyhow::Result<()> {
+        for (pair, outcomes) in &tally.outcomes {
+            let list: Vec<String> = outcomes
+                .iter()
+                .map(|(outcome, n)| format!("{outcome} {n}"))
+                .collect();
+            app.info(format_args!(
+                "{pair} by {judge}: {}; orders that disagree {}",
+                list.join(", "),
+                tally.flipped
+            ));
+        }
+        if let Some(path) = &self.summary {
+            let mut summary =
+                json!({"judge": judge, "outcomes": tally.outcomes, "flipped": tally.flipped});
+            if let Some(bill) = bill {
+                summary["bill"] = bill;
+            }
+            jsonl::write_atomically(path, format!("{summary}\n").as_bytes())?;
+        }
+        Ok(())
+    }
+}
+
+/// The offline judge. It has no sense of order, so both orders agree by construction.
+fn nearer(item: &Item, a: &str, b: &str) -> Comparison {
+    let (reply_a, reply_b) = (&item.replies[a], &item.replies[b]);
+    if reply_a == reply_b {
+        return Comparison::identical(a, b);
+    }
+    let near = |reply: &str| ChrfStats::new(reply, &item.reference).score(ChrfKind::Chrf);
+    let opinion = |first: f64, second: f64| Opinion {
+        preference: Some(match first.total_cmp(&second) {
+            std::cmp::Ordering::Greater => Preference::A,
+            std::cmp::Ordering::Less => Preference::B,
+            std::cmp::Ordering::Equal => Preference::Tie,
+        }),
+        why: Some(format!("chrF {first:.2} and {second:.2}")),
+        no_verdict: None,
+        usage: Usage::default(),
+    };
+    let (near_a, near_b) = (near(reply_a), near(reply_b));
+    Comparison::of(a, b, opinion(near_a, near_b), opinion(near_b, near_a))
+}
+
+fn verdicts(
+    judge: &str,
+    comparisons: Vec<Comparison>,
+    signature: &str,
+    ledger: Option<&Ledger>,
+) -> Verdicts {
+    let mut usage = Usage::default();
+    for order in comparisons.iter().flat_map(|comparison| &comparison.orders) {
+        usage += order.opinion.usage;
+    }
+    Verdicts {
+        v: record::VERSION,
+        judge: judge.to_owned(),
+        score: comparisons
+            .first()
+            .map(|c| c.score.clone())
+            .unwrap_or_default(),
+        usage,
+        // To a millionth of a dollar: below that it is noise of the arithmetic.
+        cost_usd: ledger.map(|ledger| (ledger.cost(usage) * 1e6).round() / 1e6),
+        comparisons,
+        signature: signature.to_owned(),
+    }
+}
+
+fn parse_pair(text: &str) -> Result<(String, String), Failure> {
+    match text.split_once(':') {
+        Some((a, b)) if !a.is_empty() && !b.is_empty() && a != b => {
+            Ok((a.to_owned(), b.to_owned()))
+        }
+        _ => Err(Failure::Usage(format!(
+            "--compare {text}: two different systems as A:B, such as base:lora"
+        ))),
+    }
+}
+
+/// Claude behind one key, a limit of money, and so many questions at once.
+struct Claude {
+    client: Client,
+    settings: Settings,
+    pairs: Vec<(String, String)>,
+    ledger: RefCell<Ledger>,
+    open: Semaphore,
+    /// The first thing that went wrong. From then on no question is asked; those under way
+    /// are answered.
+    failure: RefCell<Option<anyhow::Error>>,
+    signature: String,
+}
+
+impl Claude {
+    fn new(
+        client: Client,
+        settings: Settings,
+        pairs: Vec<(String, String)>,
+        ledger: Ledger,
+        signature: String,
+    ) -> Self {
+        let open = Semaphore::new(settings.concurrency.max(1));
+        let (ledger, failure) = (RefCell::new(ledger), RefCell::default());
+        Self {
+            client,
+            settings,
+            pairs,
+            ledger,
+            open,
+            failure,
+            signature,
+        }
+    }
+
+    fn fail(&self, error: anyhow::Error) {
+        self.failure.borrow_mut().get_or_insert(error);
+    }
+
+    /// The verdicts on an item, unless something failed here or elsewhere meanwhile.
+    async fn judge(&self, item: &Item) -> Option<Verdicts> {
+        // Checked when it was read, so there is no error here.
+        let pairs = item.pairs(&self.pairs).ok()?;
+        let mut comparisons = Vec::new();
+        for (a, b) in pairs {
+            let (reply_a, reply_b) = (&item.replies[&a], &item.replies[&b]);
+            comparisons.push(if reply_a == reply_b {
+                Comparison::identical(&a, &b)
+            } else {
+                let ask = |first, second| {
+                    self.ask(Question::new(
+                        &self.settings.model,
+                        &item.tweet,
+                        first,
+                        second,
+                    ))
+                };
+                let (a_first, b_first) = tokio::join!(ask(reply_a, reply_b), ask(reply_b, reply_a));
+                Comparison::of(&a, &b, a_first?, b_first?)
+            });
+        }
+        Some(verdicts(
+            &self.settings.model,
+            comparisons,
+            &self.signature,
+            Some(&self.ledger.borrow()),
+        ))
+    }
+
+    async fn ask(&self, question: Question) -> Option<Opinion> {
+        let _turn = self.open.acquire().await.ok()?;
+        let (key, max_tokens) = (question.key(), self.settings.max_tokens);
+        if let Some(answer) = self.ledger.borrow_mut().find(&key, max_tokens) {
+            return Some(anthropic::opinion(&answer));
+        }
+        if self.failure.borrow().is_some() {
+            return None;
+        }
+        let Some(reserved) = self
+            .ledger
+            .borrow_mut()
+            .reserve(question.size(), max_tokens)
+        else {
+            self.fail(
+                Failure::World(format!(
+                    "the next answer could cost more than judge.max_cost_usd = {} allows: raise it (--max-cost USD)",
+                    self.settings.max_cost_usd
+                ))
+                .into(),
+            );
+            return None;
+        };
+        let answer = question.ask(&self.client, max_tokens).await;
+        let mut ledger = self.ledger.borrow_mut();
+        ledger.release(reserved);
+        match answer.and_then(|answer| ledger.keep(&key, max_tokens, &answer).map(|()| answer)) {
+            Ok(answer) => Some(anthropic::opinion(&answer)),
+            Err(error) => {
+                self.fail(error);
+                None
+            }
+        }
+    }
+
+    /// What the task gives; an interruption meanwhile is a failure like any other.
+    async fn until_interrupted<T>(
+        &self,
+        app: &App,
+        mut task: tokio::task::JoinHandle<Option<T>>,
+    ) -> anyhow::Result<Option<T>> {
+        loop {
+            tokio::select! {
+                done = &mut task => return done.context("judging an item failed"),
+                () = tokio::time::sleep(std::time::Duration::from_millis(100)) => {
+                    if app.interrupted()? {
+                        self.fail(Failure::Interrupted("interrupted".into()).into());
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,5 +1,7 @@
 //! `config/eval.yaml`: how replies are generated, judged and compared.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{Quantization, TextChoice};
@@ -77,24 +79,55 @@ pub enum JudgeProvider {
 pub struct Judge {
     /// Who compares.
     pub provider: JudgeProvider,
+    /// The systems to compare, as `A:B`; the first gives `verdicts.score`. Empty: the first
+    /// two of each item.
+    pub compare: Vec<String>,
     /// The model asked.
     pub model: String,
     /// Longest answer, in tokens.
     pub max_tokens: u32,
     /// Requests under way at once.
     pub concurrency: usize,
+    /// Requests made at most where one keeps failing.
+    pub attempts: u32,
     /// Stops before the estimated cost passes this, in US dollars.
     pub max_cost_usd: f64,
+    /// What models cost.
+    pub prices: BTreeMap<String, Price>,
+    /// When these prices were read.
+    pub prices_as_of: String,
+}
+
+/// What a model costs, in US dollars for a million tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Price {
+    /// Tokens read. Written to a cache they cost 1.25 times this, read from it 0.1 times.
+    pub input: f64,
+    /// Tokens written.
+    pub output: f64,
 }
 
 impl Default for Judge {
     fn default() -> Self {
+        let price = |model: &str, input, output| (model.to_owned(), Price { input, output });
         Self {
             provider: JudgeProvider::Anthropic,
+            compare: Vec::new(),
             model: "claude-sonnet-5".into(),
             max_tokens: 1024,
             concurrency: 4,
+            attempts: 6,
             max_cost_usd: 5.0,
+            prices: [
+                price("claude-haiku-4-5", 1.0, 5.0),
+                price("claude-opus-5", 5.0, 25.0),
+                price("claude-opus-5-5", 4.0, 20.0),
+                price("claude-sonnet-5", 2.0, 10.0),
+                price("claude-sonnet-5-5", 2.0, 10.0),
+            ]
+            .into(),
+            prices_as_of: "2026-11".into(),
         }
     }
 }

@@ -1,0 +1,172 @@
+//! What was paid for: every answer, on disk before it is used.
+//!
+//! Answers are found again by the question's hash, so a run that was interrupted, or
+//! repeated, pays only for what it has not asked yet. What they cost is summed over all
+//! answers a run uses, old ones included: the limit is for the evaluation, not for the
+//! attempt.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{File, TryLockError};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use cli::Failure;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use settings::Price;
+
+use crate::anthropic;
+use crate::verdict::Usage;
+
+#[derive(Serialize, Deserialize)]
+struct Entry {
+    key: String,
+    max_tokens: u32,
+    answer: Value,
+}
+
+/// The answers of `--state`, and what this run has spent of its limit.
+pub struct Ledger {
+    path: PathBuf,
+    file: File,
+    answers: HashMap<String, (u32, Value)>,
+    /// Keys whose cost is counted.
+    counted: HashSet<String>,
+    price: Price,
+    limit_usd: f64,
+    spent_usd: f64,
+    reserved_usd: f64,
+    /// Answers asked for in this run.
+    pub asked: u64,
+}
+
+impl Ledger {
+    /// Opens or makes `folder/answers.jsonl`.
+    ///
+    /// # Errors
+    /// A folder that cannot be used (exit 4), or a line that is none of ours (exit 3).
+    pub fn open(folder: &Path, price: Price, limit_usd: f64) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(folder).with_context(|| format!("--state {}", folder.display()))?;
+        let path = folder.join("answers.jsonl");
+        let open = File::options()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .open(&path);
+        let mut file = open.with_context(|| format!("opening {}", path.display()))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let what = path.display();
+                return Err(Failure::World(format!(
+                    "{what}: another judge is at work here; let it finish"
+                ))
+                .into());
+            }
+            Err(TryLockError::Error(e)) => {
+                return Err(e).with_context(|| format!("locking {}", path.display()));
+            }
+        }
+        let mut text = String::new();
+        file.read_to_string(&mut text)
+            .with_context(|| format!("reading {}", path.display()))?;
+        // A line without its end is one that a crash cut off.
+        let whole = text.rfind('\n').map_or(0, |at| at + 1);
+        let mut answers = HashMap::new();
+        for (i, line) in text[..whole].lines().enumerate() {
+            let entry: Entry = serde_json::from_str(line).map_err(|e| {
+                Failure::Input(format!("{}:{}: no kept answer: {e}", path.display(), i + 1))
+            })?;
+            answers.insert(entry.key, (entry.max_tokens, entry.answer));
+        }
+        file.set_len(whole as u64)
+            .and_then(|()| file.seek(SeekFrom::End(0)))?;
+        Ok(Self {
+            path,
+            file,
+            answers,
+            counted: HashSet::new(),
+            price,
+            limit_usd,
+            spent_usd: 0.0,
+            reserved_usd: 0.0,
+            asked: 0,
+        })
+    }
+
+    /// The answer to a question asked before, unless it was cut off and may now be longer.
+    pub fn find(&mut self, key: &str, max_tokens: u32) -> Option<Value> {
+        let (had, answer) = self.answers.get(key)?;
+        if anthropic::was_cut(answer) && *had < max_tokens {
+            return None;
+        }
+        let answer = answer.clone();
+        self.count(key, &answer);
+        Some(answer)
+    }
+
+    /// Sets money aside for a question of `size` bytes; what it may cost at most is
+    /// returned, or nothing where the limit would be passed.
+    pub fn reserve(&mut self, size: u64, max_tokens: u32) -> Option<f64> {
+        let usage = Usage {
+            input_tokens: size,
+            output_tokens: max_tokens.into(),
+            ..Usage::default()
+        };
+        let most = self.cost(usage);
+        if self.spent_usd + self.reserved_usd + most > self.limit_usd {
+            return None;
+        }
+        self.reserved_usd += most;
+        Some(most)
+    }
+
+    /// Gives back what [`Ledger::reserve`] set aside.
+    pub fn release(&mut self, reserved: f64) {
+        self.reserved_usd -= reserved;
+    }
+
+    /// Keeps an answer, on the disk first.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn keep(&mut self, key: &str, max_tokens: u32, answer: &Value) -> anyhow::Result<()> {
+        let mut line = serde_json::to_vec(&Entry {
+            key: key.to_owned(),
+            max_tokens,
+            answer: answer.clone(),
+        })?;
+        line.push(b'\n');
+        self.file
+            .write_all(&line)
+            .and_then(|()| self.file.sync_data())
+            .with_context(|| format!("writing {}", self.path.display()))?;
+        self.asked += 1;
+        self.answers
+            .insert(key.to_owned(), (max_tokens, answer.clone()));
+        self.count(key, answer);
+        Ok(())
+    }
+
+    /// What the answers used so far cost, in US dollars.
+    pub fn spent_usd(&self) -> f64 {
+        self.spent_usd
+    }
+
+    /// What these tokens cost, in US dollars. Writing to a cache costs a quarter more than
+    /// reading anew, reading from it a tenth (five-minute cache).
+    pub fn cost(&self, usage: Usage) -> f64 {
+        let input = usage.input_tokens as f64
+            + 1.25 * usage.cache_creation_input_tokens as f64
+            + 0.1 * usage.cache_read_input_tokens as f64;
+        (input * self.price.input + usage.output_tokens as f64 * self.price.output) / 1e6
+    }
+
+    fn count(&mut self, key: &str, answer: &Value) {
+        if self.counted.insert(key.to_owned()) {
+            self.spent_usd += self.cost(anthropic::opinion(answer).usage);
+        }
+    }
+}
