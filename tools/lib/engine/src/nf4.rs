@@ -55,9 +55,6 @@ const MIDPOINTS: [f32; 15] = {
     mid
 };
 
-/// The code of 0.0, which pads an odd tail.
-const ZERO_CODE: u8 = 7;
-
 /// bitsandbytes never divides by less, so that a block of zeros stays finite.
 const MIN_ABSMAX: f32 = 1e-38;
 
@@ -110,7 +107,7 @@ impl Element for f32 {
 impl Element for bf16 {
     #[inline]
     fn widen(self) -> f32 {
-        self.to_f32()
+        f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 }
 
@@ -235,7 +232,6 @@ impl Nf4Tensor {
                     *scale = quantize_block(values, packed);
                 }
             });
-        // A NaN leaves no trace in a maximum, so it was made to show as one.
         if let Some(block) = scales.iter().position(|s| !s.is_finite()) {
             let at = (block * BLOCK..n)
                 .find(|&i| !values[i].widen().is_finite())
@@ -405,28 +401,29 @@ fn check_length(
     }
 }
 
-/// Codes of up to [`BLOCK`] values; returns their scale, or something not
-/// finite where a value is not.
+/// Codes of up to [`BLOCK`] values; returns their scale, which is not finite
+/// where a value is not.
 fn quantize_block<T: Element>(values: &[T], packed: &mut [u8]) -> f32 {
     let mut x = [0f32; BLOCK];
     for (x, v) in x.iter_mut().zip(values) {
         *x = v.widen();
     }
-    let absmax = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-    // 0 × NaN is NaN and 0 × ∞ is NaN; the sum over finite values is 0.
-    let odd: f32 = x.iter().map(|x| x * 0.0).sum();
-    if odd.is_nan() {
-        return f32::NAN;
-    }
+    // Magnitudes compare as their bits do, and NaN above all: unlike a maximum of
+    // floats this needs no order, so it vectorises, and it loses no NaN.
+    let largest = x.iter().map(|x| x.abs().to_bits() as i32).max();
+    let absmax = f32::from_bits(largest.unwrap_or(0) as u32);
     let reciprocal = 1.0 / absmax.max(MIN_ABSMAX);
-    let mut codes = [ZERO_CODE; BLOCK];
-    for (code, x) in codes.iter_mut().zip(x) {
-        let s = (x * reciprocal).clamp(-1.0, 1.0);
-        // Counting the midpoints below is branch-free, and vectorises.
-        *code = MIDPOINTS.iter().map(|&m| u8::from(m < s)).sum();
+    let scaled = x.map(|x| x * reciprocal);
+    // A code is the number of midpoints below. Counting one midpoint at a time for
+    // the whole block has no branches, and vectorises. Padding counts as 0.0.
+    let mut codes = [0u32; BLOCK];
+    for m in MIDPOINTS {
+        for (code, &s) in codes.iter_mut().zip(&scaled) {
+            *code = code.wrapping_add(u32::from(m < s));
+        }
     }
     for (byte, pair) in packed.iter_mut().zip(codes.chunks_exact(2)) {
-        *byte = pair[0] << 4 | pair[1];
+        *byte = (pair[0] << 4 | pair[1]) as u8;
     }
     absmax
 }

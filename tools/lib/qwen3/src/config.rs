@@ -118,7 +118,7 @@ impl Config {
             );
             return Err(keys.wrong("num_key_value_heads", reason));
         }
-        if config.head_dim % 2 != 0 {
+        if !config.head_dim.is_multiple_of(2) {
             let reason = format!(
                 "is {}: rotary positions need an even number",
                 config.head_dim
