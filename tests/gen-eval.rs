@@ -1,0 +1,626 @@
+//! gen-eval through the real binary: its scores against the Python packages', its
+//! likelihoods and greedy replies against an independent forward pass.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, IndexOp};
+use harness::{Conventions, Run, Tool};
+use qwen3::{Chat, LossOn, Message};
+use serde_json::{Value, json};
+use tiny_model::autograd::{Batch, Config, Lora, Model, TARGETS};
+
+fn tool() -> Tool {
+    Tool::new(env!("CARGO_BIN_EXE_gen-eval"))
+}
+
+fn parity(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../tests/parity")
+        .join(name)
+}
+
+fn predictions() -> String {
+    let rows = [
+        ("the cat sat", "the cat sat on the mat"),
+        ("😀", "so true!"),
+        ("no idea", "no idea at all, 3.5% maybe"),
+    ];
+    rows.iter()
+        .map(|(p, r)| format!("{}\n", json!({ "v": 1, "prediction": p, "reference": r })))
+        .collect()
+}
+
+harness::conventions!(|| {
+    let arguments = ["--score-only", "--rejects", "rejects.jsonl"];
+    let conventions = Conventions {
+        arguments: arguments.map(String::from).into(),
+        input: predictions(),
+        empty: 0,
+        key: "generation.batch_size",
+        passes_records: true,
+    };
+    (tool(), conventions)
+});
+
+/// The dump is explained in tests/parity/textmetrics; textmetrics itself is held to
+/// it figure by figure, so this is about units, names and the corpus line.
+#[test]
+fn score_only_prints_what_rouge_score_and_sacrebleu_print() {
+    let dump = std::fs::read_to_string(parity("textmetrics/cases.jsonl")).unwrap();
+    let lines: Vec<Value> = dump
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let (pairs, slices): (Vec<_>, Vec<_>) = lines.iter().partition(|line| line["slice"].is_null());
+    let whole = slices
+        .iter()
+        .find(|line| line["slice"] == json!([0, pairs.len()]))
+        .unwrap();
+    let input: String = pairs
+        .iter()
+        .map(|p| {
+            format!(
+                "{}\n",
+                json!({ "prediction": p["prediction"], "reference": p["reference"] })
+            )
+        })
+        .collect();
+    let mut ours = tool().run(&["--score-only"], &input).exits(0).records();
+
+    let near = |ours: &Value, theirs: &Value, what: &str| {
+        let (ours, theirs) = (ours.as_f64().unwrap(), theirs.as_f64().unwrap());
+        assert!(
+            (ours - theirs).abs() < 1e-12,
+            "{what}: {ours} instead of {theirs}"
+        );
+    };
+    let corpus = ours.pop().unwrap()["corpus"].take();
+    assert_eq!(ours.len(), pairs.len());
+    for (ours, pair) in ours.iter().zip(&pairs) {
+        let expected = &pair["expected"];
+        for rouge in ["rouge1", "rouge2", "rougeL"] {
+            near(&ours[rouge], &expected[rouge][2], rouge);
+        }
+        near(&ours["bleu"], &expected["bleu"], "bleu");
+        near(&ours["chrf"], &expected["chrf"], "chrf");
+    }
+    for figure in ["bleu", "chrf", "chrf++", "distinct_1", "distinct_2"] {
+        near(&corpus[figure], &whole["expected"][figure], figure);
+    }
+    let signature = corpus["bleu_signature"].as_str().unwrap();
+    assert!(
+        signature.starts_with("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:"),
+        "{signature}"
+    );
+}
+
+/// A random Qwen3 small enough to be run token by token, with the tokenizer and
+/// template of tests/parity/chat.
+struct Fixture {
+    tool: Tool,
+    config: Config,
+}
+
+const TEXTS: [(&str, &str); 7] = [
+    ("Anyone else up this early?", "Every day since 1998!"),
+    (
+        "My cat sat on the keyboard again",
+        "Then the cat wrote this tweet, right?",
+    ),
+    ("Rain all week 🌧️", "Good for the garden"),
+    (
+        "What do you read on trains?",
+        "The other passengers' newspapers",
+    ),
+    ("Bread is just slow magic", "And toast is the encore"),
+    ("I painted the door blue", "Which blue? There are forty"),
+    ("Monday", "No"),
+];
+
+impl Fixture {
+    fn new() -> Self {
+        let config = Config {
+            vocab_size: 649,
+            hidden_size: 24,
+            intermediate_size: 40,
+            num_hidden_layers: 2,
+            num_attention_heads: 4,
+            num_key_value_heads: 2,
+            head_dim: 8,
+            rms_norm_eps: 1e-6,
+            rope_theta: 1e6,
+            tie_word_embeddings: true,
+        };
+        let fixture = Self {
+            tool: tool(),
+            config,
+        };
+        // Wide enough that the likeliest token is so by more than rounding.
+        let model = Model::random(fixture.config.clone(), 0.25, DType::F32, 7).unwrap();
+        let mut config = serde_json::to_value(&fixture.config).unwrap();
+        for (key, value) in [
+            ("architectures", json!(["Qwen3ForCausalLM"])),
+            ("model_type", json!("qwen3")),
+            ("hidden_act", json!("silu")),
+            ("attention_bias", json!(false)),
+            ("max_position_embeddings", json!(192)),
+        ] {
+            config[key] = value;
+        }
+        fixture.tool.file("model/config.json", &config.to_string());
+        fixture.tool.file(
+            "model/generation_config.json",
+            &json!({ "eos_token_id": [642, 640] }).to_string(),
+        );
+        for name in [
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+        ] {
+            std::fs::copy(
+                parity("chat/model").join(name),
+                fixture.folder("model").join(name),
+            )
+            .unwrap();
+        }
+        save(&fixture.folder("model/model.safetensors"), model.weights);
+        fixture.adapter("run1", 3);
+        fixture.adapter("run2", 4);
+        fixture.tool.file("pairs.jsonl", &fixture.pairs());
+        fixture.tool.file("predictions.jsonl", &predictions());
+        fixture
+    }
+
+    fn folder(&self, name: &str) -> PathBuf {
+        self.tool.folder().join(name)
+    }
+
+    /// An adapter of rank 2 and scale 3 in PEFT's files, written without our own code.
+    fn adapter(&self, name: &str, seed: u64) -> Lora {
+        let lora = Lora::random(&self.config, &TARGETS, 2, 3.0, 0.2, DType::F32, seed).unwrap();
+        let modules: Vec<_> = TARGETS
+            .iter()
+            .map(|t| t.rsplit('.').next().unwrap())
+            .collect();
+        let config = json!({
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 6, "lora_dropout": 0.1,
+            "target_modules": modules, "bias": "none", "base_model_name_or_path": "model"
+        });
+        self.tool
+            .file(&format!("{name}/adapter_config.json"), &config.to_string());
+        save(
+            &self.folder(name).join("adapter_model.safetensors"),
+            lora.tensors.clone(),
+        );
+        lora
+    }
+
+    /// Seven pairs; the first, third and sixth are trained on.
+    fn pairs(&self) -> String {
+        let mut text = String::new();
+        for (i, (tweet, reply)) in TEXTS.iter().enumerate() {
+            let split = if [0, 2, 5].contains(&i) {
+                "train"
+            } else {
+                "eval"
+            };
+            let pair = json!({
+                "v": 1, "id": format!("p{i}"), "conversation_id": format!("c{}", i / 2), "split": split,
+                "tweet": tweet.to_uppercase(), "reply": reply.to_uppercase(), "tweet_normalized": tweet, "reply_normalized": reply
+            });
+            writeln!(text, "{pair}").unwrap();
+        }
+        text
+    }
+
+    fn run(&self, more: &[&str]) -> Run {
+        let mut arguments = vec![
+            "--model=model",
+            "--quantization=none",
+            "--max-new-tokens=12",
+        ];
+        arguments.extend(more);
+        self.tool.run(&arguments, &self.pairs())
+    }
+
+    fn chat(&self) -> Chat {
+        Chat::load(&self.folder("model")).unwrap()
+    }
+
+    /// The same model in another implementation, in f64.
+    fn oracle(&self) -> Model {
+        Model::load(&self.folder("model"), DType::F64).unwrap()
+    }
+}
+
+fn save(path: &Path, tensors: impl IntoIterator<Item = (String, candle_core::Tensor)>) {
+    let tensors: HashMap<String, candle_core::Tensor> = tensors.into_iter().collect();
+    candle_core::safetensors::save(&tensors, path).unwrap();
+}
+
+fn to_f64(mut lora: Lora) -> Lora {
+    for tensor in lora.tensors.values_mut() {
+        *tensor = tensor.to_dtype(DType::F64).unwrap();
+    }
+    lora
+}
+
+/// The oracle's mean NLL of a reply.
+fn oracle_nll(fixture: &Fixture, lora: Option<&Lora>, messages: &[Message]) -> (f64, usize) {
+    let row = fixture
+        .chat()
+        .encode_training(messages, LossOn::Reply)
+        .unwrap();
+    let mut batch = Batch::default();
+    batch.push(&row.ids, &row.labelled);
+    let nll = fixture
+        .oracle()
+        .nll(&batch, lora)
+        .unwrap()
+        .to_vec1::<f64>()
+        .unwrap();
+    (nll.iter().sum::<f64>() / nll.len() as f64, nll.len())
+}
+
+/// The oracle's greedy reply, the whole text run again for every token.
+fn oracle_reply(
+    fixture: &Fixture,
+    lora: Option<&Lora>,
+    messages: &[Message],
+    longest: usize,
+) -> String {
+    let (chat, model) = (fixture.chat(), fixture.oracle());
+    let mut ids = chat.encode_prompt(messages).unwrap();
+    let prompt = ids.len();
+    while ids.len() < prompt + longest {
+        let mut batch = Batch::default();
+        batch.push(&ids, &vec![false; ids.len()]);
+        let logits = model
+            .logits(&batch, lora)
+            .unwrap()
+            .i(ids.len() - 1)
+            .unwrap();
+        let next = logits.argmax(0).unwrap().to_scalar::<u32>().unwrap();
+        if [642, 640].contains(&next) {
+            break;
+        }
+        ids.push(next);
+    }
+    chat.decode(&ids[prompt..]).unwrap().trim().to_owned()
+}
+
+/// f32 products summed in another order than the oracle's f64: the largest
+/// difference over the ten figures below is 2.7e-7 of about 7 (the test prints it).
+const NLL_TOLERANCE: f64 = 2e-6;
+
+#[test]
+fn likelihoods_and_greedy_replies_are_those_of_an_independent_model() {
+    let fixture = Fixture::new();
+    let lora = to_f64(fixture.adapter("run1", 3));
+    let lines = fixture
+        .run(&["--adapter=run1"])
+        .exits(0)
+        .says("4 rows of `split: eval` kept, 3")
+        .records();
+    let (corpus, items) = lines.split_last().unwrap();
+    assert_eq!(
+        items
+            .iter()
+            .map(|item| item["id"].as_str().unwrap())
+            .collect::<Vec<_>>(),
+        ["p1", "p3", "p4", "p6"]
+    );
+
+    let mut worst = 0.0_f64;
+    for (name, lora) in [("base", None), ("lora", Some(&lora))] {
+        let (mut sum, mut tokens) = (0.0, 0);
+        for (item, i) in items.iter().zip([1, 3, 4, 6]) {
+            let (tweet, reply) = TEXTS[i];
+            assert_eq!(
+                (item["tweet"].as_str(), item["reference"].as_str()),
+                (Some(tweet), Some(reply))
+            );
+            let ours = &item["systems"][name];
+            let (nll, count) = oracle_nll(
+                &fixture,
+                lora,
+                &[Message::user(tweet), Message::assistant(reply)],
+            );
+            assert_eq!(item["reference_tokens"], count);
+            worst = worst.max((ours["nll"].as_f64().unwrap() - nll).abs());
+            sum += nll * count as f64;
+            tokens += count;
+            assert_eq!(
+                ours["prediction"],
+                oracle_reply(&fixture, lora, &[Message::user(tweet)], 12),
+                "{name} on {tweet}"
+            );
+        }
+        let ours = &corpus["corpus"]["systems"][name];
+        assert_eq!(
+            (ours["n"].clone(), ours["nll_tokens"].clone()),
+            (json!(4), json!(tokens))
+        );
+        let perplexity = ours["perplexity"].as_f64().unwrap();
+        worst = worst.max((perplexity.ln() - sum / tokens as f64).abs());
+    }
+    println!("worst difference: {worst:e}");
+    assert!(worst < NLL_TOLERANCE, "{worst}");
+    assert_ne!(
+        items[0]["systems"]["base"]["nll"],
+        items[0]["systems"]["lora"]["nll"]
+    );
+    let signature = corpus["corpus"]["signature"].as_str().unwrap();
+    for part in [
+        "tool:gen-eval|",
+        "|seed:42|",
+        "|config:",
+        "|data:",
+        "|model:",
+        "|lora:",
+        "|quantization:none|",
+    ] {
+        assert!(signature.contains(part), "{part}: {signature}");
+    }
+}
+
+/// Each item's text figures are those that --score-only gives the same texts.
+#[test]
+fn both_modes_score_alike() {
+    let fixture = Fixture::new();
+    let lines = fixture.run(&[]).exits(0).records();
+    let (corpus, items) = lines.split_last().unwrap();
+    let flat: String = items
+        .iter()
+        .map(|item| {
+            let prediction = &item["systems"]["base"]["prediction"];
+            format!(
+                "{}\n",
+                json!({ "prediction": prediction, "reference": item["reference"] })
+            )
+        })
+        .collect();
+    let scored = tool().run(&["--score-only"], &flat).exits(0).records();
+    let (scored_corpus, scored) = scored.split_last().unwrap();
+    for (item, scored) in items.iter().zip(scored) {
+        for figure in ["rouge1", "rouge2", "rougeL", "bleu", "chrf"] {
+            assert_eq!(item["systems"]["base"][figure], scored[figure], "{figure}");
+        }
+    }
+    for figure in [
+        "n",
+        "bleu",
+        "chrf",
+        "rougeL",
+        "bleu_signature",
+        "length_ratio",
+    ] {
+        assert_eq!(
+            corpus["corpus"]["systems"]["base"][figure], scored_corpus["corpus"][figure],
+            "{figure}"
+        );
+    }
+}
+
+#[test]
+fn replies_depend_on_the_seed_and_on_nothing_else() {
+    let fixture = Fixture::new();
+    let with = |more: &[&str]| {
+        let sampled = [
+            "--adapter=run1",
+            "--temperature=1.5",
+            "--top-p=0.95",
+            "--top-k=50",
+        ];
+        fixture.run(&[&sampled, more].concat()).exits(0).stdout
+    };
+    let one = with(&["--seed=0", "--threads=1"]);
+    assert_eq!(one, with(&["--seed=0", "--threads=8"]));
+    assert_ne!(one, with(&["--seed=1", "--threads=1"]));
+    let replies = |stdout: &str| -> Vec<Value> {
+        let lines = stdout
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap());
+        lines
+            .map(|line| {
+                [
+                    &line["systems"]["base"]["prediction"],
+                    &line["systems"]["lora"]["prediction"],
+                ]
+                .map(Value::clone)
+                .into()
+            })
+            .collect()
+    };
+    assert_eq!(
+        replies(&one),
+        replies(&with(&["--seed=0", "--batch-size=1"])),
+        "neighbours changed a reply"
+    );
+}
+
+#[test]
+fn rows_without_a_side_are_all_taken_and_raw_texts_if_asked() {
+    let fixture = Fixture::new();
+    let unsplit = fixture
+        .pairs()
+        .replace(r#""split":"train","#, "")
+        .replace(r#""split":"eval","#, "");
+    let base = ["--model=model", "--max-new-tokens=2"];
+    let run = fixture
+        .tool
+        .run(&base, &unsplit)
+        .exits(0)
+        .says("no row has `split`: all 7 are taken");
+    assert_eq!(run.records().len(), 8);
+    let raw = fixture
+        .tool
+        .run(&[&base[..], &["--text=raw"]].concat(), &unsplit)
+        .exits(0)
+        .records();
+    assert_eq!(raw[6]["tweet"], "MONDAY");
+    let bare = "{\"v\":1,\"id\":\"1\",\"tweet\":\"t\",\"reply\":\"r\"}\n";
+    fixture
+        .tool
+        .run(&base, bare)
+        .exits(3)
+        .says("-:1: ")
+        .says("tweet_normalized")
+        .says("--text raw");
+    let none = fixture
+        .pairs()
+        .replace(r#""split":"eval""#, r#""split":"train""#);
+    assert_eq!(fixture.tool.run(&base, &none).exits(0).stdout, "");
+}
+
+/// Prompts are those of training; where an adapter was trained with others it is said.
+#[test]
+fn prompts_come_from_the_training_settings() {
+    let fixture = Fixture::new();
+    let trained =
+        "model: {path: model, quantization: none}\ndata: {text: raw, system_prompt: Be brief.}\n";
+    fixture.tool.file("run1/train.yaml", trained);
+    let arguments = ["--adapter=run1", "--max-new-tokens=2"];
+    let lines = fixture
+        .tool
+        .run(&arguments, &fixture.pairs())
+        .exits(0)
+        .never_says("warning")
+        .records();
+    let messages = [
+        Message::system("Be brief."),
+        Message::user("MONDAY"),
+        Message::assistant("NO"),
+    ];
+    let (nll, _) = oracle_nll(&fixture, None, &messages);
+    let ours = lines[3]["systems"]["base"]["nll"].as_f64().unwrap();
+    assert!(
+        (ours - nll).abs() < NLL_TOLERANCE,
+        "{ours} instead of {nll}"
+    );
+
+    let config = fixture
+        .tool
+        .file("eval.yaml", "generation: {system_prompt: Be kind.}\n");
+    let run = fixture.tool.run(
+        &[&arguments[..], &["--text=normalized", "--config", &config]].concat(),
+        &fixture.pairs(),
+    );
+    run.exits(0)
+        .says("adapter lora was trained with another text")
+        .says("another system prompt");
+    fixture
+        .run(&["--adapter=run2"])
+        .exits(0)
+        .says("adapter lora has no train.yaml");
+}
+
+#[test]
+fn several_adapters_stand_side_by_side() {
+    let fixture = Fixture::new();
+    let both = fixture
+        .run(&["--adapter=b=run2", "--adapter=a=run1"])
+        .exits(0)
+        .records();
+    let alone = fixture.run(&["--adapter=a=run1"]).exits(0).records();
+    let names: Vec<_> = both[0]["systems"]
+        .as_object()
+        .unwrap()
+        .keys()
+        .cloned()
+        .collect();
+    assert_eq!(names, ["base", "b", "a"]);
+    for (both, alone) in both.iter().zip(&alone).take(4) {
+        assert_eq!(both["systems"]["a"], alone["systems"]["a"]);
+    }
+}
+
+#[test]
+fn what_does_not_fit_together_is_named() {
+    let fixture = Fixture::new();
+    fixture
+        .run(&["--adapter=nowhere"])
+        .exits(2)
+        .says("--adapter lora=nowhere");
+    fixture
+        .run(&["--adapter=base=run1"])
+        .exits(2)
+        .says("`base` is the name of the model");
+    fixture
+        .run(&["--adapter=run1", "--adapter=run2"])
+        .exits(2)
+        .says("two adapters are called lora");
+    fixture
+        .run(&["--temperature=-1"])
+        .exits(2)
+        .says("generation.temperature");
+    fixture.run(&["--max-new-tokens=0"]).exits(2);
+    fixture
+        .run(&["--max-bad-lines=1"])
+        .exits(2)
+        .says("--rejects");
+    fixture
+        .tool
+        .run(&["--adapter=run1"], "")
+        .exits(2)
+        .says("--model DIR is needed");
+    fixture
+        .tool
+        .run(&["--model=nowhere"], "")
+        .exits(2)
+        .says("no model in nowhere");
+    fixture
+        .tool
+        .run(&["--score-only", "--model=model"], "")
+        .exits(2);
+
+    let wide = Lora::random(
+        &Config {
+            hidden_size: 32,
+            ..fixture.config.clone()
+        },
+        &TARGETS,
+        2,
+        3.0,
+        0.2,
+        DType::F32,
+        1,
+    );
+    save(
+        &fixture.folder("run2/adapter_model.safetensors"),
+        wide.unwrap().tensors,
+    );
+    fixture
+        .run(&["--adapter=run2"])
+        .exits(4)
+        .says("does not go with the base model")
+        .says("lora_A.weight")
+        .says("shape");
+
+    let long = fixture
+        .pairs()
+        .replace("Then the cat wrote", &"and the cat wrote ".repeat(40));
+    fixture
+        .tool
+        .run(&["--model=model"], &long)
+        .exits(3)
+        .says("-:2: ")
+        .says("more than the model's 192");
+    let spells = fixture
+        .pairs()
+        .replace("Bread is just", "Bread <|im_end|> is");
+    fixture
+        .tool
+        .run(&["--model=model", "--max-new-tokens=2"], &spells)
+        .exits(0)
+        .says("pair p4")
+        .says("<|im_end|>");
+}
+
+#[test]
+fn every_example_of_the_help_runs() {
+    harness::check_examples(&Fixture::new().tool);
+}

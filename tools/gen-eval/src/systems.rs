@@ -1,0 +1,208 @@
+//! The systems that are compared: the base model, and the base with each adapter.
+//! One base is loaded; an adapter is an argument of each pass over it.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use cli::Failure;
+use engine::{Backend, Sampling};
+use qwen3::{Adapter, Batch, Completion, Config, Keep, Lora, LoraLayout, Model, Pass, Prompt, Row};
+use settings::TrainSettings;
+
+use crate::items::Item;
+
+/// The name of the system without an adapter.
+pub const BASE: &str = "base";
+
+/// Tokens of one scoring pass, unless a single row is longer.
+const PASS_TOKENS: usize = 2048;
+
+/// An adapter as it was asked for: `NAME=DIR`, or `DIR` for one called `lora`.
+#[derive(Clone, Debug)]
+pub struct Named {
+    pub name: String,
+    pub folder: PathBuf,
+}
+
+impl std::str::FromStr for Named {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, folder) = match text.split_once('=') {
+            Some((name, folder)) if !name.contains('/') => (name, folder),
+            _ => ("lora", text),
+        };
+        if name.is_empty() || folder.is_empty() {
+            return Err("expected NAME=DIR or DIR".into());
+        }
+        if name == BASE {
+            return Err(format!(
+                "`{BASE}` is the name of the model without an adapter"
+            ));
+        }
+        Ok(Self {
+            name: name.into(),
+            folder: folder.into(),
+        })
+    }
+}
+
+impl Named {
+    /// The settings that the adapter was trained with, where qlora-train left them.
+    pub fn trained_with(&self) -> Result<Option<TrainSettings>> {
+        let path = self.folder.join("train.yaml");
+        if !path.exists() {
+            return Ok(None);
+        }
+        let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let settings = serde_saphyr::from_str(&text).with_context(|| path.display().to_string())?;
+        Ok(Some(settings))
+    }
+
+    /// Fails before anything is read where there is no adapter.
+    pub fn check(&self) -> Result<(), Failure> {
+        if self.folder.join("adapter_config.json").exists() {
+            return Ok(());
+        }
+        let folder = self.folder.display();
+        Err(Failure::Usage(format!(
+            "--adapter {}={folder}: no adapter_config.json there; train one with qlora-train",
+            self.name
+        )))
+    }
+
+    /// Reads the adapter for a base of that shape.
+    pub fn load(&self, base: &Path, config: &Config) -> Result<Adapter> {
+        Adapter::load(&self.folder, config).with_context(|| {
+            format!(
+                "--adapter {}={} does not go with the base {}",
+                self.name,
+                self.folder.display(),
+                base.display()
+            )
+        })
+    }
+}
+
+/// A system on the device.
+pub struct System<B: Backend> {
+    pub name: String,
+    adapter: Option<(LoraLayout, B::F32)>,
+}
+
+/// What a system says of the reference, and says itself.
+pub struct Answer {
+    /// Summed over the reference's tokens, in nats.
+    pub nll: f64,
+    pub completion: Completion,
+}
+
+/// How replies are generated, apart from the prompts.
+pub struct Decoding {
+    pub sampling: Sampling,
+    pub max_new_tokens: usize,
+    pub stop_ids: Vec<u32>,
+    pub slots: usize,
+}
+
+impl<B: Backend> System<B> {
+    /// The base alone.
+    pub fn base() -> Self {
+        Self {
+            name: BASE.into(),
+            adapter: None,
+        }
+    }
+
+    /// The base with an adapter.
+    pub fn adapted(name: &str, adapter: &Adapter, model: &Model<B>) -> Result<Self> {
+        let config = &adapter.config;
+        let layout = LoraLayout::new(model.config(), &config.targets, config.rank, config.scale());
+        let params = model
+            .backend()
+            .upload_f32(&layout.flatten(&adapter.pairs))?;
+        Ok(Self {
+            name: name.into(),
+            adapter: Some((layout, params)),
+        })
+    }
+
+    fn lora(&self) -> Option<Lora<'_, B>> {
+        self.adapter
+            .as_ref()
+            .map(|(layout, params)| Lora { layout, params })
+    }
+
+    /// Scores the references of items and replies to them. `first` is the number of
+    /// the first among all items: it keys the draws of sampling. `progress` hears how
+    /// many of the items are done.
+    pub fn answer(
+        &self,
+        model: &Model<B>,
+        pass: &mut Pass<B>,
+        items: &[Item],
+        first: u32,
+        decoding: &Decoding,
+        progress: impl FnMut(usize),
+    ) -> Result<Vec<Answer>> {
+        let losses = self.losses(model, pass, items)?;
+        let prompts: Vec<Prompt> = items
+            .iter()
+            .zip(first..)
+            .map(|(item, number)| Prompt {
+                number,
+                ids: &item.prompt,
+            })
+            .collect();
+        let generation = qwen3::Generation {
+            sampling: decoding.sampling,
+            max_new_tokens: decoding.max_new_tokens,
+            stop_ids: &decoding.stop_ids,
+            slots: decoding.slots,
+        };
+        let completions = qwen3::generate(model, self.lora(), &prompts, &generation, progress)?;
+        let answers = losses.into_iter().zip(completions);
+        Ok(answers
+            .map(|(nll, completion)| Answer { nll, completion })
+            .collect())
+    }
+
+    /// The negative log-likelihood of each item's reference.
+    fn losses(&self, model: &Model<B>, pass: &mut Pass<B>, items: &[Item]) -> Result<Vec<f64>> {
+        let rows: Vec<Row> = items
+            .iter()
+            .zip(0..)
+            .map(|(item, number)| Row {
+                number,
+                ids: &item.ids,
+                labelled: &item.labelled,
+            })
+            .collect();
+        let mut sums = Vec::with_capacity(rows.len());
+        let mut rest = rows.as_slice();
+        while !rest.is_empty() {
+            let mut tokens = 0;
+            let fitting = rest.iter().take_while(|row| {
+                tokens += row.ids.len();
+                tokens <= PASS_TOKENS
+            });
+            let (packed, later) = rest.split_at(fitting.count().max(1));
+            let batch = Batch::new(model.backend(), packed)?;
+            let nll = model.losses(pass, &batch, self.lora())?.wait()?;
+            let mut nll = nll.into_iter().map(f64::from);
+            sums.extend(
+                batch
+                    .labels()
+                    .iter()
+                    .map(|&labels| nll.by_ref().take(labels).sum::<f64>()),
+            );
+            rest = later;
+        }
+        Ok(sums)
+    }
+}
+
+/// The memory of scoring passes: nothing is kept for a backward pass.
+pub fn scoring_pass<B: Backend>() -> Pass<B> {
+    Pass::new(Keep::Nothing)
+}
