@@ -82,10 +82,7 @@ fn the_offline_judge_prefers_what_is_nearer_to_what_people_liked() {
         )
         .exits(0);
     let out = run.records();
-    let winners: Vec<&Value> = out
-        .iter()
-        .map(|r| &r["verdicts"]["comparisons"][0]["winner"])
-        .collect();
+    let winners: Vec<&Value> = out.iter().map(|r| &r["verdicts"]["winner"]).collect();
     assert_eq!(
         winners,
         [&json!("lora"), &json!("base"), &json!("tie"), &Value::Null]

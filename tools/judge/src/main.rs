@@ -39,7 +39,7 @@ With ANTHROPIC_API_KEY set; the same command goes on where it stopped:
 /// Reads the items of gen-eval and adds `verdicts` to each: who is preferred with
 /// either reply shown first, and the outcome. A system wins an item only if it is
 /// preferred in both orders; else the item is a tie. `verdicts.score.NAME` is 1, 0.5 or 0,
-/// and null where the judge gave no verdict.
+/// and null where the judge gave no verdict; `verdicts.winner` is NAME, `tie` or null.
 ///
 /// With --provider anthropic Claude is asked which reply readers would rather like; it
 /// sees the tweet and two replies, no names, and not the reply that people liked. Every
@@ -439,6 +439,7 @@ fn verdicts(
     Verdicts {
         v: record::VERSION,
         judge: judge.to_owned(),
+        winner: comparisons.first().and_then(|c| c.winner.clone()),
         score: comparisons
             .first()
             .map(|c| c.score.clone())

@@ -160,6 +160,8 @@ pub struct Verdicts {
     pub v: u64,
     /// `reference-chrf`, or the model.
     pub judge: String,
+    /// That of the first comparison.
+    pub winner: Option<String>,
     /// That of the first comparison, for `sigtest --a verdicts.score.NAME`.
     pub score: BTreeMap<String, Option<f64>>,
     pub comparisons: Vec<Comparison>,

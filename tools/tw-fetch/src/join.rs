@@ -77,6 +77,11 @@ struct Held {
 /// A pair as it is written. What is not known is left out.
 #[derive(Debug, Serialize)]
 pub struct Collected<'a> {
+    /// The tweet and the reply as they were read.
+    #[serde(skip)]
+    pub parent: &'a Tweet,
+    #[serde(skip)]
+    pub answer: &'a Tweet,
     v: u64,
     id: String,
     conversation_id: &'a str,
@@ -261,6 +266,8 @@ impl Joiner {
             .as_ref()
             .or(tweet.conversation_id.as_ref());
         Collected {
+            parent: tweet,
+            answer: reply,
             v: record::VERSION,
             id: format!("{}-{}", tweet.id, reply.id),
             conversation_id: conversation.unwrap_or(&tweet.id),

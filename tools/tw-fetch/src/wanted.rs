@@ -5,9 +5,8 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 
 use cli::Failure;
-use filters::{Checked, Filters};
-use record::Record;
-use serde_json::json;
+use filters::{Candidate, Filters};
+use record::Pair;
 use settings::Collection;
 
 use crate::join::Collected;
@@ -36,33 +35,39 @@ impl Wanted {
             return known;
         }
         let passes = self
-            .check(&json!(pair))
-            .is_some_and(|checked| checked.passes());
+            .filters
+            .check(&candidate(pair.parent, Some(pair.answer)))
+            .passes();
         self.pairs.borrow_mut().insert(pair.id().to_owned(), passes);
         passes
     }
 
     /// Whether no filter has anything against the tweet itself.
     pub fn tweet(&self, tweet: &Tweet) -> bool {
-        // A pair needs a reply; what the filters say of this one is not looked at.
-        let pair = json!({
-            "id": tweet.id,
-            "tweet": tweet.text,
-            "tweet_likes": tweet.likes,
-            "tweet_replies": tweet.replies,
-            "tweet_media": tweet.media,
-            "reply": "",
-        });
-        self.check(&pair).is_some_and(|c| {
-            !c.reasons
-                .iter()
-                .any(|reason| reason.filter.starts_with("tweet_"))
-        })
+        let checked = self.filters.check(&candidate(tweet, None));
+        !checked
+            .reasons
+            .iter()
+            .any(|reason| reason.filter.starts_with("tweet_"))
     }
+}
 
-    fn check(&self, pair: &serde_json::Value) -> Option<Checked> {
-        self.filters
-            .check(&Record::parse(&pair.to_string()).ok()?)
-            .ok()
+/// What the filters look at; without a reply, what they say of one is void.
+fn candidate(tweet: &Tweet, reply: Option<&Tweet>) -> Candidate {
+    Candidate {
+        pair: Pair {
+            id: tweet.id.clone(),
+            conversation_id: tweet.id.clone(),
+            tweet_id: Some(tweet.id.clone()),
+            tweet: tweet.text.clone(),
+            tweet_likes: tweet.likes,
+            reply_id: reply.map(|r| r.id.clone()),
+            reply: reply.map(|r| r.text.clone()).unwrap_or_default(),
+            reply_likes: reply.and_then(|r| r.likes),
+            reply_author_followers: reply.and_then(|r| r.author_followers),
+        },
+        tweet_media: tweet.media > 0,
+        reply_media: reply.is_some_and(|r| r.media > 0),
+        tweet_replies: tweet.replies,
     }
 }
