@@ -48,6 +48,20 @@ def ties():
     return torch.stack(rows)
 
 
+def reciprocal():
+    """Blocks in which x * (1 / absmax) and x / absmax lie on either side of a midpoint."""
+    absmax = torch.rand(4000, 1, generator=rng) + 0.5
+    x = mid * absmax
+    steps = torch.stack([x.nextafter(x - 1), x, x.nextafter(x + 1)]).permute(1, 0, 2).reshape(4000, -1)
+    differ = torch.bucketize(steps * (1 / absmax), mid) != torch.bucketize(steps / absmax, mid)
+    chosen = differ.sum(1).argsort(descending=True, stable=True)[:8]
+    rows = torch.zeros(8, 64)
+    rows[:, :1] = absmax[chosen]
+    rows[:, 1:46] = steps[chosen]
+    assert differ[chosen].sum() >= 16
+    return rows
+
+
 def extremes():
     """Zeros, denormals, the smallest normals, huge values, one spike: a block each."""
     rows = [torch.zeros(64), normal(64) * 1e-40, normal(64) * 1.2e-38, normal(64) * 8e37]
@@ -68,6 +82,7 @@ cases = {
     "odd": normal(7, 37),                          # 259 values: odd, 3 past a block
     "one": torch.tensor([[-0.5]]),
     "ties": ties(),
+    "reciprocal": reciprocal(),
     "extremes": extremes(),
 }
 

@@ -55,7 +55,16 @@ fn quantize(case: &str, double_quant: bool) -> Nf4Tensor {
     .unwrap()
 }
 
-const CASES: [&str; 7] = ["random", "bf16", "f16", "odd", "one", "ties", "extremes"];
+const CASES: [&str; 8] = [
+    "random",
+    "bf16",
+    "f16",
+    "odd",
+    "one",
+    "ties",
+    "reciprocal",
+    "extremes",
+];
 
 #[test]
 fn levels_and_map_are_those_of_bitsandbytes() {
@@ -118,6 +127,42 @@ fn nested_scales_take_the_nearest_code() {
             "{case}"
         );
     }
+}
+
+/// As the CUDA kernel searches: halving steps through the sorted map, then the
+/// nearer of two neighbours. Written from its description, for want of a GPU.
+fn searched(map: &[f32; 256], x: f32) -> u8 {
+    let (mut pivot, mut lower, mut upper) = (127, 0, 255);
+    for step in [64, 32, 16, 8, 4, 2, 1] {
+        if x > map[pivot] {
+            lower = pivot;
+            pivot += step;
+        } else {
+            upper = pivot;
+            pivot -= step;
+        }
+    }
+    let code = if x > map[pivot] {
+        let halfway = (map[upper] + map[pivot]) * 0.5;
+        if x > halfway { upper } else { pivot }
+    } else {
+        let halfway = (map[lower] + map[pivot]) * 0.5;
+        if x < halfway { lower } else { pivot }
+    };
+    code as u8
+}
+
+#[test]
+fn a_scale_half_way_between_codes_goes_where_the_kernel_puts_it() {
+    let map = dynamic_map();
+    // One block whose largest is 1, so that its scale changes nothing.
+    let mut scales: Vec<f32> = map.windows(2).map(|w| (w[0] + w[1]) * 0.5).collect();
+    scales.push(1.0);
+    let Absmax::Nested { codes, .. } = Absmax::nest(&scales, 0.0) else {
+        panic!()
+    };
+    let expected: Vec<u8> = scales.iter().map(|&x| searched(map, x)).collect();
+    assert_eq!(codes, expected);
 }
 
 /// The offset is a mean of f32, which torch sums in another order: one unit in

@@ -127,6 +127,75 @@ fn quantising_here_gives_the_codes_of_bitsandbytes() {
     }
 }
 
+/// A copy of the 4-bit checkpoint with one tensor's bytes changed.
+fn with_part(name: &str, change: impl FnOnce(&mut [u8])) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    fs::copy(parity("nf4/config.json"), folder.path().join("config.json")).unwrap();
+    let mut bytes = fs::read(parity("nf4/model.safetensors")).unwrap();
+    let (header, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    let (from, to) = metadata.info(name).unwrap().data_offsets;
+    change(&mut bytes[8 + header + from..8 + header + to]);
+    fs::write(folder.path().join("model.safetensors"), bytes).unwrap();
+    folder
+}
+
+/// Without FMA torch computes a map whose last bits are others.
+#[test]
+fn scales_coded_with_another_machines_map_keep_their_values() {
+    let name = "model.layers.1.self_attn.o_proj.weight";
+    let folder = with_part(&format!("{name}.nested_quant_map"), |map| {
+        for entry in map.as_chunks_mut::<4>().0 {
+            let bits = u32::from_le_bytes(*entry);
+            *entry = (bits ^ 64).to_le_bytes();
+        }
+    });
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let ours = product(&checkpoint, Module::O, Storage::AsStored);
+    let MatrixData::Nf4(tensor) = &ours.data else {
+        panic!()
+    };
+    assert!(matches!(tensor.absmax(), Absmax::Plain(_)));
+    let theirs = expected(&format!("nf4.{name}"));
+    let mut differ = 0;
+    for (ours, theirs) in values(&ours).iter().zip(theirs) {
+        // 64 units in the map's last place: more than a scale's rounding hides.
+        assert!((ours - theirs).abs() <= 64.0 * f32::EPSILON * theirs.abs());
+        differ += usize::from(*ours != theirs);
+    }
+    assert!(differ > 0, "the file's own map was not used");
+}
+
+/// Replaces text by text of the same length.
+fn replace(bytes: &mut [u8], from: &str, to: &str) {
+    let text = String::from_utf8(bytes.to_vec()).unwrap();
+    assert!(text.contains(from), "{text}");
+    bytes.copy_from_slice(text.replace(from, to).as_bytes());
+}
+
+#[test]
+fn four_bit_states_that_are_not_nf4_are_refused() {
+    let name = "model.layers.0.mlp.up_proj.weight";
+    let refused = |part: &str, change: fn(&mut [u8]), word: &str| {
+        let folder = with_part(&format!("{name}.{part}"), change);
+        let error = Checkpoint::open(folder.path())
+            .err()
+            .expect("refused")
+            .to_string();
+        assert!(error.contains(name) && error.contains(word), "{error}");
+    };
+    let state = "quant_state.bitsandbytes__nf4";
+    refused("quant_map", |map| map[0] ^= 1, "NF4 table");
+    refused(state, |s| replace(s, "\"nf4\"", "\"fp4\""), "fp4");
+    refused(
+        state,
+        |s| replace(s, "\"blocksize\": 64", "\"blocksize\": 32"),
+        "blocks of 32",
+    );
+    refused(state, |s| replace(s, "[128, 64]", "[64, 128]"), "[64, 128]");
+    refused(state, |s| replace(s, "256", "128"), "nested_blocksize");
+    refused(state, |s| s[0] = b'x', "malformed quant_state");
+}
+
 /// A one-layer model written from scratch, for tests to spoil.
 struct Draft {
     config: Map<String, Value>,
