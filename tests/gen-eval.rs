@@ -545,6 +545,8 @@ fn what_does_not_fit_together_is_named() {
         .run(&["--adapter=nowhere"])
         .exits(2)
         .says("--adapter lora=nowhere");
+    std::fs::create_dir_all(fixture.folder("begun/checkpoints")).unwrap();
+    fixture.run(&["--adapter=begun"]).exits(2).says("--resume");
     fixture
         .run(&["--adapter=base=run1"])
         .exits(2)

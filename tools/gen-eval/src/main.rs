@@ -15,7 +15,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
-use cli::{App, Common, Counts, Failure, Flags, Resolved, Signature, Tool};
+use cli::{App, Common, Counts, Failure, Flags, PrintConfig, Resolved, Signature, Tool};
 use engine::{Cpu, Sampling};
 use jsonl::{AtomicFile, Lines, Output, Position, Records};
 use qwen3::{Adapter, Chat, Checkpoint, Finish, GenerationConfig, Model, Storage};
@@ -288,7 +288,7 @@ impl GenEval {
         let mut out = Output::stdout();
         if !items.is_empty() {
             let corpus = write_items(app, settings, &setup, &items, &mut out)?;
-            let signature = setup.signature(settings, &resolved.sha256(), &items)?;
+            let signature = setup.signature(resolved, &items)?;
             let systems = Systems {
                 systems: Ordered(corpus),
                 signature,
@@ -433,15 +433,21 @@ impl Setup {
     }
 
     /// What the figures depend on.
-    fn signature(&self, settings: &Generation, config: &str, items: &[Item]) -> Result<String> {
+    fn signature(&self, resolved: &Resolved<EvalSettings>, items: &[Item]) -> Result<String> {
+        // Where the model lies changes no figure; what it is has a hash of its own.
+        let shown = resolved.show(PrintConfig::Key);
+        let config: String = shown
+            .lines()
+            .filter(|line| !line.starts_with("generation.model "))
+            .collect();
         let data: Vec<u8> = items
             .iter()
             .flat_map(|item| &item.ids)
             .flat_map(|id| id.to_le_bytes())
             .collect();
         let mut signature = Signature::new("gen-eval")
-            .with("seed", settings.seed)
-            .with_hash("config", config)
+            .with("seed", resolved.settings.generation.seed)
+            .with_hash("config", &cli::sha256_hex(config.as_bytes()))
             .with_hash("data", &cli::sha256_hex(&data))
             .with_hash(
                 "model",

@@ -59,15 +59,20 @@ impl Named {
         Ok(Some(settings))
     }
 
-    /// Fails before anything is read where there is no adapter.
+    /// Fails before anything is read where there is no adapter, or a half-trained one.
     pub fn check(&self) -> Result<(), Failure> {
-        if self.folder.join("adapter_config.json").exists() {
+        let has = |file: &str| self.folder.join(file).exists();
+        let cause = if has("adapter_model.safetensors") && has("adapter_config.json") {
             return Ok(());
-        }
-        let folder = self.folder.display();
+        } else if has("checkpoints") {
+            "its training is not finished; qlora-train --resume goes on with it"
+        } else {
+            "no adapter_config.json and adapter_model.safetensors there; train one with qlora-train"
+        };
         Err(Failure::Usage(format!(
-            "--adapter {}={folder}: no adapter_config.json there; train one with qlora-train",
-            self.name
+            "--adapter {}={}: {cause}",
+            self.name,
+            self.folder.display()
         )))
     }
 
