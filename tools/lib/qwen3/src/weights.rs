@@ -64,15 +64,16 @@ pub struct LayerWeights {
 }
 
 /// A checkpoint that has been found complete.
+#[derive(Debug)]
 pub struct Checkpoint {
     folder: PathBuf,
     config: Config,
     shards: Vec<Shard>,
     /// In which shard each tensor is.
     tensors: BTreeMap<String, usize>,
-    lm_head: bool,
 }
 
+#[derive(Debug)]
 struct Shard {
     path: PathBuf,
     map: Mmap,
@@ -128,12 +129,11 @@ impl Checkpoint {
         let keys = Keys::read(folder.join("config.json"))?;
         let config = Config::from_keys(&keys)?;
         let (shards, tensors) = open_shards(folder)?;
-        let mut checkpoint = Self {
+        let checkpoint = Self {
             folder: folder.into(),
             config,
             shards,
             tensors,
-            lm_head: false,
         };
         checkpoint.check(&keys)?;
         Ok(checkpoint)
@@ -157,7 +157,8 @@ impl Checkpoint {
     /// # Errors
     /// None once the checkpoint is open.
     pub fn lm_head(&self) -> Result<Option<HostMatrix>> {
-        self.lm_head.then(|| self.dense(LM_HEAD)).transpose()
+        let untied = !self.config.tied;
+        untied.then(|| self.dense(LM_HEAD)).transpose()
     }
 
     /// The norm before lm_head, `[hidden]`.
@@ -235,7 +236,7 @@ impl Checkpoint {
     }
 
     /// Every tensor that the model needs is there as it should be, and none else.
-    fn check(&mut self, keys: &Keys) -> Result<()> {
+    fn check(&self, keys: &Keys) -> Result<()> {
         let Config {
             vocab_size,
             hidden_size,
@@ -289,7 +290,6 @@ impl Checkpoint {
             let reason = "differs from the embedding table, though config.json ties them (`tie_word_embeddings`)";
             return Err(Error::tensor(&self.folder, LM_HEAD, reason));
         }
-        self.lm_head = !tied;
         // Old exports keep the rotary frequencies, which follow from the config.
         let odd = self
             .tensors

@@ -177,10 +177,7 @@ fn four_bit_states_that_are_not_nf4_are_refused() {
     let name = "model.layers.0.mlp.up_proj.weight";
     let refused = |part: &str, change: fn(&mut [u8]), word: &str| {
         let folder = with_part(&format!("{name}.{part}"), change);
-        let error = Checkpoint::open(folder.path())
-            .err()
-            .expect("refused")
-            .to_string();
+        let error = Checkpoint::open(folder.path()).unwrap_err().to_string();
         assert!(error.contains(name) && error.contains(word), "{error}");
     };
     let state = "quant_state.bitsandbytes__nf4";
@@ -293,10 +290,7 @@ impl Draft {
     #[track_caller]
     fn refused(self, words: &[&str]) {
         let folder = self.write();
-        let error = Checkpoint::open(folder.path())
-            .err()
-            .expect("refused")
-            .to_string();
+        let error = Checkpoint::open(folder.path()).unwrap_err().to_string();
         let missing: Vec<_> = words
             .iter()
             .filter(|word| !error.contains(**word))
@@ -423,7 +417,7 @@ fn a_stored_head_may_repeat_the_table_but_not_contradict_it() {
     let at = 8 + header + metadata.info("lm_head.weight").unwrap().data_offsets.0;
     bytes[at] = 1;
     fs::write(&path, bytes).unwrap();
-    let error = Checkpoint::open(folder.path()).err().unwrap().to_string();
+    let error = Checkpoint::open(folder.path()).unwrap_err().to_string();
     assert!(
         error.contains("lm_head.weight") && error.contains("tie_word_embeddings"),
         "{error}"
@@ -461,7 +455,7 @@ fn spoilt(change: impl FnOnce(&Path)) -> String {
         fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
     }
     change(folder.path());
-    let error = Checkpoint::open(folder.path()).err().expect("refused");
+    let error = Checkpoint::open(folder.path()).expect_err("refused");
     error.to_string()
 }
 
@@ -508,7 +502,7 @@ fn broken_downloads_are_told_by_file() {
         empty.path().join("config.json"),
     )
     .unwrap();
-    let error = Checkpoint::open(empty.path()).err().unwrap().to_string();
+    let error = Checkpoint::open(empty.path()).unwrap_err().to_string();
     assert!(error.contains("neither model.safetensors nor"), "{error}");
 }
 
