@@ -384,6 +384,62 @@ fn what_is_malformed_is_named_by_its_place() {
     );
 }
 
+#[test]
+fn pairs_come_from_csv_too_and_a_named_format_is_believed() {
+    let csv =
+        "tweet_id,tweet,tweet_likes,reply_id,reply,note\n1,\"Soup, or\nbread?\",12,2,Bread.,1.50\n";
+    let run = tool().run::<&str>(&[], csv).exits(0);
+    let expected = json!({
+        "tweet_id": "1", "tweet": "Soup, or\nbread?", "tweet_likes": 12, "reply_id": "2", "reply": "Bread.", "note": "1.50",
+        "v": 1, "id": "1-2", "conversation_id": "1",
+    });
+    assert_eq!(run.records(), [expected]);
+    let run = tool()
+        .run(&["--format", "twscrape"], &lines(&apify_items()))
+        .exits(0);
+    run.says("in no pair: no_tweet 4")
+        .says("in 4, out 0, rejected 4");
+}
+
+/// Bytes changed, dropped, doubled and cut at random places: whatever comes of it, the
+/// tool says 0, 2 or 3, and never ends otherwise.
+#[test]
+fn damaged_files_never_bring_it_down() {
+    let tool = tool();
+    let good = [
+        lines(&apify_items()),
+        Value::from(apify_items()).to_string(),
+        "id,text,inReplyToId,author/id,likeCount\n1,\"a, b\",,7,3\n2,\"c\nd\",1,8,x\n".to_owned(),
+        pair_lines(3),
+    ];
+    let mut state = 42_u64;
+    let mut random = move |below: usize| {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    };
+    for round in 0..160 {
+        let mut bytes = good[round % good.len()].clone().into_bytes();
+        for _ in 0..=random(4) {
+            let at = random(bytes.len());
+            match random(5) {
+                0 => bytes[at] = b"\"{}[],:\\\0\xff1e-"[random(13)],
+                1 => drop(bytes.remove(at)),
+                2 => bytes.insert(at, b"\"{}[]\n,"[random(7)]),
+                3 => bytes.truncate(at + 1),
+                _ => bytes.extend_from_within(at..),
+            }
+        }
+        let run = tool.run_bytes(&["--input", "-"], &bytes);
+        assert!(
+            [0, 2, 3].contains(&run.code()),
+            "{}\n{run}",
+            String::from_utf8_lossy(&bytes)
+        );
+    }
+}
+
 // ---- Apify ----
 
 /// Plays Apify: one search that finds `conversations` tweets, and for each conversation
@@ -617,6 +673,77 @@ fn every_passing_fault_is_weathered() {
     });
     let run = fetch(&with_token(), &server, &["--target", "4"]).exits(0);
     assert_eq!(run.stdout, calm.stdout);
+}
+
+#[test]
+fn a_short_page_is_not_the_last_one() {
+    // Empty items are left out of pages: of five, the first page shows one, the second none.
+    let gaps = |with_total: bool| {
+        apify(5, move |request, _| {
+            if request.path != "/datasets/set0/items" {
+                return None;
+            }
+            let shown = match request.query("offset") {
+                Some("0") => lines(&[found_tweet(0)]),
+                Some("3") if !with_total => lines(&[found_tweet(1)]),
+                _ => String::new(),
+            };
+            let page = Reply::text(200, &shown);
+            Some(if with_total {
+                page.header("x-apify-pagination-total", "8")
+            } else {
+                page
+            })
+        })
+    };
+    for with_total in [true, false] {
+        let server = gaps(with_total);
+        fetch(&with_token(), &server, &["--target", "1"]).exits(0);
+        let mut offsets: Vec<_> = server
+            .requests()
+            .iter()
+            .filter(|r| r.path == "/datasets/set0/items")
+            .map(|r| r.query("offset").unwrap().to_owned())
+            .collect();
+        offsets.dedup();
+        assert_eq!(offsets, ["0", "3", "6"], "with a total: {with_total}");
+    }
+}
+
+/// Whatever moment a collection is killed at, it ends with the same pairs, and no run
+/// that is on record is started again.
+#[test]
+fn a_collection_killed_at_any_moment_goes_on() {
+    let (tool, server) = (with_token(), apify(3, nothing));
+    let whole = fetch(&tool, &server, &["--target", "6"]).exits(0);
+    let journal = tool.read("state/journal.jsonl");
+    let events: Vec<&str> = journal.split_inclusive('\n').collect();
+    assert!(events.len() >= 12, "{journal}");
+    for kept in 0..events.len() {
+        for torn in [false, true] {
+            let mut text = events[..kept].concat();
+            if torn {
+                text.push_str(&events[kept][..events[kept].len() / 2]);
+            }
+            tool.file("state/journal.jsonl", &text);
+            let before = starts(&server).len();
+            let begun = events[..kept]
+                .iter()
+                .filter(|e| e.contains("\"started\""))
+                .count();
+            let run = fetch(&tool, &server, &["--target", "6"]);
+            if kept > 0 && events[kept - 1].contains("\"starting\"") {
+                run.exits(4).says("--adopt-run");
+                continue;
+            }
+            assert_eq!(run.exits(0).stdout, whole.stdout, "killed after {text}");
+            assert_eq!(
+                starts(&server).len() - before,
+                3 - begun,
+                "killed after {text}"
+            );
+        }
+    }
 }
 
 #[test]

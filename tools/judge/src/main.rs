@@ -160,7 +160,7 @@ impl cli::Tool for Judge {
                     )
                     .into());
                 };
-                let (records, counts) = self.read(&pairs)?;
+                let (records, counts) = self.read(app, &pairs)?;
                 let ledger = Ledger::open(folder, price, settings.max_cost_usd)?;
                 let signature = Signature::new("judge")
                     .with("judge", &settings.model)
@@ -214,7 +214,7 @@ impl Judge {
     }
 
     /// Reads all of standard input first: what is malformed is found before anything is paid for.
-    fn read(&self, pairs: &[(String, String)]) -> anyhow::Result<(Vec<Entry>, Counts)> {
+    fn read(&self, app: &App, pairs: &[(String, String)]) -> anyhow::Result<(Vec<Entry>, Counts)> {
         let mut file = self
             .rejects
             .as_deref()
@@ -242,6 +242,14 @@ impl Judge {
             file.commit()?;
         }
         let bad = records.bad();
+        if bad > 0 {
+            let hint = if self.rejects.is_some() {
+                ""
+            } else {
+                " (--rejects FILE keeps them)"
+            };
+            app.warn(format_args!("{bad} malformed lines passed over{hint}"));
+        }
         let counts = Counts {
             read: entries.len() as u64 + bad,
             written: 0,
@@ -256,7 +264,7 @@ impl Judge {
         pairs: &[(String, String)],
         signature: &Signature,
     ) -> anyhow::Result<()> {
-        let (entries, mut counts) = self.read(pairs)?;
+        let (entries, mut counts) = self.read(app, pairs)?;
         let mut out = Output::stdout();
         let mut tally = Tally::default();
         for entry in entries {

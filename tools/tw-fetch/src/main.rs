@@ -10,7 +10,6 @@ mod state;
 mod tweet;
 mod wanted;
 
-use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -21,7 +20,7 @@ use httpclient::{Client, Scheme, Secret};
 use jsonl::{AtomicFile, Output};
 use settings::{Collection, DataSettings};
 
-use join::{Joiner, Origin, Unpaired};
+use join::{Joiner, Origin};
 use source::Item;
 use tweet::Dialect;
 
@@ -273,27 +272,26 @@ impl Fetch {
             leftovers.record(record)?;
         }
         out.finish()?;
+        let bad = leftovers.bad;
         leftovers.commit()?;
-        say_unpaired(app, &reasons, self.unpaired.is_some());
+        let hint = if self.unpaired.is_some() {
+            ""
+        } else {
+            " (--unpaired FILE keeps them)"
+        };
+        if bad > 0 {
+            app.warn(format_args!("{bad} malformed records passed over{hint}"));
+        }
+        if !reasons.is_empty() {
+            let list: Vec<String> = reasons
+                .iter()
+                .map(|(reason, n)| format!("{} {n}", reason.name()))
+                .collect();
+            app.info(format_args!("in no pair: {}{hint}", list.join(", ")));
+        }
         app.count(counts);
         Ok(())
     }
-}
-
-fn say_unpaired(app: &App, reasons: &BTreeMap<Unpaired, u64>, kept: bool) {
-    if reasons.is_empty() {
-        return;
-    }
-    let list: Vec<String> = reasons
-        .iter()
-        .map(|(reason, n)| format!("{} {n}", reason.name()))
-        .collect();
-    let hint = if kept {
-        ""
-    } else {
-        " (--unpaired FILE keeps them)"
-    };
-    app.info(format_args!("in no pair: {}{hint}", list.join(", ")));
 }
 
 /// The file of `--unpaired`, where there is one.
