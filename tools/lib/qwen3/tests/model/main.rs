@@ -4,5 +4,6 @@
 
 mod generation;
 mod gradients;
+mod peft;
 mod support;
 mod training;
