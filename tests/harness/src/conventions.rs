@@ -21,7 +21,11 @@ pub struct Conventions {
 
 impl Conventions {
     fn with(&self, more: &[&str]) -> Vec<String> {
-        self.arguments.iter().cloned().chain(more.iter().map(|s| s.to_string())).collect()
+        self.arguments
+            .iter()
+            .cloned()
+            .chain(more.iter().map(|s| s.to_string()))
+            .collect()
     }
 
     /// The reader of standard output goes away: exit 0 and not a word of it.
@@ -36,18 +40,29 @@ impl Conventions {
         drop(child.stdout.take());
         let mut stdin = child.stdin.take().expect("stdin was piped");
         let input = self.input.clone();
-        let feeder = std::thread::spawn(move || drop(std::io::Write::write_all(&mut stdin, input.as_bytes())));
+        let feeder = std::thread::spawn(move || {
+            drop(std::io::Write::write_all(&mut stdin, input.as_bytes()))
+        });
         let output = child.wait_with_output().expect("the tool ends");
         let _ = feeder.join();
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(0), "{stderr}");
-        assert!(!stderr.contains("pipe") && !stderr.contains("panicked"), "{stderr}");
-        assert!(!stderr.contains(": in "), "no summary where the reader went away: {stderr}");
+        assert!(
+            !stderr.contains("pipe") && !stderr.contains("panicked"),
+            "{stderr}"
+        );
+        assert!(
+            !stderr.contains(": in "),
+            "no summary where the reader went away: {stderr}"
+        );
     }
 
     /// Standard output is full: exit 4, and the message says so.
     pub fn disk_full(&self, tool: &Tool) {
-        let full = File::options().write(true).open("/dev/full").expect("/dev/full");
+        let full = File::options()
+            .write(true)
+            .open("/dev/full")
+            .expect("/dev/full");
         let mut child = tool
             .command(&self.arguments)
             .stdin(Stdio::piped())
@@ -57,7 +72,9 @@ impl Conventions {
             .expect("the tool starts");
         let mut stdin = child.stdin.take().expect("stdin was piped");
         let input = self.input.clone();
-        let feeder = std::thread::spawn(move || drop(std::io::Write::write_all(&mut stdin, input.as_bytes())));
+        let feeder = std::thread::spawn(move || {
+            drop(std::io::Write::write_all(&mut stdin, input.as_bytes()))
+        });
         let output = child.wait_with_output().expect("the tool ends");
         let _ = feeder.join();
         let stderr = String::from_utf8_lossy(&output.stderr);
@@ -69,12 +86,21 @@ impl Conventions {
     pub fn bad_line(&self, tool: &Tool) {
         let bad = format!("{}{{\"v\":1,\n", self.input);
         let line = bad.lines().count();
-        tool.run(&self.arguments, &bad).exits(3).says(&format!("-:{line}: "));
-        tool.run(&self.with(&["--max-bad-lines", "1"]), &bad).exits(0);
-        let newer = format!("{{\"v\":99,{}", self.input.trim_start().trim_start_matches('{'));
+        tool.run(&self.arguments, &bad)
+            .exits(3)
+            .says(&format!("-:{line}: "));
+        tool.run(&self.with(&["--max-bad-lines", "1"]), &bad)
+            .exits(0);
+        let newer = format!(
+            "{{\"v\":99,{}",
+            self.input.trim_start().trim_start_matches('{')
+        );
         if self.passes_records {
             let newer = newer.replacen("\"v\":1,", "", 1);
-            tool.run(&self.arguments, &newer).exits(3).says("-:1: ").says("99");
+            tool.run(&self.arguments, &newer)
+                .exits(3)
+                .says("-:1: ")
+                .says("99");
         }
     }
 
@@ -86,13 +112,24 @@ impl Conventions {
         for (depth, part) in section.split('.').enumerate() {
             yaml.push_str(&format!("{}{part}:\n", "  ".repeat(depth)));
         }
-        yaml.push_str(&format!("{}{typo}: 1\n", "  ".repeat(section.split('.').count())));
+        yaml.push_str(&format!(
+            "{}{typo}: 1\n",
+            "  ".repeat(section.split('.').count())
+        ));
         let file = tool.file("typo.yaml", &yaml);
-        let run = tool.run(&self.with(&["--config", &file]), &self.input).exits(2);
+        let run = tool
+            .run(&self.with(&["--config", &file]), &self.input)
+            .exits(2);
         let run = run.says("typo.yaml").says(&typo).says(&format!("`{key}`"));
         assert!(run.stdout.is_empty(), "{run}");
         let shown = tool.run(&self.with(&["--print-config"]), "").exits(0);
-        assert!(shown.stdout.lines().any(|l| l.starts_with(self.key) && l.contains("# ")), "{shown}");
+        assert!(
+            shown
+                .stdout
+                .lines()
+                .any(|l| l.starts_with(self.key) && l.contains("# ")),
+            "{shown}"
+        );
     }
 
     /// Fields that the tool has never heard of leave as they came.
@@ -103,9 +140,17 @@ impl Conventions {
         let odd = r#""x_unknown":{"n":12345678901234567890123,"s":"\u00e9"}"#;
         let first = self.input.lines().next().expect("a record");
         let with = format!("{{{odd},{}\n", first.trim_start().trim_start_matches('{'));
-        let rest: String = self.input.lines().skip(1).map(|l| format!("{l}\n")).collect();
+        let rest: String = self
+            .input
+            .lines()
+            .skip(1)
+            .map(|l| format!("{l}\n"))
+            .collect();
         let run = tool.run(&self.arguments, &(with + &rest)).exits(0);
-        assert!(run.stdout.contains(odd), "the unknown field is gone or changed\n{run}");
+        assert!(
+            run.stdout.contains(odd),
+            "the unknown field is gone or changed\n{run}"
+        );
     }
 
     /// Empty input.
@@ -113,7 +158,10 @@ impl Conventions {
         let run = tool.run(&self.arguments, "").exits(self.empty);
         if self.empty == 0 {
             let output = run.records();
-            assert!(output.iter().all(|r| r.get("corpus").is_some()), "records from nothing\n{run}");
+            assert!(
+                output.iter().all(|r| r.get("corpus").is_some()),
+                "records from nothing\n{run}"
+            );
         } else {
             run.says("empty");
         }
@@ -121,10 +169,19 @@ impl Conventions {
 
     /// Same seed, same bytes: twice, and with 1 and 8 threads.
     pub fn same_bytes(&self, tool: &Tool) {
-        let one = tool.run(&self.with(&["--threads", "1"]), &self.input).exits(0);
-        let again = tool.run(&self.with(&["--threads", "1"]), &self.input).exits(0);
-        let eight = tool.run(&self.with(&["--threads", "8"]), &self.input).exits(0);
-        assert!(!one.stdout.is_empty(), "the ordinary run writes something\n{one}");
+        let one = tool
+            .run(&self.with(&["--threads", "1"]), &self.input)
+            .exits(0);
+        let again = tool
+            .run(&self.with(&["--threads", "1"]), &self.input)
+            .exits(0);
+        let eight = tool
+            .run(&self.with(&["--threads", "8"]), &self.input)
+            .exits(0);
+        assert!(
+            !one.stdout.is_empty(),
+            "the ordinary run writes something\n{one}"
+        );
         assert_eq!(one.stdout, again.stdout, "two runs differ");
         assert_eq!(one.stdout, eight.stdout, "1 and 8 threads differ");
     }
@@ -133,10 +190,21 @@ impl Conventions {
     /// completions and the manual come from the binary.
     pub fn help(&self, tool: &Tool) {
         let short = tool.run(&["-h"], "").exits(0);
-        assert!(short.stdout.lines().count() <= 60, "-h is longer than a page\n{short}");
+        assert!(
+            short.stdout.lines().count() <= 60,
+            "-h is longer than a page\n{short}"
+        );
         let long = tool.run(&["--help"], "").exits(0);
-        assert!(long.stdout.contains("Examples:") && long.stdout.contains("Exit status:"), "{long}");
-        assert!(tool.run(&["--completions", "bash"], "").exits(0).stdout.contains("complete"));
+        assert!(
+            long.stdout.contains("Examples:") && long.stdout.contains("Exit status:"),
+            "{long}"
+        );
+        assert!(
+            tool.run(&["--completions", "bash"], "")
+                .exits(0)
+                .stdout
+                .contains("complete")
+        );
         assert!(tool.run(&["--man"], "").exits(0).stdout.contains(".TH"));
         tool.run(&["--no-such-flag"], "").exits(2);
     }
@@ -147,13 +215,25 @@ impl Conventions {
 /// exit 0. The test lays out the files that the examples name beforehand.
 pub fn check_examples(tool: &Tool) {
     let help = tool.run(&["--help"], "").exits(0);
-    let examples: Vec<&str> = help.stdout.lines().filter_map(|l| l.trim_start().strip_prefix("$ ")).collect();
+    let examples: Vec<&str> = help
+        .stdout
+        .lines()
+        .filter_map(|l| l.trim_start().strip_prefix("$ "))
+        .collect();
     assert!(!examples.is_empty(), "no examples\n{help}");
-    let bin = tool.binary().parent().expect("the folder of the binaries").display().to_string();
+    let bin = tool
+        .binary()
+        .parent()
+        .expect("the folder of the binaries")
+        .display()
+        .to_string();
     let path = format!("{bin}:{}", std::env::var("PATH").unwrap_or_default());
     for example in examples {
         let mut shell = Command::new("bash");
-        shell.args(["-eu", "-o", "pipefail", "-c", example]).current_dir(tool.folder()).env("PATH", &path);
+        shell
+            .args(["-eu", "-o", "pipefail", "-c", example])
+            .current_dir(tool.folder())
+            .env("PATH", &path);
         Run::of(&mut shell, b"").exits(0);
     }
 }

@@ -20,7 +20,11 @@ impl Tool {
     /// `binary` is `env!("CARGO_BIN_EXE_…")`.
     pub fn new(binary: &str) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        Self { binary: binary.into(), folder, environment: Vec::new() }
+        Self {
+            binary: binary.into(),
+            folder,
+            environment: Vec::new(),
+        }
     }
 
     /// The folder that the tool runs in.
@@ -46,7 +50,8 @@ impl Tool {
     /// Reads a file of the folder.
     #[track_caller]
     pub fn read(&self, name: &str) -> String {
-        std::fs::read_to_string(self.folder.path().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
+        std::fs::read_to_string(self.folder.path().join(name))
+            .unwrap_or_else(|e| panic!("{name}: {e}"))
     }
 
     /// Adds an environment variable to every later run.
@@ -60,7 +65,10 @@ impl Tool {
     /// may rely on, so that a developer's keys and settings change no test.
     pub fn command<A: AsRef<OsStr>>(&self, arguments: &[A]) -> Command {
         let mut command = Command::new(&self.binary);
-        command.args(arguments).current_dir(self.folder.path()).env_clear();
+        command
+            .args(arguments)
+            .current_dir(self.folder.path())
+            .env_clear();
         for name in ["PATH", "HOME", "TMPDIR", "LANG"] {
             if let Some(value) = std::env::var_os(name) {
                 command.env(name, value);
@@ -119,14 +127,19 @@ impl Run {
         let pid = child.id();
         let (done, waiting) = std::sync::mpsc::channel::<()>();
         let watchdog = std::thread::spawn(move || {
-            let late = waiting.recv_timeout(LIMIT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout);
+            let late =
+                waiting.recv_timeout(LIMIT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout);
             if late {
-                let _ = Command::new("kill").args(["-KILL", &pid.to_string()]).status();
+                let _ = Command::new("kill")
+                    .args(["-KILL", &pid.to_string()])
+                    .status();
             }
             late
         });
         let started = Instant::now();
-        let output = child.wait_with_output().unwrap_or_else(|e| panic!("{shown}: {e}"));
+        let output = child
+            .wait_with_output()
+            .unwrap_or_else(|e| panic!("{shown}: {e}"));
         drop(done);
         let _ = feeder.join();
         let run = Self {
@@ -135,14 +148,20 @@ impl Run {
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
             status: output.status,
         };
-        assert!(!watchdog.join().unwrap_or(true), "still running after {:?}:\n{run}", started.elapsed());
+        assert!(
+            !watchdog.join().unwrap_or(true),
+            "still running after {:?}:\n{run}",
+            started.elapsed()
+        );
         run
     }
 
     /// The exit code; a signal counts as 128 and its number.
     pub fn code(&self) -> i32 {
         use std::os::unix::process::ExitStatusExt;
-        self.status.code().unwrap_or_else(|| 128 + self.status.signal().unwrap_or(0))
+        self.status
+            .code()
+            .unwrap_or_else(|| 128 + self.status.signal().unwrap_or(0))
     }
 
     /// Asserts the exit code.
@@ -162,7 +181,10 @@ impl Run {
     /// Asserts that neither stream holds a text.
     #[track_caller]
     pub fn never_says(self, text: &str) -> Self {
-        assert!(!self.stderr.contains(text) && !self.stdout.contains(text), "{text:?} is shown\n{self}");
+        assert!(
+            !self.stderr.contains(text) && !self.stdout.contains(text),
+            "{text:?} is shown\n{self}"
+        );
         self
     }
 
@@ -171,7 +193,9 @@ impl Run {
     pub fn records(&self) -> Vec<serde_json::Value> {
         self.stdout
             .lines()
-            .map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}\n{self}")))
+            .map(|line| {
+                serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}\n{self}"))
+            })
             .collect()
     }
 }
@@ -179,7 +203,10 @@ impl Run {
 impl std::fmt::Display for Run {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let cut = |text: &str| -> String {
-            let end = text.char_indices().nth(4000).map_or(text.len(), |(at, _)| at);
+            let end = text
+                .char_indices()
+                .nth(4000)
+                .map_or(text.len(), |(at, _)| at);
             text[..end].to_owned()
         };
         write!(
