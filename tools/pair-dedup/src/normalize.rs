@@ -38,8 +38,9 @@ pub fn normalize(text: &str) -> String {
 
 /// What two texts have in common when they differ in case alone.
 pub fn fold(normal: &str) -> String {
-    // By way of upper case, ß is ss and ſ is s, as in Unicode's case folding.
-    normal.to_uppercase().to_lowercase()
+    // By way of upper case, ß is ss and ſ is s, as in Unicode's case folding; ẞ
+    // has to be a small letter first.
+    normal.to_lowercase().to_uppercase().to_lowercase()
 }
 
 /// `@name`, as a reply begins, with or without a mark after it.

@@ -111,10 +111,16 @@ mod tests {
                 7,
                 "large ones are taken where there are no others"
             );
+            let of_four = |fraction| held_out(&[4; 20], fraction, seed).1;
             assert_eq!(
-                held_out(&[4; 20], 0.12, seed).1,
+                of_four(0.14),
                 12,
-                "9.6 rounds to 10, and 12 is nearer to it than 8 or as near"
+                "11 are wanted: one too many is nearer than three too few"
+            );
+            assert_eq!(
+                of_four(0.12),
+                8,
+                "10 are wanted: of two equally near the smaller"
             );
             assert_eq!(held_out(&[5; 9], 0.0, seed).1, 0);
             assert_eq!(held_out(&[5; 9], 1.0, seed).1, 45);

@@ -44,8 +44,8 @@ struct PairValidate {
 
 const EXAMPLES: &str = "
 $ pair-validate --rejects rejects.jsonl < pairs.jsonl > valid.jsonl
-$ pair-validate --config data.yaml --rejects rejects.jsonl --summary counts.json < pairs.jsonl > valid.jsonl
-$ PAIRS__COLLECTION__REPLY_FILTERS__MIN_LIKES=1 pair-validate < pairs.jsonl | wc -l
+$ pair-validate --config data.yaml --summary counts.json < pairs.jsonl > valid.jsonl
+$ PAIRS__COLLECTION__QUALITY__MAX_TOXICITY=0.1 pair-validate < pairs.jsonl | wc -l
 ";
 
 fn main() -> ExitCode {

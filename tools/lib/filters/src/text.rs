@@ -56,7 +56,7 @@ pub(crate) fn link(text: &str) -> Option<&str> {
         let host = trimmed.split(['/', '?', ':']).next()?;
         let (name, ending) = host.rsplit_once('.')?;
         let ending = ending.to_ascii_lowercase();
-        let is_host = name.len() >= 1
+        let is_host = !name.is_empty()
             && name
                 .chars()
                 .all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '.');
