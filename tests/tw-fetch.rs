@@ -710,6 +710,25 @@ fn a_short_page_is_not_the_last_one() {
     }
 }
 
+#[test]
+fn a_page_that_is_no_json_is_not_kept() {
+    let server = apify(5, |request, before| {
+        let first = request.path == "/datasets/set0/items" && before == 0;
+        first.then(|| Reply::text(200, "<html>Please sign in to this network</html>"))
+    });
+    let tool = with_token();
+    fetch(&tool, &server, &["--target", "1"])
+        .exits(4)
+        .says("of the dataset set0 are no JSON lines");
+    assert_eq!(
+        fetch(&tool, &server, &["--target", "1"])
+            .exits(0)
+            .records()
+            .len(),
+        6
+    );
+}
+
 /// Whatever moment a collection is killed at, it ends with the same pairs, and no run
 /// that is on record is started again.
 #[test]

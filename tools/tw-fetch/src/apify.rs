@@ -186,6 +186,14 @@ impl Api {
             .and_then(|t| t.trim().parse().ok());
         let lines =
             String::from_utf8(response.body().to_vec()).context("a dataset page is not UTF-8")?;
+        // What is kept is read again by every later run: nothing but records may get there.
+        for line in lines.lines().filter(|line| !line.trim().is_empty()) {
+            record::Record::parse(line).map_err(|e| {
+                Failure::World(format!(
+                    "items {offset} and on of the dataset {dataset} are no JSON lines ({e}); run this again later"
+                ))
+            })?;
+        }
         Ok(Page { lines, total })
     }
 }

@@ -38,7 +38,7 @@ pub fn collect(
     settings: &Collection,
     folder: &Path,
     adopt: Option<&str>,
-    api: impl FnOnce() -> anyhow::Result<Api>,
+    api: impl Fn() -> anyhow::Result<Api>,
     new_joiner: impl Fn() -> Joiner,
 ) -> anyhow::Result<Joiner> {
     let wanted = Wanted::new(settings)?;
@@ -61,17 +61,32 @@ pub fn collect(
     }
     settle_unknown_start(&mut state, folder, adopt)?;
     // Made when first needed: what is on disk already asks nobody for a token.
-    let mut api = Some(api);
-    let mut collector: Option<Collector<'_>> = None;
+    let mut collector = None;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     loop {
         let joiner = read_items(&state, &new_joiner)?;
-        let step = match next(settings, &wanted, &state, &joiner) {
-            Next::Run(step) => step,
-            Next::Start(input, limits) => {
-                connect(&mut collector, &mut api, app, settings)?;
+        let work = match next(settings, &wanted, &state, &joiner) {
+            Next::Work(work) => work,
+            Next::End(end) => {
+                say_end(app, settings, &wanted, &state, &joiner, end);
+                return Ok(joiner);
+            }
+        };
+        let collector = match &mut collector {
+            Some(collector) => collector,
+            none => none.insert(Collector {
+                app,
+                settings,
+                api: api()?,
+            }),
+        };
+        // From here on a signal no longer ends the process, but is looked for.
+        app.interrupted()?;
+        let step = match work {
+            Work::GoOn(step) => step,
+            Work::Start(input, limits) => {
                 if state.plan.is_none() {
                     state.record(Event::Plan { plan: plan.clone() })?;
                 }
@@ -83,47 +98,27 @@ pub fn collect(
                 })?;
                 step
             }
-            Next::End(end) => {
-                say_end(app, settings, &wanted, &state, &joiner, end);
-                return Ok(joiner);
-            }
         };
-        let collector = connect(&mut collector, &mut api, app, settings)?;
         runtime.block_on(collector.run(&mut state, step))?;
     }
 }
 
-fn connect<'c, 'a>(
-    collector: &'c mut Option<Collector<'a>>,
-    api: &mut Option<impl FnOnce() -> anyhow::Result<Api>>,
-    app: &'a App,
-    settings: &'a Collection,
-) -> anyhow::Result<&'c Collector<'a>> {
-    if let Some(make) = api.take() {
-        app.interrupted()?;
-        *collector = Some(Collector {
-            app,
-            settings,
-            api: make()?,
-        });
-    }
-    collector
-        .as_ref()
-        .context("the connection could not be made before")
-}
-
 /// What remains to be done.
 enum Next {
+    Work(Work),
+    End(End),
+}
+
+enum Work {
     /// A run was begun: see it through.
-    Run(usize),
+    GoOn(usize),
     /// Begin one.
     Start(Value, Limits),
-    End(End),
 }
 
 fn next(settings: &Collection, wanted: &Wanted, state: &State, joiner: &Joiner) -> Next {
     if let Some(open) = state.steps.iter().position(|step| !step.finished) {
-        return Next::Run(open);
+        return Next::Work(Work::GoOn(open));
     }
     if joiner.pairs().filter(|pair| wanted.pair(pair)).count() as u64 >= settings.target_pairs {
         return Next::End(End::Enough);
@@ -145,7 +140,10 @@ fn next(settings: &Collection, wanted: &Wanted, state: &State, joiner: &Joiner) 
     };
     if state.steps.is_empty() {
         let limits = limits(apify.search_items);
-        return Next::Start(search_input(settings, limits.max_items), limits);
+        return Next::Work(Work::Start(
+            search_input(settings, limits.max_items),
+            limits,
+        ));
     }
     let batch = unasked(settings, wanted, state, joiner);
     if batch.is_empty() {
@@ -157,7 +155,7 @@ fn next(settings: &Collection, wanted: &Wanted, state: &State, joiner: &Joiner) 
             .saturating_mul(batch.len() as u64),
     );
     let input = json!({"conversationIds": batch, "maxItems": limits.max_items, "sort": apify.sort});
-    Next::Start(input, limits)
+    Next::Work(Work::Start(input, limits))
 }
 
 /// The actor's input for the search; its own filters save paying for what ours would refuse.
@@ -350,19 +348,7 @@ impl Collector<'_> {
     async fn run(&self, state: &mut State, step: usize) -> anyhow::Result<()> {
         let run = match state.steps[step].run.clone() {
             None => self.start(state, step).await?,
-            Some(id) => {
-                let run = self.api.look(&id).await.with_context(|| {
-                    format!("going on with the run {id} (Apify deletes old runs: then begin with another --state)")
-                })?;
-                if state.steps[step].interrupted && run.status == "ABORTED" {
-                    self.app.info(format_args!(
-                        "the run {id} was stopped last time; it goes on"
-                    ));
-                    self.api.resurrect(&id).await?
-                } else {
-                    run
-                }
-            }
+            Some(id) => self.go_on(state, step, &id).await?,
         };
         let run = self.wait(state, step, run).await?;
         if run.status != "SUCCEEDED" {
@@ -374,6 +360,31 @@ impl Collector<'_> {
         }
         let items = self.fetch(state, step, &run).await?;
         self.finish(state, step, &run, items).await
+    }
+
+    /// A run of an earlier process; one that we had stopped is set going again.
+    async fn go_on(&self, state: &mut State, step: usize, id: &str) -> anyhow::Result<Run> {
+        let run = self.api.look(id).await.with_context(|| {
+            format!("going on with the run {id} (Apify deletes old runs: then begin with another --state)")
+        })?;
+        if !state.steps[step].interrupted || state.steps[step].bytes > 0 {
+            return Ok(run);
+        }
+        let run = self.wait(state, step, run).await?;
+        if run.status != "ABORTED" {
+            return Ok(run);
+        }
+        self.app.info(format_args!(
+            "the run {id} was stopped last time; it goes on"
+        ));
+        match self.api.resurrect(id).await {
+            Ok(run) => Ok(run),
+            Err(error) => {
+                self.app
+                    .warn(format_args!("the run {id} cannot go on: {error:#}"));
+                Ok(run)
+            }
+        }
     }
 
     async fn start(&self, state: &mut State, step: usize) -> anyhow::Result<Run> {
