@@ -190,6 +190,7 @@ pub trait Reading {
 
 /// A machine that can run and train the model. See the crate's head for the
 /// conventions that all operations share.
+#[expect(clippy::too_many_arguments, reason = "operations are fused")]
 pub trait Backend: Sized + Send + Sync {
     /// Activations and their gradients.
     type Act: Send + Sync;
@@ -334,7 +335,6 @@ pub trait Backend: Sized + Send + Sync {
     ///
     /// `input` is `(x, tokens)`; `params` holds the adapters' factors and may be
     /// `None` when there are none.
-    #[expect(clippy::too_many_arguments, reason = "one fused operation")]
     fn linear(
         &self,
         group: &Group<'_, Self>,
@@ -350,7 +350,6 @@ pub trait Backend: Sized + Send + Sync {
     /// The gradients of [`linear`](Self::linear), as far as asked for: by its
     /// input (overwritten) and by the adapters' factors (added to). Frozen
     /// weights get none. The residual's gradient is `dout` itself.
-    #[expect(clippy::too_many_arguments, reason = "one fused operation")]
     fn linear_backward(
         &self,
         group: &Group<'_, Self>,
@@ -367,7 +366,6 @@ pub trait Backend: Sized + Send + Sync {
     /// rotates them by their positions (Su et al., arXiv 2104.09864, halves
     /// rotated against each other as in Hugging Face's code) into
     /// `qk [tokens, q + k]`, saving `rstd [tokens, query + kv]`.
-    #[expect(clippy::too_many_arguments, reason = "one fused operation")]
     fn qk_norm_rope(
         &self,
         heads: Heads,
@@ -382,7 +380,6 @@ pub trait Backend: Sized + Send + Sync {
     /// Turns the gradient by the rotated queries and keys, in the first `q + k`
     /// columns of `dqkv`, into that by the projected ones, in place; `saved` is
     /// `(qkv, rstd)`.
-    #[expect(clippy::too_many_arguments, reason = "one fused operation")]
     fn qk_norm_rope_backward(
         &self,
         heads: Heads,
@@ -396,7 +393,6 @@ pub trait Backend: Sized + Send + Sync {
     /// Causal attention inside each row: `out [tokens, q]` from the queries and
     /// keys of `qk` and the values of `qkv`, scores scaled by `1 / √dim`, saving
     /// `lse [tokens, query]`, the log of each softmax's denominator.
-    #[expect(clippy::too_many_arguments, reason = "one fused operation")]
     fn attention(
         &self,
         heads: Heads,
@@ -411,7 +407,6 @@ pub trait Backend: Sized + Send + Sync {
     /// Gradient of [`attention`](Self::attention): `dqkv [tokens, q + 2k]` by the
     /// rotated queries, the rotated keys and the values. `inputs` is `(qk, qkv)`,
     /// `saved` is `(out, lse)`.
-    #[expect(clippy::too_many_arguments, reason = "one fused operation")]
     fn attention_backward(
         &self,
         heads: Heads,
@@ -466,7 +461,6 @@ pub trait Backend: Sized + Send + Sync {
 
     /// Stores the keys of `qk` and the values of `qkv` at `(slots[i], positions[i])`
     /// of the caches; `at` is `(slots, positions, tokens)`, `store` `(keys, values)`.
-    #[expect(clippy::too_many_arguments, reason = "one fused operation")]
     fn cache_append(
         &self,
         heads: Heads,
@@ -480,7 +474,6 @@ pub trait Backend: Sized + Send + Sync {
     /// Attention of one new query per slot over its cached positions, the new
     /// one (`positions[i]`) included: `out [tokens, q]`. `at` is
     /// `(slots, positions, tokens)`, `store` `(keys, values)`.
-    #[expect(clippy::too_many_arguments, reason = "one fused operation")]
     fn cache_attention(
         &self,
         heads: Heads,
