@@ -3,16 +3,16 @@
 //! people liked.
 
 mod anthropic;
+mod claude;
 mod ledger;
+mod reference;
 mod verdict;
 
-use std::cell::RefCell;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
 
-use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use cli::{App, Common, Counts, Failure, Flags, Signature};
 use httpclient::{Client, Scheme, Secret};
@@ -20,13 +20,11 @@ use jsonl::{AtomicFile, Lines, Output, Records};
 use record::Record;
 use serde_json::json;
 use settings::{EvalSettings, Judge as Settings, JudgeProvider};
-use textmetrics::{ChrfKind, ChrfStats};
-use tokio::sync::Semaphore;
 use tokio::task::LocalSet;
 
-use anthropic::Question;
+use claude::Claude;
 use ledger::Ledger;
-use verdict::{Comparison, Item, Opinion, Preference, Tally, Usage, Verdicts};
+use verdict::{Item, Tally, Usage, Verdicts};
 
 const EXAMPLES: &str = "\
 $ judge --provider reference < items.jsonl > judged.jsonl
@@ -95,9 +93,6 @@ enum Provider {
     Reference,
 }
 
-/// The judge of `--provider reference`, as records name it.
-const REFERENCE: &str = "reference-chrf";
-
 fn main() -> ExitCode {
     cli::main::<Judge>()
 }
@@ -137,9 +132,9 @@ impl cli::Tool for Judge {
                     return Ok(());
                 }
                 let signature = Signature::new("judge")
-                    .with("judge", REFERENCE)
+                    .with("judge", reference::NAME)
                     .with_hash("config", &config);
-                self.judge_by_reference(app, &pairs, &signature)
+                self.judge_by_reference(app, &pairs, &signature.to_string())
             }
             JudgeProvider::Anthropic => {
                 let client = self.client(&settings)?;
@@ -262,7 +257,7 @@ impl Judge {
         &self,
         app: &App,
         pairs: &[(String, String)],
-        signature: &Signature,
+        signature: &str,
     ) -> anyhow::Result<()> {
         let (entries, mut counts) = self.read(app, pairs)?;
         let mut out = Output::stdout();
@@ -274,9 +269,9 @@ impl Judge {
                     let comparisons = item
                         .pairs(pairs)?
                         .iter()
-                        .map(|(a, b)| nearer(&item, a, b))
+                        .map(|(a, b)| reference::compare(&item, a, b))
                         .collect();
-                    let verdicts = verdicts(REFERENCE, comparisons, &signature.to_string(), None);
+                    let verdicts = Verdicts::new(reference::NAME, comparisons, signature);
                     verdicts.comparisons.iter().for_each(|c| tally.add(c));
                     record.set("verdicts", &verdicts)?;
                     record
@@ -287,7 +282,7 @@ impl Judge {
         }
         out.finish()?;
         app.count(counts);
-        self.summarise(app, REFERENCE, &tally, None)
+        self.summarise(app, reference::NAME, &tally, None)
     }
 
     fn judge_by_claude(
@@ -413,53 +408,6 @@ impl Judge {
     }
 }
 
-/// The offline judge. It has no sense of order, so both orders agree by construction.
-fn nearer(item: &Item, a: &str, b: &str) -> Comparison {
-    let (reply_a, reply_b) = (&item.replies[a], &item.replies[b]);
-    if reply_a == reply_b {
-        return Comparison::identical(a, b);
-    }
-    let near = |reply: &str| ChrfStats::new(reply, &item.reference).score(ChrfKind::Chrf);
-    let opinion = |first: f64, second: f64| Opinion {
-        preference: Some(match first.total_cmp(&second) {
-            std::cmp::Ordering::Greater => Preference::A,
-            std::cmp::Ordering::Less => Preference::B,
-            std::cmp::Ordering::Equal => Preference::Tie,
-        }),
-        why: Some(format!("chrF {first:.2} and {second:.2}")),
-        no_verdict: None,
-        usage: Usage::default(),
-    };
-    let (near_a, near_b) = (near(reply_a), near(reply_b));
-    Comparison::of(a, b, opinion(near_a, near_b), opinion(near_b, near_a))
-}
-
-fn verdicts(
-    judge: &str,
-    comparisons: Vec<Comparison>,
-    signature: &str,
-    ledger: Option<&Ledger>,
-) -> Verdicts {
-    let mut usage = Usage::default();
-    for order in comparisons.iter().flat_map(|comparison| &comparison.orders) {
-        usage += order.opinion.usage;
-    }
-    Verdicts {
-        v: record::VERSION,
-        judge: judge.to_owned(),
-        winner: comparisons.first().and_then(|c| c.winner.clone()),
-        score: comparisons
-            .first()
-            .map(|c| c.score.clone())
-            .unwrap_or_default(),
-        usage,
-        // To a millionth of a dollar: below that it is noise of the arithmetic.
-        cost_usd: ledger.map(|ledger| (ledger.cost(usage) * 1e6).round() / 1e6),
-        comparisons,
-        signature: signature.to_owned(),
-    }
-}
-
 fn parse_pair(text: &str) -> Result<(String, String), Failure> {
     match text.split_once(':') {
         Some((a, b)) if !a.is_empty() && !b.is_empty() && a != b => {
@@ -468,127 +416,5 @@ fn parse_pair(text: &str) -> Result<(String, String), Failure> {
         _ => Err(Failure::Usage(format!(
             "--compare {text}: two different systems as A:B, such as base:lora"
         ))),
-    }
-}
-
-/// Claude behind one key, a limit of money, and so many questions at once.
-struct Claude {
-    client: Client,
-    settings: Settings,
-    pairs: Vec<(String, String)>,
-    ledger: RefCell<Ledger>,
-    open: Semaphore,
-    /// The first thing that went wrong. From then on no question is asked; those under way
-    /// are answered.
-    failure: RefCell<Option<anyhow::Error>>,
-    signature: String,
-}
-
-impl Claude {
-    fn new(
-        client: Client,
-        settings: Settings,
-        pairs: Vec<(String, String)>,
-        ledger: Ledger,
-        signature: String,
-    ) -> Self {
-        let open = Semaphore::new(settings.concurrency.max(1));
-        let (ledger, failure) = (RefCell::new(ledger), RefCell::default());
-        Self {
-            client,
-            settings,
-            pairs,
-            ledger,
-            open,
-            failure,
-            signature,
-        }
-    }
-
-    fn fail(&self, error: anyhow::Error) {
-        self.failure.borrow_mut().get_or_insert(error);
-    }
-
-    /// The verdicts on an item, unless something failed here or elsewhere meanwhile.
-    async fn judge(&self, item: &Item) -> Option<Verdicts> {
-        // Checked when it was read, so there is no error here.
-        let pairs = item.pairs(&self.pairs).ok()?;
-        let mut comparisons = Vec::new();
-        for (a, b) in pairs {
-            let (reply_a, reply_b) = (&item.replies[&a], &item.replies[&b]);
-            comparisons.push(if reply_a == reply_b {
-                Comparison::identical(&a, &b)
-            } else {
-                let ask = |first, second| {
-                    self.ask(Question::new(
-                        &self.settings.model,
-                        &item.tweet,
-                        first,
-                        second,
-                    ))
-                };
-                let (a_first, b_first) = tokio::join!(ask(reply_a, reply_b), ask(reply_b, reply_a));
-                Comparison::of(&a, &b, a_first?, b_first?)
-            });
-        }
-        Some(verdicts(
-            &self.settings.model,
-            comparisons,
-            &self.signature,
-            Some(&self.ledger.borrow()),
-        ))
-    }
-
-    async fn ask(&self, question: Question) -> Option<Opinion> {
-        let _turn = self.open.acquire().await.ok()?;
-        let (key, max_tokens) = (question.key(), self.settings.max_tokens);
-        if let Some(answer) = self.ledger.borrow_mut().find(&key, max_tokens) {
-            return Some(anthropic::opinion(&answer));
-        }
-        if self.failure.borrow().is_some() {
-            return None;
-        }
-        let Some(reserved) = self
-            .ledger
-            .borrow_mut()
-            .reserve(question.size(), max_tokens)
-        else {
-            self.fail(
-                Failure::World(format!(
-                    "the next answer could cost more than judge.max_cost_usd = {} allows: raise it (--max-cost USD)",
-                    self.settings.max_cost_usd
-                ))
-                .into(),
-            );
-            return None;
-        };
-        let answer = question.ask(&self.client, max_tokens).await;
-        let mut ledger = self.ledger.borrow_mut();
-        ledger.release(reserved);
-        match answer.and_then(|answer| ledger.keep(&key, max_tokens, &answer).map(|()| answer)) {
-            Ok(answer) => Some(anthropic::opinion(&answer)),
-            Err(error) => {
-                self.fail(error);
-                None
-            }
-        }
-    }
-
-    /// What the task gives; an interruption meanwhile is a failure like any other.
-    async fn until_interrupted<T>(
-        &self,
-        app: &App,
-        mut task: tokio::task::JoinHandle<Option<T>>,
-    ) -> anyhow::Result<Option<T>> {
-        loop {
-            tokio::select! {
-                done = &mut task => return done.context("judging an item failed"),
-                () = tokio::time::sleep(std::time::Duration::from_millis(100)) => {
-                    if app.interrupted()? {
-                        self.fail(Failure::Interrupted("interrupted".into()).into());
-                    }
-                }
-            }
-        }
     }
 }

@@ -172,6 +172,27 @@ pub struct Verdicts {
     pub signature: String,
 }
 
+impl Verdicts {
+    /// Sums up; what the answers cost is the asker's to add.
+    pub fn new(judge: &str, comparisons: Vec<Comparison>, signature: &str) -> Self {
+        let mut usage = Usage::default();
+        for order in comparisons.iter().flat_map(|comparison| &comparison.orders) {
+            usage += order.opinion.usage;
+        }
+        let first = comparisons.first();
+        Self {
+            v: record::VERSION,
+            judge: judge.to_owned(),
+            winner: first.and_then(|c| c.winner.clone()),
+            score: first.map(|c| c.score.clone()).unwrap_or_default(),
+            comparisons,
+            usage,
+            cost_usd: None,
+            signature: signature.to_owned(),
+        }
+    }
+}
+
 /// The name of a tie.
 pub const TIE: &str = "tie";
 
