@@ -9,9 +9,9 @@ use crate::sample::{Sample, doubled_ranks, variance};
 pub struct Finding {
     pub statistic: Option<f64>,
     pub p: Option<f64>,
-    /// Of the mean difference; for the sign test and McNemar's of the share of
-    /// unequal rows in which a is greater.
     pub interval: Interval,
+    /// The quantity that the interval is one of, where the test has one.
+    pub interval_of: Option<&'static str>,
     /// Which of its forms the test took.
     pub method: &'static str,
 }
@@ -50,6 +50,7 @@ pub fn paired_t(sample: &Sample, alternative: Alternative, alpha: f64) -> Result
             low: reach(below).map(|r| mean - r),
             high: reach(above).map(|r| mean + r),
         },
+        interval_of: Some("mean_diff"),
         method: if sample.clustered {
             "cluster-robust"
         } else {
@@ -149,6 +150,7 @@ fn coin(heads: u64, tails: u64, alternative: Alternative, alpha: f64) -> Finding
     Finding {
         p: Some(alternative.p(at_most, at_least)),
         interval: wilson(heads as f64, n as f64, alternative, alpha),
+        interval_of: Some("share_a_greater_of_unequal"),
         method: "exact",
         ..Finding::default()
     }

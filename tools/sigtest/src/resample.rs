@@ -133,6 +133,7 @@ pub fn bootstrap(
             low: end(below, below),
             high: end(above, 1.0 - above),
         },
+        interval_of: Some("mean_diff"),
         method,
         ..Finding::default()
     })

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::Line;
+use crate::comparison::{Line, Test};
 
 /// Columns of the table.
 const WIDTH: usize = 80;
@@ -22,14 +22,14 @@ pub fn render(a: &str, b: &str, alpha: f64, lines: &[Line]) -> String {
         "metric", "n", "a", "b", "a-b", level, "p_t", "p_W", "p_perm"
     );
     for metric in lines.chunk_by(|x, y| x.metric == y.metric) {
-        let of = |test: &str| metric.iter().find(|line| line.test == test);
-        let p = |test: &str| match of(test).and_then(|line| line.p_holm) {
+        let of = |test: Test| metric.iter().find(|line| line.test == test);
+        let p = |test: Test| match of(test).and_then(|line| line.p_holm) {
             Some(p) if p < 0.0001 => "<1e-4".to_owned(),
             Some(p) => format!("{p:.4}"),
             None => "-".to_owned(),
         };
         let first = &metric[0];
-        let interval = match of("bootstrap") {
+        let interval = match of(Test::Bootstrap) {
             Some(line) if line.ci_low.is_some() || line.ci_high.is_some() => {
                 let low = line.ci_low.map_or("-inf".to_owned(), figure);
                 let high = line.ci_high.map_or("inf".to_owned(), figure);
@@ -47,9 +47,9 @@ pub fn render(a: &str, b: &str, alpha: f64, lines: &[Line]) -> String {
             mean(first.mean_b),
             mean(first.mean_diff),
             interval,
-            p("paired_t"),
-            p("wilcoxon"),
-            p("permutation"),
+            p(Test::PairedT),
+            p(Test::Wilcoxon),
+            p(Test::Permutation),
         );
         if let Some(reason) = first.reason {
             let _ = writeln!(text, "{:>10} {reason}", "");

@@ -1,0 +1,161 @@
+//! What is asked, and the rows that can answer it.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use clap::Args;
+use cli::{App, Counts, Failure};
+use jsonl::{AtomicFile, Lines, Records};
+use record::Record;
+use serde_json::Value;
+
+use crate::figures;
+
+/// What is compared.
+#[derive(Args)]
+pub struct Question {
+    /// Dotted path to a number, or to an object of numbers
+    #[arg(long, value_name = "FIELD")]
+    pub a: String,
+    /// The same for the other side
+    #[arg(long, value_name = "FIELD")]
+    pub b: String,
+    /// Compare only these metrics of an object
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pub metrics: Vec<String>,
+    /// Rows with the same value here are not independent: one cluster, flipped and drawn as one
+    #[arg(long, value_name = "FIELD")]
+    pub cluster: Option<String>,
+}
+
+/// What one record says.
+pub struct Row {
+    pub a: HashMap<String, f64>,
+    pub b: HashMap<String, f64>,
+    pub cluster: Option<String>,
+}
+
+impl Question {
+    /// The rows, and the metrics that both sides have somewhere, in the order in
+    /// which a has them.
+    pub fn read(
+        &self,
+        app: &App,
+        rejects: Option<&Path>,
+    ) -> anyhow::Result<(Vec<Row>, Vec<String>, Counts)> {
+        let mut rejects = rejects.map(AtomicFile::create).transpose()?;
+        let mut nowhere = std::io::sink();
+        let kept: &mut dyn std::io::Write = match &mut rejects {
+            Some(file) => file,
+            None => &mut nowhere,
+        };
+        let mut records = Records::new(Lines::open(Path::new("-"))?, app.common().max_bad_lines);
+        let (mut rows, mut names, mut counts) = (Vec::new(), Vec::new(), Counts::default());
+        while let Some((_, row)) =
+            records.next_with(kept, |record| self.row(&record, &mut names))?
+        {
+            counts.read += 1;
+            rows.extend(row);
+        }
+        counts.rejected = records.bad();
+        counts.read += counts.rejected;
+        if let Some(rejects) = rejects {
+            rejects.commit()?;
+        }
+        if rows.is_empty() {
+            return Err(Failure::Input(
+                "-: the input is empty: there is nothing to compare".into(),
+            )
+            .into());
+        }
+        let metrics = self.choose(&rows, &names)?;
+        for name in &metrics {
+            let alone = |row: &&Row| row.a.contains_key(name) != row.b.contains_key(name);
+            let one_sided = rows.iter().filter(alone).count();
+            if one_sided > 0 {
+                let all = rows.len();
+                app.warn(format_args!(
+                    "{one_sided} of {all} rows have `{name}` on one side only and are left out"
+                ));
+            }
+        }
+        Ok((rows, metrics, counts))
+    }
+
+    /// Of the names of numbers, those that some row has on both sides and that are
+    /// asked for.
+    fn choose(&self, rows: &[Row], names: &[String]) -> Result<Vec<String>, Failure> {
+        let none = |cause: String| Err(Failure::Input(format!("-: {cause}")));
+        let count = rows.len();
+        if rows.iter().all(|row| row.a.is_empty()) {
+            return none(format!(
+                "none of {count} records has a number at --a {}",
+                self.a
+            ));
+        }
+        if rows.iter().all(|row| row.b.is_empty()) {
+            return none(format!(
+                "none of {count} records has a number at --b {}",
+                self.b
+            ));
+        }
+        let both = |name: &String| {
+            rows.iter()
+                .any(|row| row.a.contains_key(name) && row.b.contains_key(name))
+        };
+        let common: Vec<String> = names.iter().filter(|name| both(name)).cloned().collect();
+        if common.is_empty() {
+            return none(format!(
+                "no record has the same number at both --a {} and --b {}",
+                self.a, self.b
+            ));
+        }
+        if let Some(absent) = self.metrics.iter().find(|name| !common.contains(name)) {
+            let have = common.join(", ");
+            return none(format!(
+                "no record has --metrics {absent} on both sides; there are: {have}"
+            ));
+        }
+        let wanted = |name: &String| self.metrics.is_empty() || self.metrics.contains(name);
+        Ok(common.into_iter().filter(wanted).collect())
+    }
+
+    /// The figures of one record, or `None` for the corpus line. New names of
+    /// figures are added to `names`.
+    fn row(&self, record: &Record, names: &mut Vec<String>) -> Result<Option<Row>, record::Error> {
+        let (a, b) = (
+            figures::find(record, &self.a)?,
+            figures::find(record, &self.b)?,
+        );
+        if record.contains("corpus") && a.is_none() && b.is_none() {
+            return Ok(None);
+        }
+        let mut side = |value: Option<Value>| -> HashMap<String, f64> {
+            let mut figures = value
+                .map(|value| figures::numbers(&value))
+                .unwrap_or_default();
+            for (name, _) in &mut figures {
+                if name.is_empty() {
+                    *name = figures::common_name(&self.a, &self.b);
+                }
+                if !names.contains(name) {
+                    names.push(name.clone());
+                }
+            }
+            figures.into_iter().collect()
+        };
+        let (a, b) = (side(a), side(b));
+        let cluster = match &self.cluster {
+            None => None,
+            Some(path) => match figures::find(record, path)? {
+                Some(value) => Some(
+                    value
+                        .as_str()
+                        .map_or_else(|| value.to_string(), str::to_owned),
+                ),
+                None => return Err(record::Error::Missing(path.clone())),
+            },
+        };
+        Ok(Some(Row { a, b, cluster }))
+    }
+}
