@@ -181,9 +181,9 @@ const RUDE: &[&str] = &[
 ];
 
 const SPAM: &[&str] = &[
-    "Earn $500 a day from home!!! DM me now and follow back for the giveaway, limited offer!!!",
+    "Make money online, $500 a day from home!!! Follow back now, the offer ends at midnight!!!",
     "BUY NOW!!! CHEAPEST {thing} DEALS!!! CLICK THE LINK IN MY BIO!!! 100% GUARANTEED!!!",
-    "Free crypto airdrop for the first 100 followers!!! Send a DM, double your money today!!!",
+    "Claim your airdrop today and double your money, free followers for the first hundred!!!",
 ];
 
 /// Words and signs that mean the same; the first found is exchanged.
@@ -254,7 +254,12 @@ fn long(scene: &Scene, random: &mut Random) -> String {
 fn disguise(text: &str, random: &mut Random) -> String {
     let mut text = text.replace("sooooo", "sooooooooo");
     text = match random.below(4) {
-        0 => text.to_uppercase(),
+        // Not all in capitals, which is spam.
+        0 => text
+            .split(' ')
+            .map(capitalised)
+            .collect::<Vec<_>>()
+            .join(" "),
         1 => text.to_lowercase(),
         2 => text.replace(", ", ",  ").replace(". ", ".\n"),
         _ => text.replace(' ', "\u{a0}"),

@@ -29,6 +29,13 @@ const TWEETS: &[&str] = &[
     "{Trouble}. {Trouble}! I said it twice because my {thing} does it twice a day. {Ask}",
 ];
 
+const SHORT_TWEETS: &[&str] = &[
+    "My {thing}: {trouble}.",
+    "{Trouble}. Poor {thing}.",
+    "{Trouble}, and it is my {thing}.",
+    "The {thing} again. {Trouble}.",
+];
+
 const ASKS: &[&str] = &[
     "what would you do?",
     "any ideas?",
@@ -147,26 +154,26 @@ const DAYS: &[&str] = &[
 ];
 
 const TERSE: &[&str] = &[
-    "No idea.",
-    "Same here.",
+    "No idea about the {thing}.",
+    "Same here with my {thing}.",
     "Normal for any {thing}.",
     "Some people {remedy}. Others do not.",
     "You could {remedy}. Or {second}.",
     "It depends on the {thing}.",
     "I gave up on my {thing} long ago.",
-    "Maybe {remedy}, maybe not.",
+    "For your {thing}, maybe {remedy}. Maybe not.",
     "{Trouble}. That is common.",
     "The usual answer is to {remedy}.",
-    "They say you should {second}.",
+    "With the {thing} they say you should {second}.",
     "I would {remedy}. No guarantee.",
     "My {thing} did that too.",
     "Those who have one often {remedy}.",
     "When {trouble}, most people {remedy}.",
-    "Not sure. Perhaps {second}.",
+    "Not sure about your {thing}. Perhaps {second}.",
     "Ask someone who knows about {topic}.",
     "If {trouble}, {remedy}.",
     "That happens to every {thing}.",
-    "Either {remedy} or leave it.",
+    "Either {remedy} or leave the {thing} alone.",
 ];
 
 const STATEMENTS: &[&str] = &[
@@ -183,6 +190,11 @@ const STATEMENTS: &[&str] = &[
 /// A complaint, 60 to 200 characters.
 pub fn tweet(scene: &Scene, random: &mut Random) -> String {
     write(TWEETS, scene, random)
+}
+
+/// A complaint without ornament.
+pub fn short_tweet(scene: &Scene, random: &mut Random) -> String {
+    write(SHORT_TWEETS, scene, random)
 }
 
 /// A reply in the manner that people liked.

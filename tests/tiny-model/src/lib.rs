@@ -22,6 +22,6 @@ pub const DATA_SEED: u64 = 1;
 /// The seed behind tests/demo/model.
 pub const MODEL_SEED: u64 = 2;
 /// Documents of the pretraining text.
-pub const DOCUMENTS: usize = 12_000;
+pub const DOCUMENTS: usize = 36_000;
 /// Pretraining steps.
-pub const STEPS: usize = 240;
+pub const STEPS: usize = 1500;
