@@ -8,7 +8,7 @@ use anyhow::Context;
 use cli::{App, Failure};
 use httpclient::Client;
 use settings::Judge;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 
 use crate::anthropic::{self, Question};
 use crate::ledger::Ledger;
@@ -21,6 +21,8 @@ pub struct Claude {
     pairs: Vec<(String, String)>,
     pub ledger: RefCell<Ledger>,
     open: Semaphore,
+    /// Told whenever an answer has come and its real cost is known.
+    settled: Notify,
     /// The first thing that went wrong. From then on no question is asked; those under way
     /// are answered.
     pub failure: RefCell<Option<anyhow::Error>>,
@@ -44,6 +46,7 @@ impl Claude {
             pairs,
             ledger,
             open,
+            settled: Notify::new(),
             failure,
             signature,
         }
@@ -54,25 +57,35 @@ impl Claude {
         self.failure.borrow_mut().get_or_insert(error);
     }
 
+    /// Counts what is known already about an item towards the limit, before anything new is
+    /// asked about another.
+    pub fn recall(&self, item: &Item) {
+        let pairs = item.pairs(&self.pairs).unwrap_or_default();
+        let orders = pairs.iter().flat_map(|(a, b)| [(a, b), (b, a)]);
+        for (first, second) in orders {
+            let key = self.question(item, first, second).key();
+            self.ledger
+                .borrow_mut()
+                .find(&key, self.settings.max_tokens);
+        }
+    }
+
+    fn question(&self, item: &Item, first: &str, second: &str) -> Question {
+        let (first, second) = (&item.replies[first], &item.replies[second]);
+        Question::new(&self.settings.model, &item.tweet, first, second)
+    }
+
     /// The verdicts on an item, unless something failed here or elsewhere meanwhile.
     pub async fn judge(&self, item: &Item) -> Option<Verdicts> {
         // Checked when it was read, so there is no error here.
         let pairs = item.pairs(&self.pairs).ok()?;
         let mut comparisons = Vec::new();
         for (a, b) in pairs {
-            let (reply_a, reply_b) = (&item.replies[&a], &item.replies[&b]);
-            comparisons.push(if reply_a == reply_b {
+            comparisons.push(if item.replies[&a] == item.replies[&b] {
                 Comparison::identical(&a, &b)
             } else {
-                let ask = |first, second| {
-                    self.ask(Question::new(
-                        &self.settings.model,
-                        &item.tweet,
-                        first,
-                        second,
-                    ))
-                };
-                let (a_first, b_first) = tokio::join!(ask(reply_a, reply_b), ask(reply_b, reply_a));
+                let ask = |first, second| self.ask(self.question(item, first, second));
+                let (a_first, b_first) = tokio::join!(ask(&a, &b), ask(&b, &a));
                 Comparison::of(&a, &b, a_first?, b_first?)
             });
         }
@@ -89,32 +102,46 @@ impl Claude {
         if let Some(answer) = self.ledger.borrow_mut().find(&key, max_tokens) {
             return Some(anthropic::opinion(&answer));
         }
-        if self.failure.borrow().is_some() {
-            return None;
-        }
-        let Some(reserved) = self
-            .ledger
-            .borrow_mut()
-            .reserve(question.size(), max_tokens)
-        else {
-            self.fail(
-                Failure::World(format!(
-                    "the next answer could cost more than judge.max_cost_usd = {} allows: raise it (--max-cost USD)",
-                    self.settings.max_cost_usd
-                ))
-                .into(),
-            );
-            return None;
-        };
+        let reserved = self.set_aside(question.size()).await?;
         let answer = question.ask(&self.client, max_tokens).await;
         let mut ledger = self.ledger.borrow_mut();
         ledger.release(reserved);
+        self.settled.notify_waiters();
         match answer.and_then(|answer| ledger.keep(&key, max_tokens, &answer).map(|()| answer)) {
             Ok(answer) => Some(anthropic::opinion(&answer)),
             Err(error) => {
                 self.fail(error);
                 None
             }
+        }
+    }
+
+    /// Sets money aside for a question of `size` bytes. Where there is too little, answers
+    /// under way may turn out cheaper than feared: only when none is, the limit is reached.
+    async fn set_aside(&self, size: u64) -> Option<f64> {
+        loop {
+            let settled = self.settled.notified();
+            if self.failure.borrow().is_some() {
+                return None;
+            }
+            {
+                let mut ledger = self.ledger.borrow_mut();
+                if let Some(reserved) = ledger.reserve(size, self.settings.max_tokens) {
+                    return Some(reserved);
+                }
+                if !ledger.is_waiting() {
+                    let limit = self.settings.max_cost_usd;
+                    self.fail(
+                        Failure::World(format!(
+                            "the next answer could cost more than judge.max_cost_usd = {limit} allows: raise it \
+                             (--max-cost USD)"
+                        ))
+                        .into(),
+                    );
+                    return None;
+                }
+            }
+            settled.await;
         }
     }
 

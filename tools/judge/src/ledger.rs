@@ -37,6 +37,7 @@ pub struct Ledger {
     limit_usd: f64,
     spent_usd: f64,
     reserved_usd: f64,
+    waiting: usize,
     /// Answers asked for in this run.
     pub asked: u64,
 }
@@ -92,6 +93,7 @@ impl Ledger {
             limit_usd,
             spent_usd: 0.0,
             reserved_usd: 0.0,
+            waiting: 0,
             asked: 0,
         })
     }
@@ -107,6 +109,11 @@ impl Ledger {
         Some(answer)
     }
 
+    /// Whether answers are under way.
+    pub fn is_waiting(&self) -> bool {
+        self.waiting > 0
+    }
+
     /// Sets money aside for a question of `size` bytes; what it may cost at most is
     /// returned, or nothing where the limit would be passed.
     pub fn reserve(&mut self, size: u64, max_tokens: u32) -> Option<f64> {
@@ -120,12 +127,14 @@ impl Ledger {
             return None;
         }
         self.reserved_usd += most;
+        self.waiting += 1;
         Some(most)
     }
 
     /// Gives back what [`Ledger::reserve`] set aside.
     pub fn release(&mut self, reserved: f64) {
         self.reserved_usd -= reserved;
+        self.waiting -= 1;
     }
 
     /// Keeps an answer, on the disk first.

@@ -299,11 +299,14 @@ impl Judge {
         let mut out = Output::stdout();
         let mut tally = Tally::default();
         let mut usage = Usage::default();
-        let items = entries
-            .iter()
-            .filter(|entry| matches!(entry, Entry::Item(..)))
-            .count();
-        let progress = app.progress("items judged", Some(items as u64));
+        let mut items = 0;
+        for entry in &entries {
+            if let Entry::Item(_, item) = entry {
+                claude.recall(item);
+                items += 1;
+            }
+        }
+        let progress = app.progress("items judged", Some(items));
         let judged = LocalSet::new().block_on(&runtime, async {
             // All are begun at once and wait for each other at the semaphore: the order of
             // the output is that of the input, whoever is answered first.
