@@ -143,3 +143,16 @@ pub fn held_out(app: &App, sources: Vec<(Position, Source)>) -> Vec<(Position, S
     ));
     kept
 }
+
+/// A tweet that spells out `<|im_end|>` ends its own turn, in training as here.
+pub fn warn_of_special_tokens(app: &App, chat: &Chat, items: &[Item]) {
+    for item in items {
+        let texts = [&item.source.tweet, &item.source.reference];
+        if let Some(token) = texts.into_iter().find_map(|text| chat.special_in(text)) {
+            app.warn(format_args!(
+                "pair {}: a text spells out {token}, which the model reads as such",
+                item.source.id
+            ));
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! Every system's answer to every pair, and what they add up to.
+
+use anyhow::{Context, Result};
+use cli::App;
+use engine::{Backend, Sampling};
+use jsonl::Output;
+use qwen3::{Chat, Finish, Model};
+use settings::Generation;
+
+use crate::items::Item;
+use crate::lines::{ItemLine, Ordered, SystemLine, SystemScores};
+use crate::scores::Corpus;
+use crate::setup::Setup;
+use crate::systems::{self, Answer, Decoding, System};
+
+/// What adds up over the items of one system.
+struct Tally {
+    corpus: Corpus,
+    nll: f64,
+    tokens: u64,
+    cut: u64,
+}
+
+impl Tally {
+    fn new() -> Self {
+        Self {
+            corpus: Corpus::new(),
+            nll: 0.0,
+            tokens: 0,
+            cut: 0,
+        }
+    }
+
+    fn add(&mut self, item: &Item, answer: &Answer, chat: &Chat) -> Result<SystemLine> {
+        // A model may begin or end with a line break; no reader would see it.
+        let prediction = chat.decode(&answer.completion.ids)?.trim().to_owned();
+        let scores = self.corpus.add(&prediction, &item.source.reference);
+        let tokens = item.reference_tokens();
+        self.nll += answer.nll;
+        self.tokens += tokens as u64;
+        let finish = match answer.completion.finish {
+            Finish::Stop => "stop",
+            Finish::Length => {
+                self.cut += 1;
+                "length"
+            }
+        };
+        Ok(SystemLine {
+            prediction,
+            scores,
+            nll: answer.nll / tokens as f64,
+            finish,
+        })
+    }
+
+    fn scores(&self) -> SystemScores {
+        let nll = self.nll / self.tokens as f64;
+        SystemScores {
+            scores: self.corpus.scores(),
+            nll,
+            nll_tokens: self.tokens,
+            perplexity: nll.exp(),
+            cut: self.cut,
+        }
+    }
+}
+
+/// Answers all items block by block and writes each block as it is done; the figures
+/// of each system over all of them.
+pub fn write_items<'a, B: Backend>(
+    app: &App,
+    settings: &Generation,
+    setup: &'a Setup,
+    model: &Model<B>,
+    items: &[Item],
+    out: &mut Output,
+) -> Result<Vec<(&'a str, SystemScores)>> {
+    let mut systems = vec![System::base()];
+    for (name, adapter) in &setup.adapters {
+        systems.push(System::adapted(name, adapter, model)?);
+    }
+    let named = setup.adapters.iter().map(|(name, _)| name.as_str());
+    let names: Vec<&str> = std::iter::once(systems::BASE).chain(named).collect();
+    let decoding = Decoding {
+        sampling: Sampling {
+            temperature: settings.temperature,
+            top_k: settings.top_k,
+            top_p: settings.top_p,
+            seed: settings.seed,
+        },
+        max_new_tokens: settings.max_new_tokens,
+        stop_ids: setup.stop_ids.clone(),
+        slots: settings.batch_size,
+    };
+    let mut pass = systems::scoring_pass();
+    let mut tallies: Vec<Tally> = systems.iter().map(|_| Tally::new()).collect();
+    let progress = app.progress("replies", Some((items.len() * systems.len()) as u64));
+    let (mut replies, mut first) = (0, 0);
+    // Slots run empty at a block's end; a few of their fillings make that small.
+    for block in items.chunks(4 * settings.batch_size) {
+        let mut answers = Vec::new(); // [systems][items of the block]
+        for system in &systems {
+            let said = |done| progress.set_with(replies + done as u64, &system.name);
+            answers.push(system.answer(model, &mut pass, block, first, &decoding, said)?);
+            replies += block.len() as u64;
+        }
+        for (i, item) in block.iter().enumerate() {
+            let mut fields = Vec::new();
+            for ((&name, tally), answers) in names.iter().zip(&mut tallies).zip(&answers) {
+                let answer = answers.get(i).context("a system left an item unanswered")?;
+                fields.push((name, tally.add(item, answer, &setup.chat)?));
+            }
+            let source = &item.source;
+            out.json(&ItemLine {
+                v: record::VERSION,
+                id: &source.id,
+                conversation_id: &source.conversation_id,
+                tweet: &source.tweet,
+                reference: &source.reference,
+                reference_tokens: item.reference_tokens(),
+                systems: Ordered(fields),
+            })?;
+        }
+        out.flush()?;
+        first += block.len() as u32;
+    }
+    Ok(names
+        .into_iter()
+        .zip(tallies.iter().map(Tally::scores))
+        .collect())
+}
