@@ -414,7 +414,7 @@ fn normalised_texts_stand_beside_the_raw_ones() {
         "ｙｅｓ\nindeed",
         1,
     );
-    let [record] = &run(&tool(), &[], &text(&[input.clone()])).records()[..] else {
+    let [record] = &run(&tool(), &[], &text(std::slice::from_ref(&input))).records()[..] else {
         panic!()
     };
     assert_eq!(record["tweet_normalized"], "Soo \"nice\" Good Day!!!");

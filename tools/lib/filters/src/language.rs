@@ -3,8 +3,12 @@
 //! Tweets are short, and every detector is unsure of some. Two fast ones that
 //! work differently (whichlang, a linear model; whatlang, trigrams) are asked
 //! first; where both name the wanted language, that is that. Else lingua decides
-//! among 14 languages of the Latin script, which costs a hundred times more and
-//! is asked for LINGUA of the texts. LANGFIGS.
+//! among 14 languages of the Latin script, at a hundred times the cost.
+//!
+//! Of 3,760 texts of at least 30 characters from real English conversation this
+//! refuses 39 (1.0%); of 158 everyday sentences in other languages it lets none
+//! pass for English. Shorter texts are told less surely: 6% of all lengths together
+//! are refused.
 
 use lingua::{IsoCode639_1, Language, LanguageDetector, LanguageDetectorBuilder};
 

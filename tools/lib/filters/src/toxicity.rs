@@ -1,16 +1,17 @@
 //! A toxicity score from a word list: rustrict's findings, weighed.
 //!
-//! rustrict names what it finds by kind and severity. Each finding has a weight
-//! `w` here, and the score is `1 − Π(1 − w)`: no finding is 0, and more findings
-//! never make it less. Findings of letters swapped for look-alikes count half,
-//! for they are wrong more often.
+//! rustrict names what it finds in a word by kind and severity. Each finding has a
+//! weight `w` here, and the score is `1 − Π(1 − w)`: no finding is 0, and more
+//! findings never make it less. Findings of letters swapped for look-alikes count
+//! half, for they are wrong more often. Words are looked at one by one: across
+//! spaces rustrict finds bad words in the likes of "begin with the".
 //!
 //! It is a lexicon's score, not a judgement. Against 4,000 English tweets that
 //! people labelled (1,333 of them offensive; the weights were chosen by looking at
-//! them), at the threshold 0.3: precision 0.70, recall 0.48, and 10% of the
+//! them), at the threshold 0.3: precision 0.73, recall 0.46, and 9% of the
 //! inoffensive ones refused. What it misses is insult without a bad word; what it
 //! takes wrongly is mostly friendly swearing. A model that reads sentences would
-//! do better at a thousand times the cost: this does 24,000 texts a second.
+//! do better at a thousand times the cost: this does 14,000 texts a second.
 
 use rustrict::{Censor, Type};
 
@@ -24,20 +25,44 @@ const WEIGHTS: [(Type, [f64; 3]); 4] = [
 
 /// Score of a text, in [0, 1), in steps of 0.001.
 pub fn toxicity(text: &str) -> f32 {
-    // Letters may hide as digits within a word; a number is no word.
-    let is_word = |token: &&str| {
-        !token.contains(|c: char| c.is_ascii_digit()) || token.contains(char::is_alphabetic)
-    };
-    let words = text
-        .split_whitespace()
-        .filter(is_word)
-        .collect::<Vec<_>>()
-        .join(" ");
-    let found = Censor::from_str(&words)
+    let clean: f64 = words(text).iter().map(|word| clean(word)).product();
+    // Rounding keeps 0.3 at 0.3, on whichever side of it the product fell.
+    (((1.0 - clean) * 1000.0).round() / 1000.0) as f32
+}
+
+/// What is to be looked at by itself: words, numbers left out (a number is not
+/// letters in disguise), and letters that stand alone joined to the word they
+/// spell.
+fn words(text: &str) -> Vec<String> {
+    let mut words = Vec::new();
+    let mut spelt = String::new();
+    for token in text.split_whitespace() {
+        let mut letters = token.chars().filter(|c| c.is_alphabetic());
+        match (letters.next(), letters.next()) {
+            (Some(letter), None) => spelt.push(letter),
+            (None, _) if token.contains(|c: char| c.is_ascii_digit()) => {}
+            _ => {
+                words.push(std::mem::take(&mut spelt));
+                // A mark at the end ends the word; `!` would be read as a letter.
+                words.push(
+                    token
+                        .trim_matches(|c| ".,;:!?'\"()…“”‘’".contains(c))
+                        .to_owned(),
+                );
+            }
+        }
+    }
+    words.push(spelt);
+    words
+}
+
+/// `Π(1 − w)` over what is found in one word.
+fn clean(word: &str) -> f64 {
+    let found = Censor::from_str(word)
         .with_ignore_self_censoring(true)
         .analyze();
     let trust = if found.is(Type::EVASIVE) { 0.5 } else { 1.0 };
-    let clean: f64 = WEIGHTS
+    WEIGHTS
         .iter()
         .flat_map(|(kind, weights)| {
             [Type::MILD, Type::MODERATE, Type::SEVERE]
@@ -47,9 +72,7 @@ pub fn toxicity(text: &str) -> f32 {
         })
         .filter(|(finding, _)| found.is(*finding))
         .map(|(_, weight)| 1.0 - weight * trust)
-        .product();
-    // Rounding keeps 0.3 at 0.3, on whichever side of it the product fell.
-    (((1.0 - clean) * 1000.0).round() / 1000.0) as f32
+        .product()
 }
 
 #[cfg(test)]
@@ -64,6 +87,9 @@ mod tests {
             "Scunthorpe has a classic grape assortment",
             "He passed the bass to me",
             "We sold 455 of them for $455 each, 69 on Monday",
+            // Words that spell others across the space between them.
+            "Begin with the worm bin, and the fruit flies moved in",
+            "My haiku until an old friend came to look",
         ] {
             assert_eq!(toxicity(text), 0.0, "{text}");
         }
@@ -78,5 +104,9 @@ mod tests {
             "{mild} {strong} {both}"
         );
         assert!(strong >= 0.3);
+        assert!(
+            toxicity("what a b u l l s h i t story") >= 0.3,
+            "letters apart"
+        );
     }
 }
