@@ -11,10 +11,7 @@ const WIDTH: usize = 80;
 pub fn render(a: &str, b: &str, alpha: f64, lines: &[Line]) -> String {
     let mut text = String::new();
     // Writing to a String cannot fail.
-    let _ = writeln!(
-        text,
-        "a = {a}, b = {b}; p-values are Holm-adjusted over the metrics"
-    );
+    let _ = writeln!(text, "a = {a}\nb = {b}");
     let level = format!("{:.0}% interval", 100.0 * (1.0 - alpha));
     let _ = writeln!(
         text,
@@ -41,7 +38,7 @@ pub fn render(a: &str, b: &str, alpha: f64, lines: &[Line]) -> String {
         let _ = writeln!(
             text,
             "{:<10} {:>5} {:>7} {:>7} {:>7} {:>17} {:>6} {:>6} {:>6}",
-            shortened(&first.metric, 10),
+            ending(&first.metric, 10),
             first.n,
             mean(first.mean_a),
             mean(first.mean_b),
@@ -55,6 +52,7 @@ pub fn render(a: &str, b: &str, alpha: f64, lines: &[Line]) -> String {
             let _ = writeln!(text, "{:>10} {reason}", "");
         }
     }
+    text.push_str("p_t, p_W (Wilcoxon), p_perm: Holm-adjusted over the metrics\n");
     text.lines()
         .map(|line| shortened(line, WIDTH) + "\n")
         .collect()
@@ -84,4 +82,15 @@ fn shortened(text: &str, width: usize) -> String {
         return text.to_owned();
     }
     text.chars().take(width - 1).chain(['…']).collect()
+}
+
+/// The end of a dotted name, which tells more than its beginning.
+fn ending(text: &str, width: usize) -> String {
+    let length = text.chars().count();
+    if length <= width {
+        return text.to_owned();
+    }
+    std::iter::once('…')
+        .chain(text.chars().skip(length + 1 - width))
+        .collect()
 }
