@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use jsonl::{Lines, Records};
-use record::{Record, Rejected, Split};
+use record::{Dropped, Record, Rejected, Split};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -152,12 +152,9 @@ fn read_data(folder: &Path) -> Result<Option<Data>> {
         }
     }
     for record in records(&folder.join("dropped.jsonl"))?.unwrap_or_default() {
-        let dropped: Value = record.get("dropped")?.unwrap_or_default();
-        let kind = dropped
-            .get("kind")
-            .and_then(Value::as_str)
-            .unwrap_or("duplicate");
-        *data.dropped.entry(kind.to_owned()).or_default() += 1;
+        let dropped: Dropped = record.require("dropped")?;
+        let reason = format!("{:?}", dropped.reason).to_lowercase();
+        *data.dropped.entry(reason).or_default() += 1;
     }
     Ok(Some(data))
 }

@@ -36,6 +36,9 @@ impl Pair {
         let text_id = |key: &str| -> Result<Option<String>, Error> {
             Ok(record.get::<TextId>(key)?.map(|id| id.0))
         };
+        let count = |key: &str| -> Result<Option<u64>, Error> {
+            Ok(record.get::<Count>(key)?.map(|count| count.0))
+        };
         let tweet_id = text_id("tweet_id")?;
         let reply_id = text_id("reply_id")?;
         let id = match (text_id("id")?, &tweet_id, &reply_id) {
@@ -53,11 +56,11 @@ impl Pair {
             id,
             tweet_id,
             tweet: record.require("tweet")?,
-            tweet_likes: record.get("tweet_likes")?,
+            tweet_likes: count("tweet_likes")?,
             reply_id,
             reply: record.require("reply")?,
-            reply_likes: record.get("reply_likes")?,
-            reply_author_followers: record.get("reply_author_followers")?,
+            reply_likes: count("reply_likes")?,
+            reply_author_followers: count("reply_author_followers")?,
         })
     }
 
@@ -126,6 +129,33 @@ pub fn text_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::
     TextId::deserialize(deserializer).map(|id| id.0)
 }
 
+/// A whole number; `102.0` is one too, since table tools write figures of a
+/// column with gaps as floats.
+struct Count(u64);
+
+impl<'de> Deserialize<'de> for Count {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct AnyCount;
+        impl Visitor<'_> for AnyCount {
+            type Value = Count;
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("a whole number that is not negative")
+            }
+            fn visit_u64<E>(self, n: u64) -> Result<Count, E> {
+                Ok(Count(n))
+            }
+            fn visit_f64<E: serde::de::Error>(self, n: f64) -> Result<Count, E> {
+                if n >= 0.0 && n.fract() == 0.0 && n < 9e15 {
+                    Ok(Count(n as u64))
+                } else {
+                    Err(E::invalid_value(serde::de::Unexpected::Float(n), &self))
+                }
+            }
+        }
+        deserializer.deserialize_any(AnyCount)
+    }
+}
+
 struct TextId(String);
 
 impl<'de> Deserialize<'de> for TextId {
@@ -170,7 +200,7 @@ mod tests {
 
     #[test]
     fn ids_come_as_text_or_as_numbers() {
-        let pair = |line| Record::parse(line).unwrap().pair();
+        let pair = |line: &str| Record::parse(line).unwrap().pair();
         let a = pair(r#"{"tweet_id":1790000000000000001,"tweet":"t","reply_id":"9","reply":"r"}"#)
             .unwrap();
         assert_eq!(

@@ -36,6 +36,8 @@ pub struct Model {
     pub path: String,
     /// How the layers' weights are held.
     pub quantization: Quantization,
+    /// Folder where the weights in 4 bits are kept for the next run; empty: nowhere.
+    pub cache: String,
 }
 
 impl Default for Model {
@@ -43,6 +45,7 @@ impl Default for Model {
         Self {
             path: "data/cache/models/Qwen3-8B".into(),
             quantization: Quantization::Nf4,
+            cache: "data/cache/quantized".into(),
         }
     }
 }
@@ -71,6 +74,7 @@ impl<'de> Deserialize<'de> for Model {
         #[serde(deny_unknown_fields, default)]
         struct Keys {
             path: Option<String>,
+            cache: Option<String>,
             quantization: Option<AnyQuantization>,
             load_in_4bit: Option<bool>,
             bnb_4bit_quant_type: Option<String>,
@@ -134,6 +138,7 @@ impl<'de> Deserialize<'de> for Model {
         };
         Ok(Self {
             path: keys.path.unwrap_or_else(|| Self::default().path),
+            cache: keys.cache.unwrap_or_else(|| Self::default().cache),
             quantization,
         })
     }
