@@ -167,11 +167,13 @@ fn linear() {
     // Small and odd; then past a tile in both directions and past a widened stretch.
     for (kind, tokens, inputs, outputs) in [
         (0, 1, 5, [3, 1, 2]),
+        (0, 7, 33, [7, 70, 5]),
         (0, 19, 33, [7, 70, 5]),
         (1, 19, 33, [7, 70, 5]),
         (2, 19, 64, [7, 70, 5]),
         (0, 300, 24, [530, 8, 9]),
         (2, 270, 24, [600, 8, 520]),
+        (2, 8, 24, [600, 8, 520]),
     ] {
         let mut draw = Draw(3 + kind as u64);
         let weights: Vec<_> = outputs.map(|o| weight(&mut draw, [o, inputs], kind)).into();

@@ -18,7 +18,12 @@ use qwen3::{
 /// Processor seconds of all threads so far.
 fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
-    let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    let fields: Vec<_> = stat
+        .rsplit(')')
+        .next()
+        .unwrap()
+        .split_whitespace()
+        .collect();
     let ticks: f64 = fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap();
     ticks / 100.0
 }
@@ -41,7 +46,11 @@ fn main() {
     let mut grads = Cpu.alloc_f32(layout.len()).unwrap();
     let mut optimiser = Optimiser::new(&Cpu, layout.len()).unwrap();
     let ids: Vec<Vec<u32>> = (0..rows as u32)
-        .map(|r| (0..len as u32).map(|i| (i * i + 31 * r) % vocabulary).collect())
+        .map(|r| {
+            (0..len as u32)
+                .map(|i| (i * i + 31 * r) % vocabulary)
+                .collect()
+        })
         .collect();
     let labelled: Vec<bool> = (0..len).map(|i| i >= len / 2).collect();
     let mut pass = Pass::new(Keep::All);

@@ -33,6 +33,7 @@ fn in_lanes(
     count: usize,
     task: impl Fn(usize, &mut [f32]) + Sync,
 ) {
+    assert!(scratch.len() >= lane, "scratch for one thread at least");
     let next = AtomicUsize::new(0);
     scratch.par_chunks_exact_mut(lane.max(1)).for_each(|lane| {
         loop {

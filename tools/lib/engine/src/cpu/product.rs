@@ -6,6 +6,9 @@
 
 use rayon::prelude::*;
 
+use super::PER_TASK;
+use super::simd::{dot, vectorised};
+
 /// A matrix inside a buffer that starts at its first element.
 #[derive(Clone, Copy)]
 pub(super) struct View<'a> {
@@ -128,6 +131,9 @@ pub(super) fn product(dst: ViewMut<'_>, into: Into, lhs: View<'_>, rhs: View<'_>
         rhs.rows,
         rhs.cols
     );
+    if m <= FEW && lhs.col_stride == 1 && rhs.row_stride == 1 {
+        return few_rows(dst, into, lhs, rhs, scale);
+    }
     let (across, down) = (n.div_ceil(TILE[1]), m.div_ceil(TILE[0]));
     let (stride, out) = (dst.stride, Shared::new(dst.data));
     let tile = |t: usize| {
@@ -151,6 +157,39 @@ pub(super) fn product(dst: ViewMut<'_>, into: Into, lhs: View<'_>, rhs: View<'_>
     } else {
         (0..across * down).into_par_iter().for_each(tile);
     }
+}
+
+/// Rows up to which packing the other side costs more than it saves: a decoding
+/// step reads each weight once and multiplies it by a handful of tokens.
+const FEW: usize = 8;
+
+/// A product of few rows as dot products with the columns of `rhs`, which lie
+/// contiguous.
+fn few_rows(dst: ViewMut<'_>, into: Into, lhs: View<'_>, rhs: View<'_>, scale: f32) {
+    let (stride, out) = (dst.stride, Shared::new(dst.data));
+    let [m, n, k] = [lhs.rows, rhs.cols, lhs.cols];
+    let at_once = (PER_TASK / k.max(1)).max(1);
+    (0..n).into_par_iter().step_by(at_once).for_each(|start| {
+        vectorised(|| {
+            for j in start..n.min(start + at_once) {
+                let column = &rhs.data[j * rhs.col_stride..][..k];
+                for i in 0..m {
+                    let row = &lhs.data[i * lhs.row_stride..][..k];
+                    let value = scale * dot(row, column);
+                    // SAFETY: inside `dst` (checked when it was made); each task has
+                    // columns of its own.
+                    unsafe {
+                        let out = out.at(i * stride + j);
+                        *out = if into == Into::Add {
+                            *out + value
+                        } else {
+                            value
+                        };
+                    }
+                }
+            }
+        });
+    });
 }
 
 /// One product on this thread, into rows `stride` apart.
