@@ -43,9 +43,18 @@ pub const DEFAULT_DIR: &str = "data/cache/models/all-MiniLM-L6-v2";
 /// `sentence-transformers/all-MiniLM-L6-v2` at revision
 /// `c9745ed1d9f207416be6d2e6f8de32d1f16199bf` on the Hugging Face hub.
 pub const FILES: [(&str, &str); 3] = [
-    ("config.json", "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
-    ("model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
-    ("tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+    (
+        "config.json",
+        "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    ),
+    (
+        "model.safetensors",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+    (
+        "tokenizer.json",
+        "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    ),
 ];
 
 /// What can go wrong.
@@ -93,10 +102,12 @@ impl Embedder {
     /// by itself: the threads are used for texts, and pools that nest lose a
     /// fifth of the speed.
     pub fn load(dir: &Path) -> Result<Self, Error> {
-        let [config, weights, tokenizer] = FILES.map(|(name, sha256)| read_checked(&dir.join(name), sha256));
+        let [config, weights, tokenizer] =
+            FILES.map(|(name, sha256)| read_checked(&dir.join(name), sha256));
         gemm::set_threading_threshold(usize::MAX);
 
-        let config: Config = serde_json::from_slice(&config?).map_err(|e| Error::Model(e.to_string()))?;
+        let config: Config =
+            serde_json::from_slice(&config?).map_err(|e| Error::Model(e.to_string()))?;
         let weights = VarBuilder::from_buffered_safetensors(weights?, DType::F32, &Device::Cpu)?;
         let model = BertModel::load(weights, &config)?;
 
@@ -104,7 +115,10 @@ impl Embedder {
         let mut tokenizer = Tokenizer::from_bytes(tokenizer?).map_err(tokenizer_error)?;
         tokenizer.with_padding(None);
         tokenizer
-            .with_truncation(Some(TruncationParams { max_length: MAX_TOKENS, ..Default::default() }))
+            .with_truncation(Some(TruncationParams {
+                max_length: MAX_TOKENS,
+                ..Default::default()
+            }))
             .map_err(tokenizer_error)?;
         Ok(Self { model, tokenizer })
     }
@@ -112,9 +126,15 @@ impl Embedder {
     /// Unit vectors of the texts, `[texts, DIM]`, in the order of the texts and
     /// the same to the last bit for any number of threads (rayon's current
     /// pool). `progress` is told, from any thread, how many are done so far.
-    pub fn embed<T: AsRef<str> + Sync>(&self, texts: &[T], progress: impl Fn(usize) + Sync) -> Result<Vec<f32>, Error> {
-        let tokens: Vec<Vec<u32>> =
-            texts.par_iter().map(|text| self.tokenize(text.as_ref())).collect::<Result<_, Error>>()?;
+    pub fn embed<T: AsRef<str> + Sync>(
+        &self,
+        texts: &[T],
+        progress: impl Fn(usize) + Sync,
+    ) -> Result<Vec<f32>, Error> {
+        let tokens: Vec<Vec<u32>> = texts
+            .par_iter()
+            .map(|text| self.tokenize(text.as_ref()))
+            .collect::<Result<_, Error>>()?;
         // Longest first, so that no thread is left with much to do at the end.
         let mut order: Vec<usize> = (0..texts.len()).collect();
         order.sort_by_key(|&i| Reverse(tokens[i].len()));
@@ -135,7 +155,10 @@ impl Embedder {
             .collect::<Result<_, Error>>()?;
 
         let mut vectors = vec![0f32; texts.len() * DIM];
-        for (&i, row) in order.iter().zip(rows.iter().flat_map(|rows| rows.chunks_exact(DIM))) {
+        for (&i, row) in order
+            .iter()
+            .zip(rows.iter().flat_map(|rows| rows.chunks_exact(DIM)))
+        {
             vectors[i * DIM..][..DIM].copy_from_slice(row);
         }
         Ok(vectors)
@@ -143,12 +166,18 @@ impl Embedder {
 
     /// Token ids with `[CLS]` and `[SEP]`; so never empty.
     fn tokenize(&self, text: &str) -> Result<Vec<u32>, Error> {
-        let encoding = self.tokenizer.encode(text, true).map_err(|e| Error::Model(format!("tokenizer: {e}")))?;
+        let encoding = self
+            .tokenizer
+            .encode(text, true)
+            .map_err(|e| Error::Model(format!("tokenizer: {e}")))?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// Unit vectors of texts that have the same number of tokens, row after row.
-    fn forward<'a>(&self, batch: impl ExactSizeIterator<Item = &'a [u32]>) -> Result<Vec<f32>, Error> {
+    fn forward<'a>(
+        &self,
+        batch: impl ExactSizeIterator<Item = &'a [u32]>,
+    ) -> Result<Vec<f32>, Error> {
         let count = batch.len();
         let ids: Vec<u32> = batch.flatten().copied().collect();
         let shape = (count, ids.len() / count);
@@ -165,7 +194,21 @@ impl Embedder {
 }
 
 fn read_checked(path: &Path, expected: &'static str) -> Result<Vec<u8>, Error> {
-    let bytes = fs::read(path).map_err(|cause| Error::Missing { path: path.to_owned(), cause })?;
-    let found: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-    if found == expected { Ok(bytes) } else { Err(Error::Hash { path: path.to_owned(), found, expected }) }
+    let bytes = fs::read(path).map_err(|cause| Error::Missing {
+        path: path.to_owned(),
+        cause,
+    })?;
+    let found: String = Sha256::digest(&bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    if found == expected {
+        Ok(bytes)
+    } else {
+        Err(Error::Hash {
+            path: path.to_owned(),
+            found,
+            expected,
+        })
+    }
 }
