@@ -7,7 +7,7 @@
 use rayon::prelude::*;
 
 use super::PER_TASK;
-use super::simd::{dot, vectorised};
+use super::simd::{dot, dot4, vectorised};
 
 /// A matrix inside a buffer that starts at its first element.
 #[derive(Clone, Copy)]
@@ -164,28 +164,34 @@ pub(super) fn product(dst: ViewMut<'_>, into: Into, lhs: View<'_>, rhs: View<'_>
 const FEW: usize = 8;
 
 /// A product of few rows as dot products with the columns of `rhs`, which lie
-/// contiguous.
+/// contiguous. What a row gives does not depend on how many there are.
 fn few_rows(dst: ViewMut<'_>, into: Into, lhs: View<'_>, rhs: View<'_>, scale: f32) {
     let (stride, out) = (dst.stride, Shared::new(dst.data));
     let [m, n, k] = [lhs.rows, rhs.cols, lhs.cols];
+    let row = |i: usize| &lhs.data[i * lhs.row_stride..][..k];
+    let put = |i: usize, j: usize, value: f32| {
+        // SAFETY: inside `dst` (checked when it was made); each task has columns of
+        // its own.
+        let out = unsafe { &mut *out.at(i * stride + j) };
+        *out = match into {
+            Into::Set => scale * value,
+            Into::Add => *out + scale * value,
+        };
+    };
     let at_once = (PER_TASK / k.max(1)).max(1);
     (0..n).into_par_iter().step_by(at_once).for_each(|start| {
         vectorised(|| {
             for j in start..n.min(start + at_once) {
                 let column = &rhs.data[j * rhs.col_stride..][..k];
-                for i in 0..m {
-                    let row = &lhs.data[i * lhs.row_stride..][..k];
-                    let value = scale * dot(row, column);
-                    // SAFETY: inside `dst` (checked when it was made); each task has
-                    // columns of its own.
-                    unsafe {
-                        let out = out.at(i * stride + j);
-                        *out = if into == Into::Add {
-                            *out + value
-                        } else {
-                            value
-                        };
+                let fours = m - m % 4;
+                for i in (0..fours).step_by(4) {
+                    let values = dot4([row(i), row(i + 1), row(i + 2), row(i + 3)], column);
+                    for (i, value) in (i..).zip(values) {
+                        put(i, j, value);
                     }
+                }
+                for i in fours..m {
+                    put(i, j, dot(row(i), column));
                 }
             }
         });
