@@ -6,10 +6,16 @@
 //! bytes as one that was never interrupted.
 
 mod card;
+mod commands;
 mod folder;
+mod gguf;
+mod inspect;
+mod merge;
+mod quantized;
 mod rows;
 mod schedule;
 mod train;
+mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -32,15 +38,18 @@ use crate::folder::{Folder, Found, Identity};
 /// output and to OUT/metrics.jsonl.
 #[derive(Parser)]
 #[command(version, after_long_help = cli::after_help(EXAMPLES))]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 struct QloraTrain {
+    #[command(subcommand)]
+    command: Option<commands::Command>,
     /// Folder of the base model, Hugging Face layout
     #[arg(long, value_name = "DIR")]
     model: Option<String>,
     /// Training rows, JSONL; `-` for standard input
-    #[arg(long, value_name = "FILE", required_unless_present = "print_config")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["print_config", "save_quantized"])]
     data: Option<PathBuf>,
     /// Folder for the adapter, its figures and checkpoints
-    #[arg(long, value_name = "DIR", required_unless_present = "print_config")]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["print_config", "save_quantized"])]
     out: Option<PathBuf>,
     /// Go on with the run in --out; a finished one is left as it is
     #[arg(long)]
@@ -57,6 +66,10 @@ struct QloraTrain {
     /// How the layers' weights are held
     #[arg(long, value_name = "KIND")]
     quantization: Option<QuantizationFlag>,
+    /// Write the base in 4 bits to this folder too, as bitsandbytes does; alone, do
+    /// only that
+    #[arg(long, value_name = "DIR")]
+    save_quantized: Option<PathBuf>,
     /// Start from this adapter, PEFT format
     #[arg(long, value_name = "DIR")]
     init_adapter: Option<PathBuf>,
@@ -100,10 +113,16 @@ fn main() -> ExitCode {
 
 impl Tool for QloraTrain {
     fn common(&self) -> &Common {
-        &self.common
+        match &self.command {
+            Some(command) => command.common(),
+            None => &self.common,
+        }
     }
 
     fn run(self, app: &App) -> Result<()> {
+        if let Some(command) = &self.command {
+            return command.run(app);
+        }
         let on = |given: bool, value: bool| given.then_some(value);
         let flags = Flags::new()
             .set("model.path", &self.model)
@@ -122,10 +141,23 @@ impl Tool for QloraTrain {
         };
         let settings = &resolved.settings;
         check(app, settings)?;
-        let (Some(data), Some(out)) = (&self.data, &self.out) else {
-            return Err(Failure::Usage("--data and --out are needed".into()).into());
+        let to_train = match (&self.data, &self.out) {
+            (Some(data), Some(out)) => Some((data, out)),
+            (None, None) if self.save_quantized.is_some() => None,
+            _ => return Err(Failure::Usage("--data and --out are needed".into()).into()),
         };
-        if out.exists() && !self.resume {
+        let to_save = self.save_quantized.as_deref();
+        if let Some(folder) = to_save.filter(|f| f.exists() && !self.resume) {
+            let cause = format!(
+                "--save-quantized {} exists; name another folder",
+                folder.display()
+            );
+            return Err(Failure::Usage(cause).into());
+        }
+        if let Some((_, out)) = to_train
+            && out.exists()
+            && !self.resume
+        {
             let cause = format!(
                 "--out {} exists; --resume goes on with it, or name another folder",
                 out.display()
@@ -141,6 +173,9 @@ impl Tool for QloraTrain {
             );
         }
         let checkpoint = Checkpoint::open(&model_path)?;
+        let Some((data, out)) = to_train else {
+            return to_save.map_or(Ok(()), |folder| quantized::save(app, &checkpoint, folder));
+        };
         let config = checkpoint.config();
         let chat = Chat::load(&model_path)?;
         chat.check(config, &GenerationConfig::load(&model_path)?)?;
@@ -160,12 +195,12 @@ impl Tool for QloraTrain {
         let identity = Identity {
             v: 1,
             version: env!("CARGO_PKG_VERSION").into(),
-            // Where the model lies and how often a checkpoint is saved change no result.
+            // Where the model lies, is kept, and how often a checkpoint is saved change no result.
             settings: resolved
                 .show(PrintConfig::Key)
                 .lines()
                 .filter(|line| {
-                    !["model.path", "training.save_"]
+                    !["model.path", "model.cache", "training.save_"]
                         .iter()
                         .any(|key| line.starts_with(key))
                 })
@@ -198,6 +233,19 @@ impl Tool for QloraTrain {
             Quantization::Nf4 => Storage::Nf4,
             Quantization::None => Storage::AsStored,
         };
+        let checkpoint = match to_save.filter(|folder| !folder.exists()) {
+            Some(folder) => {
+                quantized::save(app, &checkpoint, folder)?;
+                match storage {
+                    Storage::Nf4 => Checkpoint::open(folder)?,
+                    Storage::AsStored => checkpoint,
+                }
+            }
+            None if storage == Storage::Nf4 => {
+                quantized::cached(app, checkpoint, &settings.model.cache, &identity.model)
+            }
+            None => checkpoint,
+        };
         let model = Model::load(Cpu, &checkpoint, storage).context("loading the base model")?;
         train::run(
             app, settings, &identity, &model, &plan, &rows, folder, state,
@@ -210,7 +258,7 @@ fn check(app: &App, settings: &TrainSettings) -> Result<()> {
     let t = &settings.training;
     let positive = [
         ("lora.rank", settings.lora.rank as f64),
-        ("lora.alpha", f64::from(settings.lora.alpha)),
+        ("lora.alpha", settings.lora.alpha),
         ("training.learning_rate", t.learning_rate),
         ("training.batch_size", t.batch_size as f64),
         (
@@ -228,7 +276,7 @@ fn check(app: &App, settings: &TrainSettings) -> Result<()> {
         }
     }
     for (key, value, below) in [
-        ("lora.dropout", f64::from(settings.lora.dropout), 1.0),
+        ("lora.dropout", settings.lora.dropout, 1.0),
         ("data.eval_fraction", settings.data.eval_fraction, 1.0),
         ("training.weight_decay", t.weight_decay, f64::INFINITY),
     ] {

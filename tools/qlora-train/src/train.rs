@@ -52,8 +52,8 @@ impl Plan {
         let adapter = AdapterConfig {
             base_model: settings.model.path.clone(),
             rank: lora.rank,
-            alpha: f64::from(lora.alpha),
-            dropout: f64::from(lora.dropout),
+            alpha: lora.alpha,
+            dropout: lora.dropout,
             targets: targets(&lora.target_modules)?,
             rslora: false,
         };
@@ -367,7 +367,7 @@ pub fn run<B: Backend>(
         let supervised_tokens: usize = step_rows.iter().map(|row| labels(row)).sum();
         let rate = learning_rate(t, step, plan.steps);
         let dropout = StepDropout {
-            p: settings.lora.dropout,
+            p: settings.lora.dropout as f32,
             seed: t.seed,
             step: step as u32,
         };

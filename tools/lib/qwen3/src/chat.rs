@@ -115,14 +115,9 @@ impl Chat {
     /// at `<|im_end|>`: a base model has never seen that token, and with its
     /// lm_head frozen an adapter cannot learn it.
     pub fn check(&self, model: &Config, generation: &GenerationConfig) -> Result<()> {
-        let largest = self
-            .tokenizer
-            .get_vocab(true)
-            .into_values()
-            .max()
-            .unwrap_or(0);
-        if largest as usize >= model.vocab_size {
-            let rows = model.vocab_size;
+        let (tokens, rows) = (self.tokens(), model.vocab_size);
+        if tokens > rows {
+            let largest = tokens - 1;
             let reason = format!(
                 "has the id {largest}, but the model only {rows} embeddings: files of two models?"
             );
@@ -236,6 +231,22 @@ impl Chat {
             .iter()
             .map(String::as_str)
             .find(|token| text.contains(token))
+    }
+
+    /// The chat template's source.
+    pub fn template(&self) -> String {
+        self.template.source()
+    }
+
+    /// Number of ids that are tokens: the highest and one.
+    pub fn tokens(&self) -> usize {
+        let ids = self.tokenizer.get_vocab(true).into_values();
+        ids.max().map_or(0, |id| id as usize + 1)
+    }
+
+    /// The text of a token as the vocabulary has it.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(id)
     }
 
     /// The id of `<|im_end|>`, with which a reply ends.

@@ -72,6 +72,13 @@ pub(crate) struct Template {
 const NAME: &str = "chat template";
 
 impl Template {
+    /// The template as it was given.
+    pub(crate) fn source(&self) -> String {
+        let template = self.environment.get_template(NAME);
+        let template = template.expect("new adds a template of this name");
+        template.source().to_owned()
+    }
+
     pub(crate) fn new(
         source: String,
         tokens: Vec<(String, String)>,

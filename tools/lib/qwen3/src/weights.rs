@@ -22,9 +22,10 @@ use sha2::{Digest, Sha256};
 use crate::config::{Config, Keys, Module};
 use crate::error::{Error, Result, read};
 use crate::fingerprint::{digest, hex};
+use crate::weight::{Stored, Values, Weight};
 
-const INDEX: &str = "model.safetensors.index.json";
-const SINGLE: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const SINGLE: &str = "model.safetensors";
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const FINAL_NORM: &str = "model.norm.weight";
 const LM_HEAD: &str = "lm_head.weight";
@@ -142,6 +143,44 @@ impl Checkpoint {
     /// The model's shape.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Where it lies.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// How a weight is stored: `BF16`, `F32`, `F16` or `NF4`.
+    ///
+    /// # Errors
+    /// If it is lm_head and tied.
+    pub fn storage(&self, weight: Weight) -> Result<String> {
+        let (_, info) = self.info(&weight.name())?;
+        Ok(match info.dtype {
+            Dtype::U8 => "NF4".into(),
+            dtype => format!("{dtype:?}"),
+        })
+    }
+
+    /// The values of one weight, for reading a few rows at a time.
+    ///
+    /// # Errors
+    /// If it is stored in 4 bits and malformed, or is lm_head and tied.
+    pub fn values(&self, weight: Weight) -> Result<Values<'_>> {
+        let (name, shape) = (weight.name(), weight.shape(&self.config));
+        let (shard, info) = self.info(&name)?;
+        let [rows, cols] = [
+            if shape.len() == 1 { 1 } else { shape[0] },
+            shape[shape.len() - 1],
+        ];
+        let stored = if info.dtype == Dtype::U8 {
+            let (packed, absmax) = self.quantized_parts(&name, [rows, cols])?;
+            let tensor = Nf4Tensor::from_parts([rows, cols], packed.to_vec(), absmax);
+            Stored::Nf4(tensor.map_err(|e| Error::tensor(&shard.path, &name, e.to_string()))?)
+        } else {
+            Stored::Floats(info.dtype, shard.bytes(info))
+        };
+        Ok(Values { stored, rows, cols })
     }
 
     /// The embedding table, `[vocab, hidden]`.

@@ -163,10 +163,10 @@ pub struct Lora {
     pub rank: usize,
     /// The product of the adapter is scaled by `alpha / rank`.
     #[serde(alias = "lora_alpha")]
-    pub alpha: f32,
+    pub alpha: f64,
     /// Part of the adapter's inputs set to zero in training, 0 to below 1.
     #[serde(alias = "lora_dropout")]
-    pub dropout: f32,
+    pub dropout: f64,
     /// Which linear layers get one.
     pub target_modules: TargetModules,
 }

@@ -1,0 +1,3 @@
+//! The file side of qlora-train through the real binary: 4-bit bases, merging,
+//! GGUF, inspecting.
+#![allow(clippy::unwrap_used)]

@@ -1,0 +1,199 @@
+//! A base in bitsandbytes' 4-bit form, written: what transformers, peft and
+//! vLLM load in place of quantising it again, and what this crate loads at a
+//! quarter of the reading.
+
+use std::path::Path;
+
+use engine::MatrixData;
+use engine::nf4::{self, Absmax, BLOCK, NESTED_BLOCK, Nf4Tensor};
+use safetensors::Dtype;
+use serde_json::json;
+
+use crate::config::Module;
+use crate::error::Result;
+use crate::weight::{Stored, Weight};
+use crate::weights::{Checkpoint, Storage};
+use crate::writer::{SHARD, Spec, Writer, copy_companions, whole_folder};
+
+/// Bytes of a quantisation state, filled up with spaces: a shard's header needs
+/// its length before the mean of the scales, which it holds, is known.
+const STATE: usize = 256;
+
+impl Checkpoint {
+    /// Whether every product is stored in 4 bits.
+    pub fn is_quantized(&self) -> bool {
+        let mut products = (0..self.config().layers)
+            .flat_map(|layer| Module::ALL.map(|module| Weight::Product(layer, module)));
+        products.all(|weight| self.storage(weight).is_ok_and(|kind| kind == "NF4"))
+    }
+
+    /// Writes the model to `folder` with its products in NF4, double
+    /// quantisation, in the form of bitsandbytes; all else as it is stored.
+    /// The folder appears whole or not at all. Goes layer by layer: in memory
+    /// there is never more than one. `progress` hears how many are done.
+    ///
+    /// # Errors
+    /// If a weight is not finite, or the disk fails.
+    pub fn save_quantized(&self, folder: &Path, progress: impl FnMut(usize)) -> Result<()> {
+        whole_folder(folder, |part| self.fill_quantized(part, SHARD, progress))
+    }
+
+    fn fill_quantized(
+        &self,
+        folder: &Path,
+        shard: u64,
+        mut progress: impl FnMut(usize),
+    ) -> Result<()> {
+        let config = self.config();
+        let weights = Weight::all(config);
+        let mut specs = Vec::new();
+        // The type that the products had, which whoever loads them computes in.
+        let mut dtype = Dtype::BF16;
+        for &weight in &weights {
+            match self.values(weight)?.stored {
+                Stored::Floats(stored, _) if !matches!(weight, Weight::Product(..)) => {
+                    let (name, shape) = (weight.name(), weight.shape(config));
+                    specs.push(Spec {
+                        name,
+                        dtype: stored,
+                        shape,
+                    });
+                }
+                Stored::Floats(stored, _) => {
+                    dtype = stored;
+                    specs.extend(parts(weight, config));
+                }
+                Stored::Nf4(_) => specs.extend(parts(weight, config)),
+            }
+        }
+        let dtype = match dtype {
+            Dtype::F32 => "float32",
+            Dtype::F16 => "float16",
+            _ => "bfloat16",
+        };
+        let mut writer = Writer::create(folder, &specs, shard)?;
+        for &weight in &weights {
+            if let (Stored::Floats(_, bytes), false) = (
+                self.values(weight)?.stored,
+                matches!(weight, Weight::Product(..)),
+            ) {
+                writer.write(&weight.name(), bytes)?;
+            }
+        }
+        for layer in 0..config.layers {
+            let products = self.layer(layer, Storage::Nf4)?.products;
+            for (module, product) in Module::ALL.into_iter().zip(products) {
+                let MatrixData::Nf4(tensor) = product.data else {
+                    unreachable!("a product asked for in NF4");
+                };
+                write_parts(&mut writer, Weight::Product(layer, module), tensor, dtype)?;
+            }
+            progress(layer + 1);
+        }
+        writer.finish()?;
+        copy_companions(self.folder(), folder, |config| {
+            // As transformers writes it: every key that it reads back.
+            config.insert(
+                "quantization_config".into(),
+                json!({
+                    "_load_in_4bit": true,
+                    "_load_in_8bit": false,
+                    "bnb_4bit_compute_dtype": dtype,
+                    "bnb_4bit_quant_storage": "uint8",
+                    "bnb_4bit_quant_type": "nf4",
+                    "bnb_4bit_use_double_quant": true,
+                    "llm_int8_enable_fp32_cpu_offload": false,
+                    "llm_int8_has_fp16_weight": false,
+                    "llm_int8_skip_modules": null,
+                    "llm_int8_threshold": 6.0,
+                    "load_in_4bit": true,
+                    "load_in_8bit": false,
+                    "quant_method": "bitsandbytes",
+                }),
+            );
+        })
+    }
+}
+
+/// The tensors that one quantised product is stored as.
+fn parts(weight: Weight, config: &crate::Config) -> [Spec; 6] {
+    let values: usize = weight.shape(config).iter().product();
+    let blocks = values.div_ceil(BLOCK);
+    let name = weight.name();
+    let spec = |part: &str, dtype, shape: Vec<usize>| Spec {
+        name: format!("{name}{part}"),
+        dtype,
+        shape,
+    };
+    [
+        spec("", Dtype::U8, vec![values.div_ceil(2), 1]),
+        spec(".absmax", Dtype::U8, vec![blocks]),
+        spec(".quant_map", Dtype::F32, vec![nf4::LEVELS.len()]),
+        spec(
+            ".nested_absmax",
+            Dtype::F32,
+            vec![blocks.div_ceil(NESTED_BLOCK)],
+        ),
+        spec(
+            ".nested_quant_map",
+            Dtype::F32,
+            vec![nf4::dynamic_map().len()],
+        ),
+        spec(".quant_state.bitsandbytes__nf4", Dtype::U8, vec![STATE]),
+    ]
+}
+
+fn write_parts(writer: &mut Writer, weight: Weight, tensor: Nf4Tensor, dtype: &str) -> Result<()> {
+    let name = weight.name();
+    let nested;
+    let (codes, absmax, offset) = match tensor.absmax() {
+        Absmax::Nested {
+            codes,
+            absmax,
+            offset,
+        } => (codes, absmax, *offset),
+        // Stored quantised once, or with another machine's map: quantised again here.
+        Absmax::Plain(scales) => {
+            let sum: f64 = scales.iter().map(|&scale| f64::from(scale)).sum();
+            nested = Absmax::nest(scales, (sum / scales.len() as f64) as f32);
+            let Absmax::Nested {
+                codes,
+                absmax,
+                offset,
+            } = &nested
+            else {
+                unreachable!("nest makes nested scales");
+            };
+            (codes, absmax, *offset)
+        }
+    };
+    let state = json!({
+        "quant_type": "nf4",
+        "blocksize": BLOCK,
+        "dtype": dtype,
+        "shape": tensor.shape(),
+        "nested_blocksize": NESTED_BLOCK,
+        "nested_dtype": "float32",
+        // The shortest digits of the wider type give this f32 back, and no other.
+        "nested_offset": f64::from(offset),
+    });
+    let bytes = |values: &[f32]| {
+        values
+            .iter()
+            .flat_map(|v| v.to_le_bytes())
+            .collect::<Vec<_>>()
+    };
+    writer.write(&name, tensor.packed())?;
+    writer.write(&format!("{name}.absmax"), codes)?;
+    writer.write(&format!("{name}.quant_map"), &bytes(&nf4::LEVELS))?;
+    writer.write(&format!("{name}.nested_absmax"), &bytes(absmax))?;
+    writer.write(
+        &format!("{name}.nested_quant_map"),
+        &bytes(nf4::dynamic_map()),
+    )?;
+    let state = format!("{:STATE$}", state.to_string());
+    writer.write(
+        &format!("{name}.quant_state.bitsandbytes__nf4"),
+        state.as_bytes(),
+    )
+}

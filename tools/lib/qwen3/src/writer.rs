@@ -1,0 +1,264 @@
+//! A checkpoint on its way to the disk: shards in safetensors format, their
+//! index, and the files that belong to a model beside its weights.
+//!
+//! Sizes are known before values are, so each shard's header is written first
+//! and every tensor then at its place, in any order and in pieces: whoever
+//! writes never holds more than a piece.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use safetensors::tensor::TensorInfo;
+use serde_json::{Map, Value, json};
+
+use crate::config::Keys;
+use crate::error::{Error, Result};
+use crate::weights::{INDEX, SINGLE};
+
+/// Bytes of a shard, as the Hugging Face libraries cut them.
+pub(crate) const SHARD: u64 = 5_000_000_000;
+
+/// A tensor that will be written.
+#[derive(Debug, Clone)]
+pub(crate) struct Spec {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+}
+
+impl Spec {
+    fn bytes(&self) -> u64 {
+        (self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8) as u64
+    }
+}
+
+/// Where a tensor's next piece goes.
+struct Place {
+    shard: usize,
+    at: u64,
+    end: u64,
+}
+
+/// The weights of a checkpoint while they are written.
+pub(crate) struct Writer {
+    folder: PathBuf,
+    shards: Vec<(PathBuf, File)>,
+    places: BTreeMap<String, Place>,
+    bytes: u64,
+}
+
+impl Writer {
+    /// Starts the files for `specs`, cut in their order into shards of at most
+    /// `limit` bytes (but for a tensor that is longer).
+    pub fn create(folder: &Path, specs: &[Spec], limit: u64) -> Result<Self> {
+        let mut cuts: Vec<Vec<&Spec>> = Vec::new();
+        let mut room = 0;
+        for spec in specs {
+            let bytes = spec.bytes();
+            match cuts.last_mut() {
+                Some(shard) if bytes <= room => {
+                    shard.push(spec);
+                    room -= bytes;
+                }
+                _ => {
+                    cuts.push(vec![spec]);
+                    room = limit.saturating_sub(bytes);
+                }
+            }
+        }
+        let mut writer = Self {
+            folder: folder.into(),
+            shards: Vec::new(),
+            places: BTreeMap::new(),
+            bytes: specs.iter().map(Spec::bytes).sum(),
+        };
+        let count = cuts.len();
+        for (number, specs) in cuts.into_iter().enumerate() {
+            let name = match count {
+                1 => SINGLE.to_owned(),
+                _ => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
+            };
+            writer.start(folder.join(name), specs)?;
+        }
+        Ok(writer)
+    }
+
+    fn start(&mut self, path: PathBuf, mut specs: Vec<&Spec>) -> Result<()> {
+        // Readers view a tensor's bytes as its type: widest first keeps all aligned.
+        specs.sort_by_key(|spec| std::cmp::Reverse(spec.dtype.bitsize()));
+        let mut header = Map::from_iter([("__metadata__".to_owned(), json!({"format": "pt"}))]);
+        let mut ends = Vec::with_capacity(specs.len());
+        let mut at = 0;
+        for spec in &specs {
+            let end = at + spec.bytes();
+            let info = TensorInfo {
+                dtype: spec.dtype,
+                shape: spec.shape.clone(),
+                data_offsets: (at as usize, end as usize),
+            };
+            header.insert(spec.name.clone(), json!(info));
+            ends.push((at, end));
+            at = end;
+        }
+        let mut text = Value::Object(header).to_string();
+        text.extend(std::iter::repeat_n(
+            ' ',
+            text.len().next_multiple_of(8) - text.len(),
+        ));
+
+        let create = || {
+            let mut file = File::create(&path)?;
+            file.write_all(&(text.len() as u64).to_le_bytes())?;
+            file.write_all(text.as_bytes())?;
+            Ok(file)
+        };
+        let file = create().map_err(|source| unwritable(&path, source))?;
+        let start = 8 + text.len() as u64;
+        for (spec, (at, end)) in specs.into_iter().zip(ends) {
+            let shard = self.shards.len();
+            let place = Place {
+                shard,
+                at: start + at,
+                end: start + end,
+            };
+            self.places.insert(spec.name.clone(), place);
+        }
+        self.shards.push((path, file));
+        Ok(())
+    }
+
+    /// Writes the next bytes of a tensor.
+    ///
+    /// # Panics
+    /// If there is no such tensor, or it is full.
+    pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let place = self
+            .places
+            .get_mut(name)
+            .expect("a tensor that was announced");
+        let (path, file) = &self.shards[place.shard];
+        assert!(
+            place.at + bytes.len() as u64 <= place.end,
+            "bytes of {name}"
+        );
+        file.write_all_at(bytes, place.at)
+            .map_err(|source| unwritable(path, source))?;
+        place.at += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Waits until all is on the disk, and writes the index of several shards.
+    ///
+    /// # Panics
+    /// If a tensor is not complete.
+    pub fn finish(self) -> Result<()> {
+        let open = self.places.iter().find(|(_, place)| place.at != place.end);
+        assert!(
+            open.is_none(),
+            "{} is not complete",
+            open.map_or("", |(name, _)| name)
+        );
+        for (path, file) in &self.shards {
+            file.sync_all().map_err(|source| unwritable(path, source))?;
+        }
+        if self.shards.len() > 1 {
+            let file = |place: &Place| {
+                let name = self.shards[place.shard].0.file_name();
+                name.map(|name| name.to_string_lossy().into_owned())
+            };
+            let files: BTreeMap<_, _> = self
+                .places
+                .iter()
+                .map(|(name, place)| (name, file(place)))
+                .collect();
+            let index = json!({"metadata": {"total_size": self.bytes}, "weight_map": files});
+            save_json(&self.folder.join(INDEX), &index)?;
+        }
+        sync_folder(&self.folder)
+    }
+}
+
+/// Copies what belongs to a model beside its weights (tokenizer, template,
+/// generation settings, licence), and `config.json` with changes.
+pub(crate) fn copy_companions(
+    from: &Path,
+    to: &Path,
+    change: impl FnOnce(&mut Map<String, Value>),
+) -> Result<()> {
+    let unreadable = |source| Error::Read {
+        path: from.into(),
+        source,
+    };
+    for entry in fs::read_dir(from).map_err(unreadable)? {
+        let path = entry.map_err(unreadable)?.path();
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
+            continue;
+        };
+        if path.is_file() && is_companion(name) {
+            let target = to.join(name);
+            fs::copy(&path, &target).map_err(|source| unwritable(&target, source))?;
+        }
+    }
+    let mut config = Keys::read(from.join("config.json"))?.map;
+    change(&mut config);
+    save_json(&to.join("config.json"), &Value::Object(config))
+}
+
+fn is_companion(name: &str) -> bool {
+    let weights = name.ends_with(".index.json") || name.starts_with("adapter_");
+    let kinds = [".json", ".jinja", ".txt"];
+    let legal = ["LICENSE", "NOTICE"];
+    name != "config.json"
+        && !weights
+        && (kinds.iter().any(|kind| name.ends_with(kind))
+            || legal.iter().any(|l| name.starts_with(l)))
+}
+
+fn save_json(path: &Path, value: &Value) -> Result<()> {
+    let save = || {
+        let mut file = File::create(path)?;
+        serde_json::to_writer_pretty(&mut file, value)?;
+        file.write_all(b"\n")?;
+        file.sync_all()
+    };
+    save().map_err(|source| unwritable(path, source))
+}
+
+fn sync_folder(folder: &Path) -> Result<()> {
+    let synced = File::open(folder).and_then(|folder| folder.sync_all());
+    synced.map_err(|source| unwritable(folder, source))
+}
+
+/// Makes a folder through `fill`, which gets a sibling of it: the folder is
+/// there whole or not at all. What an interrupted try left is removed.
+///
+/// # Errors
+/// Those of `fill`, or of the disk.
+pub(crate) fn whole_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let mut name = folder.as_os_str().to_owned();
+    name.push(".tmp");
+    let part = PathBuf::from(name);
+    if part.exists() {
+        fs::remove_dir_all(&part).map_err(|source| unwritable(&part, source))?;
+    }
+    fs::create_dir_all(&part).map_err(|source| unwritable(&part, source))?;
+    let filled = fill(&part)
+        .and_then(|()| sync_folder(&part))
+        .and_then(|()| fs::rename(&part, folder).map_err(|source| unwritable(folder, source)));
+    if filled.is_err() {
+        // The work failed already; a leftover is no second failure.
+        let _ = fs::remove_dir_all(&part);
+    }
+    filled
+}
+
+fn unwritable(path: &Path, source: std::io::Error) -> Error {
+    Error::Write {
+        path: path.into(),
+        source,
+    }
+}

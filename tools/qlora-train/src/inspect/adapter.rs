@@ -1,0 +1,463 @@
+//! An adapter folder, read as loosely as peft reads it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use qwen3::{Config, Module};
+use safetensors::{Dtype, SafeTensors};
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::Problem;
+
+const CONFIG: &str = "adapter_config.json";
+const TENSORS: &str = "adapter_model.safetensors";
+const PREFIX: &str = "base_model.model.";
+
+/// What an adapter is.
+#[derive(Serialize)]
+pub struct Adapter {
+    base: Option<String>,
+    rank: Option<u64>,
+    alpha: Option<f64>,
+    rslora: bool,
+    /// `alpha / rank`, or `alpha / √rank`.
+    scale: Option<f64>,
+    /// As the settings have them: names, or a pattern.
+    targets: Vec<String>,
+    layers: usize,
+    tensors: usize,
+    dtypes: BTreeSet<String>,
+    parameters: usize,
+    /// Whether this tool loads it; else why not. Unknown without the base.
+    loads_here: Option<String>,
+}
+
+impl Adapter {
+    pub fn rows(&self) -> Vec<(&'static str, String)> {
+        let or = |value: Option<String>| value.unwrap_or_else(|| "not given".into());
+        let scale = match (self.alpha, self.scale) {
+            (Some(alpha), Some(scale)) => {
+                let rule = if self.rslora { ", rank-stabilised" } else { "" };
+                Some(format!("{scale} (alpha {alpha}{rule})"))
+            }
+            _ => None,
+        };
+        vec![
+            ("base", or(self.base.clone())),
+            ("rank", or(self.rank.map(|rank| rank.to_string()))),
+            ("scale", or(scale)),
+            ("targets", self.targets.join(", ")),
+            ("layers", self.layers.to_string()),
+            (
+                "tensors",
+                format!("{} ({})", self.tensors, join(&self.dtypes)),
+            ),
+            ("parameters", self.parameters.to_string()),
+            ("loads here", or(self.loads_here.clone())),
+        ]
+    }
+}
+
+fn join(names: &BTreeSet<String>) -> String {
+    names
+        .iter()
+        .map(String::as_str)
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+/// One half of a pair.
+struct Half {
+    name: String,
+    shape: Vec<usize>,
+}
+
+/// Looks at the adapter; its base's folder too, if there is one.
+pub fn inspect(
+    folder: &Path,
+    model: Option<&Path>,
+    problems: &mut Vec<Problem>,
+) -> Result<(Adapter, Option<PathBuf>)> {
+    let mut say = |file: &str, cause: String, effect: &str| {
+        problems.push(Problem {
+            file: file.into(),
+            cause,
+            effect: effect.into(),
+        });
+    };
+    let settings = read_settings(folder, &mut say)?;
+    let text = |key: &str| settings.get(key).and_then(Value::as_str).map(str::to_owned);
+    let base_name = text("base_model_name_or_path").filter(|name| !name.is_empty());
+    let base = match model {
+        Some(path) => Some(path.to_owned()),
+        None => base_name
+            .as_ref()
+            .map(PathBuf::from)
+            .filter(|p| p.join("config.json").exists()),
+    };
+    let config = base.as_deref().map(Config::load).transpose()?;
+
+    if text("peft_type").as_deref() != Some("LORA") {
+        let found = settings
+            .get("peft_type")
+            .map_or("missing".into(), |v| format!("{v}"));
+        say(
+            CONFIG,
+            format!("`peft_type` is {found}, not \"LORA\""),
+            "peft does not load it as LoRA",
+        );
+    }
+    if base_name.is_none() {
+        say(
+            CONFIG,
+            "`base_model_name_or_path` is missing".into(),
+            "peft cannot find the base by itself (AutoPeftModel fails)",
+        );
+    }
+    let rank = settings
+        .get("r")
+        .and_then(Value::as_u64)
+        .filter(|&rank| rank > 0);
+    if rank.is_none() {
+        say(
+            CONFIG,
+            "`r` is missing or no positive number".into(),
+            "peft takes rank 8",
+        );
+    }
+    let alpha = settings.get("lora_alpha").and_then(Value::as_f64);
+    match alpha {
+        None => say(
+            CONFIG,
+            "`lora_alpha` is missing".into(),
+            "peft takes 8 and says nothing: another scale than it was trained with",
+        ),
+        Some(0.0) => say(
+            CONFIG,
+            "`lora_alpha` is 0".into(),
+            "the adapter does nothing",
+        ),
+        Some(_) => {}
+    }
+    let targets: Vec<String> = match settings.get("target_modules") {
+        Some(Value::String(pattern)) => vec![pattern.clone()],
+        Some(Value::Array(names)) => names
+            .iter()
+            .filter_map(Value::as_str)
+            .map(str::to_owned)
+            .collect(),
+        _ => Vec::new(),
+    };
+    if targets.is_empty() {
+        say(
+            CONFIG,
+            "`target_modules` is missing or empty".into(),
+            "peft takes q_proj and v_proj for a Qwen3 and leaves every other pair out",
+        );
+    }
+
+    let mut halves: BTreeMap<(usize, String, char), Half> = BTreeMap::new();
+    let mut adapter = Adapter {
+        base: base_name,
+        rank,
+        alpha,
+        rslora: settings
+            .get("use_rslora")
+            .and_then(Value::as_bool)
+            .unwrap_or(false),
+        scale: None,
+        targets,
+        layers: 0,
+        tensors: 0,
+        dtypes: BTreeSet::new(),
+        parameters: 0,
+        loads_here: None,
+    };
+    adapter.scale = rank.zip(alpha).map(|(rank, alpha)| {
+        let rank = rank as f64;
+        alpha / if adapter.rslora { rank.sqrt() } else { rank }
+    });
+    if let Some(bytes) = read_tensors(folder, &mut say)? {
+        match SafeTensors::deserialize(&bytes) {
+            Err(error) => say(
+                TENSORS,
+                format!("is not a whole safetensors file: {error}"),
+                "peft does not load it",
+            ),
+            Ok(file) => sort_tensors(&file, &mut adapter, &mut halves, &mut say),
+        }
+        check_pairs(&mut adapter, config.as_ref(), &halves, &mut say);
+    }
+    if let Some(config) = &config {
+        adapter.loads_here = Some(match qwen3::Adapter::load(folder, config) {
+            Ok(_) => "yes".into(),
+            Err(error) => format!("no: {error}"),
+        });
+    }
+    Ok((adapter, base))
+}
+
+fn read_settings(
+    folder: &Path,
+    say: &mut impl FnMut(&str, String, &str),
+) -> Result<Map<String, Value>> {
+    let path = folder.join(CONFIG);
+    if !path.exists() {
+        say(CONFIG, "is missing".into(), "peft does not load it");
+        return Ok(Map::new());
+    }
+    let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;
+    Ok(serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+        say(
+            CONFIG,
+            format!("is not a JSON object: {error}"),
+            "peft does not load it",
+        );
+        Map::new()
+    }))
+}
+
+fn read_tensors(
+    folder: &Path,
+    say: &mut impl FnMut(&str, String, &str),
+) -> Result<Option<Vec<u8>>> {
+    let path = folder.join(TENSORS);
+    if path.exists() {
+        return Ok(Some(
+            std::fs::read(&path).with_context(|| path.display().to_string())?,
+        ));
+    }
+    if folder.join("adapter_model.bin").exists() {
+        say(
+            "adapter_model.bin",
+            "is a pickle, not safetensors".into(),
+            "peft runs whatever code is in it; this tool does not read it: save it again with peft",
+        );
+    } else {
+        say(
+            TENSORS,
+            "is missing".into(),
+            "peft does not load it (or looks for it on the hub)",
+        );
+    }
+    Ok(None)
+}
+
+/// Which tensors are halves of pairs; what the others are.
+fn sort_tensors(
+    file: &SafeTensors<'_>,
+    adapter: &mut Adapter,
+    halves: &mut BTreeMap<(usize, String, char), Half>,
+    say: &mut impl FnMut(&str, String, &str),
+) {
+    let mut names = file.names();
+    names.sort_unstable();
+    let (mut other_prefix, mut with_name, mut strangers) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut not_finite, mut moved) = (Vec::new(), false);
+    for name in names {
+        let Ok(tensor) = file.tensor(name) else {
+            continue;
+        };
+        adapter.tensors += 1;
+        adapter.dtypes.insert(format!("{:?}", tensor.dtype()));
+        adapter.parameters += tensor.shape().iter().product::<usize>();
+        let inner = name.strip_prefix(PREFIX);
+        let Some((layer, module, which, named)) = parse(inner.unwrap_or(name)) else {
+            strangers.push(name);
+            continue;
+        };
+        if inner.is_none() {
+            other_prefix.push(name);
+        }
+        if named {
+            with_name.push(name);
+        }
+        let values = floats(tensor.dtype(), tensor.data());
+        if values.iter().any(|value| !value.is_finite()) {
+            not_finite.push(name);
+        }
+        moved |= which == 'B' && values.iter().any(|&value| value != 0.0);
+        let half = Half {
+            name: name.into(),
+            shape: tensor.shape().into(),
+        };
+        halves.insert((layer, module, which), half);
+    }
+    let mut tell = |names: &[&str], cause: &str, effect: &str| {
+        if let Some(first) = names.first() {
+            let count = names.len();
+            say(
+                TENSORS,
+                format!("{count} tensors {cause}, `{first}` the first"),
+                effect,
+            );
+        }
+    };
+    tell(
+        &other_prefix,
+        &format!("lack the prefix `{PREFIX}`"),
+        "peft finds none of them, warns, and runs with a random start in their place",
+    );
+    tell(
+        &with_name,
+        "hold the adapter's name before `.weight`",
+        "peft looks for names without it, warns, and runs with a random start in their place",
+    );
+    tell(
+        &strangers,
+        "are no LoRA pair of a Qwen3",
+        "peft leaves them out, with a warning at most",
+    );
+    tell(
+        &not_finite,
+        "hold values that are not finite",
+        "the model's answers are not numbers",
+    );
+    if !moved && !halves.is_empty() {
+        say(
+            TENSORS,
+            "every lora_B is zero".into(),
+            "the adapter does nothing: it is not trained",
+        );
+    }
+}
+
+/// Layer, module, `A` or `B`, and whether an adapter's name stands in it:
+/// `model.layers.3.mlp.up_proj.lora_A[.default].weight`.
+fn parse(name: &str) -> Option<(usize, String, char, bool)> {
+    let rest = name.split_once("layers.")?.1;
+    let (layer, rest) = rest.split_once('.')?;
+    let mut parts = rest.split('.');
+    let (_block, module, half) = (parts.next()?, parts.next()?, parts.next()?);
+    let which = match half {
+        "lora_A" => 'A',
+        "lora_B" => 'B',
+        _ => return None,
+    };
+    let named = match (parts.next()?, parts.next()) {
+        ("weight", None) => false,
+        (_, Some("weight")) => true,
+        _ => return None,
+    };
+    Some((layer.parse().ok()?, module.into(), which, named))
+}
+
+fn floats(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
+    match dtype {
+        Dtype::F32 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|&b| f32::from_le_bytes(b))
+            .collect(),
+        Dtype::BF16 => (bytes.as_chunks().0.iter())
+            .map(|&b| half::bf16::from_le_bytes(b).to_f32())
+            .collect(),
+        Dtype::F16 => (bytes.as_chunks().0.iter())
+            .map(|&b| half::f16::from_le_bytes(b).to_f32())
+            .collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// Each target of each layer has both halves, of the right shapes, and nothing
+/// else has any.
+fn check_pairs(
+    adapter: &mut Adapter,
+    config: Option<&Config>,
+    halves: &BTreeMap<(usize, String, char), Half>,
+    say: &mut impl FnMut(&str, String, &str),
+) {
+    let in_file: BTreeSet<&str> = halves
+        .keys()
+        .map(|(_, module, _)| module.as_str())
+        .collect();
+    let deepest = halves
+        .keys()
+        .map(|(layer, ..)| layer + 1)
+        .max()
+        .unwrap_or(0);
+    adapter.layers = config.map_or(deepest, |config| config.layers);
+    // A pattern is peft's to match; what is in the file is then taken for what it meant.
+    let named: BTreeSet<&str> = match adapter.targets.as_slice() {
+        [all] if all == "all-linear" => Module::ALL.map(Module::name).into(),
+        [] => in_file.clone(),
+        [pattern] if pattern.parse::<Module>().is_err() => in_file.clone(),
+        names => names.iter().map(String::as_str).collect(),
+    };
+    let left_out: Vec<_> = in_file.difference(&named).copied().collect();
+    if !left_out.is_empty() {
+        say(
+            TENSORS,
+            format!(
+                "holds pairs of {}, no targets in `target_modules`",
+                left_out.join(", ")
+            ),
+            "peft leaves them out, with a warning only",
+        );
+    }
+    if deepest > adapter.layers {
+        say(
+            TENSORS,
+            format!(
+                "holds pairs of {deepest} layers, the base has {}",
+                adapter.layers
+            ),
+            "peft leaves the others out, with a warning only: an adapter of another base",
+        );
+    }
+    let (mut missing, mut misshapen) = (Vec::new(), Vec::new());
+    for layer in 0..adapter.layers {
+        for &name in &named {
+            let expected = expected_shapes(name, adapter.rank, config);
+            for (which, expected) in ['A', 'B'].into_iter().zip(expected) {
+                match halves.get(&(layer, name.to_owned(), which)) {
+                    None => missing.push(format!("layers.{layer} {name} lora_{which}")),
+                    Some(half) => {
+                        let fits = half.shape.len() == 2
+                            && half
+                                .shape
+                                .iter()
+                                .zip(expected)
+                                .all(|(n, e)| e.is_none_or(|e| e == *n));
+                        if !fits {
+                            misshapen.push(format!("`{}` is {:?}", half.name, half.shape));
+                        }
+                    }
+                }
+            }
+        }
+    }
+    if let Some(first) = missing.first() {
+        say(
+            TENSORS,
+            format!("{} tensors are missing, {first} the first", missing.len()),
+            "peft warns at most and runs without those pairs",
+        );
+    }
+    if let Some(first) = misshapen.first() {
+        say(
+            TENSORS,
+            format!(
+                "{} tensors have another shape than rank and base ask for: {first}",
+                misshapen.len()
+            ),
+            "peft fails with a size mismatch",
+        );
+    }
+}
+
+/// Shapes of A `[rank, in]` and B `[out, rank]` as far as they are known.
+fn expected_shapes(
+    module: &str,
+    rank: Option<u64>,
+    config: Option<&Config>,
+) -> [[Option<usize>; 2]; 2] {
+    let rank = rank.map(|rank| rank as usize);
+    let shape = config
+        .zip(module.parse::<Module>().ok())
+        .map(|(c, m)| m.shape(c));
+    [[rank, shape.map(|s| s[1])], [shape.map(|s| s[0]), rank]]
+}

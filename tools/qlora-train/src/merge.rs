@@ -1,0 +1,247 @@
+//! `qlora-train merge`: the adapter into the base, as a model of its own.
+//!
+//! Merging rounds: what the adapter adds to a weight may be smaller than half a
+//! step of bfloat16 there. So the merged model is read back and its logits are
+//! compared with those of base and adapter apart, and with those of the 4-bit
+//! base that the adapter was most likely trained on.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use cli::{App, Failure, Signature};
+use engine::{Backend, Cpu};
+use jsonl::Output;
+use qwen3::{Adapter, Chat, Checkpoint, Lora, LoraLayout, Merged, Message, Model, Storage, Weight};
+use serde::Serialize;
+
+use crate::commands::Messages;
+use crate::gguf::{self, GgufType};
+
+/// Merge an adapter into its base
+///
+/// Writes a model that needs no adapter: bfloat16 safetensors with the base's
+/// tokenizer and settings (--out), one GGUF file for llama.cpp and Ollama
+/// (--gguf), or both. Works a few rows at a time. Then compares the logits of
+/// base + adapter with the merged model's on a few prompts, which needs memory
+/// for the whole base, and writes the result to standard output as JSON.
+#[derive(Args)]
+#[command(after_long_help = crate::commands::after_help(EXAMPLES))]
+pub struct Merge {
+    /// Folder of the base model [default: the one named in the adapter]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Folder of the adapter, PEFT format
+    #[arg(long, value_name = "DIR")]
+    adapter: PathBuf,
+    /// Folder for the merged model
+    #[arg(long, value_name = "DIR", required_unless_present = "gguf")]
+    out: Option<PathBuf>,
+    /// File for the merged model as GGUF
+    #[arg(long, value_name = "FILE")]
+    gguf: Option<PathBuf>,
+    /// How the GGUF file stores the products
+    #[arg(long, value_name = "TYPE", default_value = "bf16", requires = "gguf")]
+    gguf_type: GgufType,
+    /// Leave out the comparison
+    #[arg(long)]
+    no_check: bool,
+    #[command(flatten)]
+    pub messages: Messages,
+}
+
+const EXAMPLES: &str = "
+$ qlora-train merge --model model --adapter adapter --out merged
+$ qlora-train merge --model model --adapter adapter --gguf replies.gguf
+";
+
+/// What the merged model is compared on: ordinary requests, of different length
+/// and script, so that no weight is left out by all of them.
+const PROMPTS: [&str; 4] = [
+    "Anyone else awake at 4 a.m. because of the rain?",
+    "Name three birds that can swim, and say which of them dives deepest.",
+    "今日はとても寒いですね。",
+    "👀 ok but why is the train on time today",
+];
+
+/// Two models' logits on the same tokens.
+#[derive(Serialize)]
+struct Check {
+    /// What the merged model is compared with.
+    against: &'static str,
+    tokens: usize,
+    /// The largest difference of two logits.
+    max_abs: f64,
+    /// The mean difference of two logits.
+    mean_abs: f64,
+    /// Mean Kullback-Leibler divergence of the next-token distributions, in nats.
+    kl: f64,
+    /// Share of tokens after which both find the same next token likeliest.
+    same_top: f64,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    v: u64,
+    out: Option<&'a Path>,
+    gguf: Option<&'a Path>,
+    parameters: u64,
+    /// Empty where the comparison was left out.
+    checks: Vec<Check>,
+    signature: String,
+}
+
+impl Merge {
+    pub fn run(&self, app: &App) -> Result<()> {
+        for (flag, path) in [("--out", &self.out), ("--gguf", &self.gguf)] {
+            if let Some(path) = path.as_ref().filter(|path| path.exists()) {
+                let cause = format!("{flag} {} exists; name another", path.display());
+                return Err(Failure::Usage(cause).into());
+            }
+        }
+        let model_path = match &self.model {
+            Some(path) => path.clone(),
+            None => base_of(&self.adapter)?,
+        };
+        let base = Checkpoint::open(&model_path)?;
+        let adapter = Adapter::load(&self.adapter, base.config())?;
+        let merged = Merged::new(&base, &adapter);
+        let values = |weight: &Weight| weight.shape(base.config()).iter().product::<usize>();
+        let parameters: usize = Weight::all(base.config()).iter().map(values).sum();
+
+        if let Some(folder) = &self.out {
+            let progress = app.progress("merging values", Some(parameters as u64));
+            merged.save(folder, |done| progress.set(done))?;
+            drop(progress);
+            app.info(format_args!("the merged model is in {}", folder.display()));
+        }
+        if let Some(file) = &self.gguf {
+            let progress = app.progress("writing values to GGUF", Some(parameters as u64));
+            let name = self.adapter.file_name().unwrap_or(self.adapter.as_os_str());
+            let name = name.to_string_lossy();
+            gguf::write(file, merged, &model_path, &name, self.gguf_type, |done| {
+                progress.set(done);
+            })?;
+            drop(progress);
+            app.info(format_args!("the GGUF file is {}", file.display()));
+        }
+        let checks = match &self.out {
+            Some(folder) if !self.no_check => check(app, &base, &adapter, folder)?,
+            _ => Vec::new(),
+        };
+        let report = Report {
+            v: 1,
+            out: self.out.as_deref(),
+            gguf: self.gguf.as_deref(),
+            parameters: parameters as u64,
+            checks,
+            signature: Signature::new("qlora-train")
+                .with_hash("model", &base.fingerprint()?)
+                .with_hash("adapter", &adapter.fingerprint())
+                .to_string(),
+        };
+        let mut out = Output::stdout();
+        out.json(&report)?;
+        Ok(out.finish()?)
+    }
+}
+
+/// The base that an adapter names, if it is a folder here.
+fn base_of(adapter: &Path) -> Result<PathBuf> {
+    let path = adapter.join("adapter_config.json");
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let config: serde_json::Value =
+        serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+    let named = config["base_model_name_or_path"]
+        .as_str()
+        .unwrap_or_default();
+    if Path::new(named).join("config.json").exists() {
+        return Ok(named.into());
+    }
+    let cause = format!("the adapter's base `{named}` is no folder here: name it with --model");
+    Err(Failure::Usage(cause).into())
+}
+
+/// Compares the merged model in `folder` with base and adapter apart, one model
+/// in memory at a time.
+fn check(app: &App, base: &Checkpoint, adapter: &Adapter, folder: &Path) -> Result<Vec<Check>> {
+    let chat = Chat::load(base.folder())?;
+    let prompt = |text: &&str| chat.encode_prompt(&[Message::user(*text)]);
+    let rows: Vec<Vec<u32>> = PROMPTS.iter().map(prompt).collect::<Result<_, _>>()?;
+    let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+    app.info("comparing the merged model with base and adapter (--no-check leaves it out)");
+    let merged = logits(&Checkpoint::open(folder)?, Storage::AsStored, None, &rows)?;
+    let mut against = vec![("base + adapter", Storage::AsStored)];
+    if !base.is_quantized() {
+        against.push(("base in 4 bits + adapter", Storage::Nf4));
+    }
+    let mut checks = Vec::new();
+    for (against, storage) in against {
+        let apart = logits(base, storage, Some(adapter), &rows)?;
+        let check = compare(against, &apart, &merged, base.config().vocab_size);
+        app.info(format_args!(
+            "merged against {against}: logits differ by {:.2e} at most, {:.2e} on average; \
+             KL {:.2e} nats; same likeliest token after {:.1}% of {} tokens",
+            check.max_abs,
+            check.mean_abs,
+            check.kl,
+            100.0 * check.same_top,
+            check.tokens
+        ));
+        checks.push(check);
+    }
+    Ok(checks)
+}
+
+fn logits(
+    base: &Checkpoint,
+    storage: Storage,
+    adapter: Option<&Adapter>,
+    rows: &[&[u32]],
+) -> Result<Vec<f32>> {
+    let model = Model::load(Cpu, base, storage)?;
+    let Some(Adapter { config, pairs }) = adapter else {
+        return Ok(model.logits(rows, None)?);
+    };
+    let layout = LoraLayout::new(model.config(), &config.targets, config.rank, config.scale());
+    let params = Cpu.upload_f32(&layout.flatten(pairs))?;
+    let lora = Lora {
+        layout: &layout,
+        params: &params,
+    };
+    Ok(model.logits(rows, Some(lora))?)
+}
+
+fn compare(against: &'static str, a: &[f32], b: &[f32], vocab: usize) -> Check {
+    let tokens = a.len() / vocab;
+    let (mut max_abs, mut sum_abs, mut kl, mut same) = (0f64, 0f64, 0f64, 0usize);
+    for (a, b) in a.chunks_exact(vocab).zip(b.chunks_exact(vocab)) {
+        let (log_a, log_b) = (log_sum_exp(a), log_sum_exp(b));
+        for (&a, &b) in a.iter().zip(b) {
+            let (a, b) = (f64::from(a), f64::from(b));
+            max_abs = max_abs.max((a - b).abs());
+            sum_abs += (a - b).abs();
+            kl += (a - log_a).exp() * ((a - log_a) - (b - log_b));
+        }
+        same += usize::from(top(a) == top(b));
+    }
+    Check {
+        against,
+        tokens,
+        max_abs,
+        mean_abs: sum_abs / a.len() as f64,
+        kl: kl / tokens as f64,
+        same_top: same as f64 / tokens as f64,
+    }
+}
+
+fn log_sum_exp(logits: &[f32]) -> f64 {
+    let max = logits.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
+    let sum: f64 = logits.iter().map(|&v| f64::from(v - max).exp()).sum();
+    f64::from(max) + sum.ln()
+}
+
+/// The first of the largest.
+fn top(logits: &[f32]) -> usize {
+    (1..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best })
+}

@@ -1,0 +1,79 @@
+//! The base in 4 bits, kept on the disk: quantising an 8B model takes minutes,
+//! loading the result seconds, and every run on the same base uses the same.
+
+use std::fs::{self, File};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use cli::App;
+use qwen3::Checkpoint;
+
+/// Writes the base to `folder` in bitsandbytes' form.
+pub fn save(app: &App, base: &Checkpoint, folder: &Path) -> Result<()> {
+    write(app, base, folder)?;
+    app.info(format_args!(
+        "the base in 4 bits is in {}",
+        folder.display()
+    ));
+    Ok(())
+}
+
+/// The base in 4 bits out of `cache`, where it lies under its fingerprint;
+/// made there first if need be. A cache that cannot be written is no reason not
+/// to train: then, and where `cache` is empty, the base comes back as it was.
+pub fn cached(app: &App, base: Checkpoint, cache: &str, fingerprint: &str) -> Checkpoint {
+    if cache.is_empty() || base.is_quantized() {
+        return base;
+    }
+    match find_or_make(app, &base, Path::new(cache), fingerprint) {
+        Ok(kept) => kept,
+        Err(error) => {
+            app.warn(format_args!(
+                "the 4-bit base cannot be kept ({error:#}); `model.cache: \"\"` turns that off"
+            ));
+            base
+        }
+    }
+}
+
+fn find_or_make(
+    app: &App,
+    base: &Checkpoint,
+    cache: &Path,
+    fingerprint: &str,
+) -> Result<Checkpoint> {
+    let folder = cache.join(fingerprint);
+    fs::create_dir_all(cache).with_context(|| cache.display().to_string())?;
+    // A second run that starts meanwhile waits for the first, and finds it done.
+    let lock_path = cache.join(format!("{fingerprint}.lock"));
+    let lock = File::create(&lock_path).with_context(|| lock_path.display().to_string())?;
+    lock.lock()
+        .with_context(|| lock_path.display().to_string())?;
+    if folder.exists() {
+        match Checkpoint::open(&folder) {
+            Ok(kept) => {
+                app.info(format_args!(
+                    "the base in 4 bits comes from {}",
+                    folder.display()
+                ));
+                return Ok(kept);
+            }
+            Err(error) => {
+                app.warn(format_args!("{error:#}: made anew"));
+                fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())?;
+            }
+        }
+    }
+    write(app, base, &folder)?;
+    app.info(format_args!(
+        "the base in 4 bits is kept in {}",
+        folder.display()
+    ));
+    Ok(Checkpoint::open(&folder)?)
+}
+
+fn write(app: &App, base: &Checkpoint, folder: &Path) -> Result<()> {
+    let layers = base.config().layers as u64;
+    let progress = app.progress("quantising layers", Some(layers));
+    Ok(base.save_quantized(folder, |done| progress.set(done as u64))?)
+}
