@@ -12,6 +12,14 @@ pub enum Error {
         /// How much was asked for.
         bytes: usize,
     },
+    /// It is missing, too old, or stopped working.
+    #[error("{problem}; {remedy}")]
+    Device {
+        /// What is wrong.
+        problem: String,
+        /// What to do about it.
+        remedy: &'static str,
+    },
 }
 
 /// The result of anything that touches a device.

@@ -16,6 +16,8 @@
 
 mod backend;
 mod cpu;
+pub mod cuda;
+pub mod device;
 mod error;
 mod matrix;
 pub mod nf4;
@@ -27,6 +29,8 @@ pub use backend::{
     Sampling, Stretch,
 };
 pub use cpu::{Cpu, Workspace};
+pub use cuda::Cuda;
+pub use device::{Choice, Device};
 pub use error::{Error, Result};
 pub use matrix::{HostMatrix, MatrixData};
 pub use ragged::Ragged;

@@ -62,12 +62,17 @@ pub struct Stream {
 }
 
 impl Stream {
+    /// The stream's part of the counter, to which the number of a block is added:
+    /// purpose in 4 bits, module in 4, layer in 10, block in 14.
+    #[inline(always)]
+    pub fn tag(&self) -> u32 {
+        (self.purpose as u32) << 28 | self.module << 24 | self.layer << 14
+    }
+
     /// The 128 bits numbered `block` (at most 16,383) at `(x, y, z)` of this stream.
     #[inline(always)]
     pub fn bits(&self, x: u32, y: u32, z: u32, block: u32) -> [u32; 4] {
-        // purpose: 4 bits, module: 4, layer: 10, block: 14
-        let tag = (self.purpose as u32) << 28 | self.module << 24 | self.layer << 14 | block;
-        philox(key(self.seed), [x, y, z, tag])
+        philox(key(self.seed), [x, y, z, self.tag() | block])
     }
 }
 

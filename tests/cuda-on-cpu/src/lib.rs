@@ -1,0 +1,303 @@
+//! A CUDA device made of a processor: the backend's launch layer, with the same
+//! `.cu` sources run as coroutines (`runtime/`), so that CI, which has no GPU,
+//! executes every kernel and all of the backend's host code.
+//!
+//! What a device would leave undefined is made loud: fresh memory is NaN, an
+//! argument of the wrong size or an address outside every buffer is an error, and a
+//! checked device also finds races in shared memory. What it cannot show is speed,
+//! and what the instructions behind `device.cuh`'s wrappers really do.
+
+use std::alloc::{Layout, alloc, dealloc};
+use std::collections::BTreeMap;
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use engine::cuda::{Address, Driver, Launch, Operand, Pending, Precision, Product};
+use engine::{Error, Result};
+use half::bf16;
+
+unsafe extern "C" {
+    fn cuda_on_cpu_launch(
+        name: *const c_char,
+        grid: *const u32,
+        block: *const u32,
+        shared_bytes: usize,
+        args: *mut *mut c_void,
+        sizes: *const usize,
+        arg_count: i32,
+        how: u32,
+        checked: bool,
+    ) -> *const c_char;
+    fn cuda_on_cpu_buffer(base: usize, size: usize);
+    fn cuda_on_cpu_free(base: usize);
+}
+
+/// In which order the threads of a block run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Order {
+    /// By their numbers.
+    Forward,
+    /// Backwards.
+    Reverse,
+    /// Another at each step.
+    Random,
+    /// The one that became ready last: a warp runs far ahead of the others.
+    Newest,
+}
+
+impl Order {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Forward, Self::Reverse, Self::Random, Self::Newest];
+}
+
+/// A device on the processor.
+pub struct Emulated {
+    order: Order,
+    checked: bool,
+    /// Live buffers: base → size.
+    buffers: Mutex<BTreeMap<Address, usize>>,
+}
+
+/// The runtime has one block under way at a time, in the whole process.
+fn runtime() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Buffers are aligned as the device's.
+fn layout(bytes: usize) -> Layout {
+    Layout::from_size_align(bytes, 256).expect("a buffer's size is sane")
+}
+
+fn wrong(problem: String) -> Error {
+    Error::Device {
+        problem,
+        remedy: "mend the kernel or its launch",
+    }
+}
+
+impl Emulated {
+    /// A device whose threads run in this order. A checked one looks at every
+    /// access, and takes about ten times as long.
+    pub fn new(order: Order, checked: bool) -> Self {
+        Self {
+            order,
+            checked,
+            buffers: Mutex::default(),
+        }
+    }
+
+    /// The memory of `bytes` at `address`, if it is inside a live buffer.
+    fn memory(&self, address: Address, bytes: usize) -> Result<*mut u8> {
+        let buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        let inside = buffers
+            .range(..=address)
+            .next_back()
+            .is_some_and(|(&base, &size)| address + bytes as u64 <= base + size as u64);
+        match inside {
+            true => Ok(address as usize as *mut u8),
+            false => Err(wrong(format!(
+                "{bytes} bytes at {address:#x} are in no buffer"
+            ))),
+        }
+    }
+
+    /// `[rows, cols]` elements from `address` on, rows `stride` apart, each widened.
+    fn gather<T: Copy>(
+        &self,
+        address: Address,
+        [rows, cols]: [usize; 2],
+        stride: usize,
+        widen: impl Fn(T) -> f32,
+    ) -> Result<Vec<f32>> {
+        let size = size_of::<T>();
+        let memory = self.memory(address, ((rows - 1) * stride + cols) * size)?;
+        let at = |i: usize| {
+            // SAFETY: inside the buffer that was just found, which the backend keeps
+            // for the time of the call; any bits are a number.
+            unsafe { memory.cast::<T>().add(i).read_unaligned() }
+        };
+        Ok((0..rows * cols)
+            .map(|i| widen(at(i / cols * stride + i % cols)))
+            .collect())
+    }
+
+    /// An operand in the shape of the product.
+    fn operand(&self, operand: &Operand, [rows, cols]: [usize; 2]) -> Result<Vec<f32>> {
+        if !operand.transposed {
+            return self.gather(operand.address, [rows, cols], operand.stride, bf16::to_f32);
+        }
+        let stored = self.gather(operand.address, [cols, rows], operand.stride, bf16::to_f32)?;
+        Ok((0..rows * cols)
+            .map(|i| stored[i % cols * rows + i / cols])
+            .collect())
+    }
+}
+
+impl Drop for Emulated {
+    fn drop(&mut self) {
+        let live = std::mem::take(
+            self.buffers
+                .get_mut()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        for base in live.into_keys().collect::<Vec<_>>() {
+            self.release(base);
+        }
+    }
+}
+
+struct Ready(Vec<u8>);
+
+impl Pending for Ready {
+    fn wait(self: Box<Self>) -> Result<Vec<u8>> {
+        Ok(self.0)
+    }
+}
+
+impl Driver for Emulated {
+    fn describe(&self) -> String {
+        format!(
+            "a CUDA device on the CPU, threads in order {:?}",
+            self.order
+        )
+    }
+
+    fn allocate(&self, what: &'static str, bytes: usize) -> Result<Address> {
+        let _running = runtime();
+        // SAFETY: the size is not zero.
+        let memory = unsafe { alloc(layout(bytes)) };
+        if memory.is_null() {
+            return Err(Error::OutOfMemory { what, bytes });
+        }
+        // SAFETY: fresh memory of this size. The bytes are NaN as floats, and as bf16.
+        unsafe { memory.write_bytes(0xff, bytes) };
+        // SAFETY: only notes the range.
+        unsafe { cuda_on_cpu_buffer(memory as usize, bytes) };
+        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        buffers.insert(memory as usize as Address, bytes);
+        Ok(memory as usize as Address)
+    }
+
+    fn release(&self, address: Address) {
+        let _running = runtime();
+        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(bytes) = buffers.remove(&address) {
+            // SAFETY: came from `allocate` with this size, and was in the list once.
+            unsafe {
+                cuda_on_cpu_free(address as usize);
+                dealloc(address as usize as *mut u8, layout(bytes));
+            }
+        }
+    }
+
+    fn zero(&self, at: Address, bytes: usize) -> Result<()> {
+        let memory = self.memory(at, bytes)?;
+        // SAFETY: inside a live buffer.
+        unsafe { memory.write_bytes(0, bytes) };
+        Ok(())
+    }
+
+    fn write(&self, bytes: &[u8], to: Address) -> Result<()> {
+        let memory = self.memory(to, bytes.len())?;
+        // SAFETY: inside a live buffer, which no slice of the host's overlaps.
+        unsafe { memory.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    fn read(&self, from: Address, bytes: usize) -> Result<Box<dyn Pending>> {
+        let memory = self.memory(from, bytes)?;
+        // SAFETY: inside a live buffer, whose bytes were all written when it was made.
+        let values = unsafe { std::slice::from_raw_parts(memory, bytes) };
+        Ok(Box::new(Ready(values.to_vec())))
+    }
+
+    fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        let name = CString::new(launch.kernel).expect("a kernel's name is text");
+        let mut args: Vec<_> = launch.args.iter().map(|a| a.as_ptr().cast_mut()).collect();
+        let sizes: Vec<_> = launch.args.iter().map(|a| a.size()).collect();
+        let _running = runtime();
+        // SAFETY: the pointers live through the call; the runtime compares the sizes
+        // with the kernel's, and a checked kernel stays inside the buffers.
+        let problem = unsafe {
+            cuda_on_cpu_launch(
+                name.as_ptr(),
+                launch.grid.as_ptr(),
+                [launch.block, 1, 1].as_ptr(),
+                launch.shared as usize,
+                args.as_mut_ptr(),
+                sizes.as_ptr(),
+                args.len() as i32,
+                self.order as u32,
+                self.checked,
+            )
+        };
+        if problem.is_null() {
+            return Ok(());
+        }
+        // SAFETY: a string that stays until the next launch, which the lock holds off.
+        let problem = unsafe { CStr::from_ptr(problem) };
+        Err(wrong(problem.to_string_lossy().into_owned()))
+    }
+
+    fn multiply(&self, product: &Product) -> Result<()> {
+        let [m, n, k] = product.size;
+        if m * n == 0 {
+            return Ok(());
+        }
+        let a = self.operand(&product.a, [m, k])?;
+        let b = self.operand(&product.b, [k, n])?;
+        let mut out = match (product.add, product.precision) {
+            (None, _) => vec![0.0; m * n],
+            (Some((at, stride)), Precision::F32) => self.gather(at, [m, n], stride, |x: f32| x)?,
+            (Some((at, stride)), Precision::Bf16) => {
+                self.gather(at, [m, n], stride, bf16::to_f32)?
+            }
+        };
+        // SAFETY: dense row-major matrices of the sizes that were just made.
+        unsafe {
+            gemm::gemm(
+                m,
+                n,
+                k,
+                out.as_mut_ptr(),
+                1,
+                n as isize,
+                product.add.is_some(),
+                a.as_ptr(),
+                1,
+                k as isize,
+                b.as_ptr(),
+                1,
+                n as isize,
+                1.0,
+                product.scale,
+                false,
+                false,
+                false,
+                gemm::Parallelism::None,
+            );
+        }
+        let (at, stride) = product.out;
+        let size = match product.precision {
+            Precision::F32 => size_of::<f32>(),
+            Precision::Bf16 => size_of::<bf16>(),
+        };
+        let memory = self.memory(at, ((m - 1) * stride + n) * size)?;
+        for (i, &value) in out.iter().enumerate() {
+            let at = i / n * stride + i % n;
+            // SAFETY: inside the live buffer that was just found.
+            unsafe {
+                match product.precision {
+                    Precision::F32 => memory.cast::<f32>().add(at).write_unaligned(value),
+                    Precision::Bf16 => {
+                        let value = bf16::from_f32(value);
+                        memory.cast::<bf16>().add(at).write_unaligned(value);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

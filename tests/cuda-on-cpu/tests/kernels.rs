@@ -1,0 +1,538 @@
+//! Every kernel against the CPU backend's operation, on random input and odd
+//! shapes. A check is one function over any backend; it runs on the CPU, then on a
+//! device per order of threads with poisoned memory, every access looked at; and
+//! on a GPU where there is one.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use engine::nf4::Nf4Tensor;
+use engine::{
+    AdamW, Adapter, Cache, Cpu, Dropout, Group, Heads, HostMatrix, LinearGrad, Member, QkNorms,
+    Ragged, Reading, Sampling, Stretch,
+};
+use half::bf16;
+use support::{Draw, Machine, compare};
+
+/// `‖out - reference‖ / ‖reference‖` of what is rounded to bf16 once or twice: one
+/// rounding is off by 2^-9 / √3 = 1.1e-3 in the mean.
+const BF16: f64 = 4e-3;
+
+/// Of sums in f32, in another order.
+const F32: f64 = 2e-6;
+
+/// A quantised matrix, with double quantisation or without.
+fn nf4(draw: &mut Draw, [rows, cols]: [usize; 2], nested: bool) -> HostMatrix {
+    let values = draw.vec(rows * cols);
+    HostMatrix::nf4(Nf4Tensor::quantize([rows, cols], &values, nested).unwrap())
+}
+
+#[test]
+fn embeddings_gather_and_scatter() {
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        let mut draw = Draw(1);
+        let (width, count) = (8 * 37, 5);
+        let table: Vec<_> = draw
+            .vec(11 * width)
+            .into_iter()
+            .map(bf16::from_f32)
+            .collect();
+        let table = b.upload_matrix(HostMatrix::bf16(11, width, table)).unwrap();
+        let ids = b.upload_ids(&[3, 10, 0, 3, 7]).unwrap();
+        let mut out = b.poisoned(count * width);
+        b.embed(&table, &ids, count, &mut out);
+        let index = b.upload_ids(&[4, 1]).unwrap();
+        let mut picked = b.poisoned(2 * width);
+        b.gather(&out, &index, [2, width], &mut picked);
+        let mut spread = b.poisoned(count * width);
+        b.scatter(&picked, &index, [2, count, width], &mut spread);
+        [(&out, count), (&picked, 2), (&spread, count)]
+            .map(|(x, rows)| b.read_act(x, rows * width).unwrap())
+            .into()
+    }
+    compare("embed, gather, scatter", 0.0, run(&Cpu), run);
+}
+
+#[test]
+fn rms_norm_and_its_gradient() {
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        let mut results = Vec::new();
+        for (tokens, width) in [(1, 8), (7, 8 * 37), (3, 4096)] {
+            let mut draw = Draw(width as u64);
+            let x = b.act(&draw.vec(tokens * width));
+            let dy = b.act(&draw.vec(tokens * width));
+            let w = b.upload_f32(&draw.vec(width)).unwrap();
+            let (mut out, mut rstd) = (b.poisoned(tokens * width), b.poisoned_f32(tokens));
+            b.rms_norm(&x, (&w, 1e-3), [tokens, width], &mut out, &mut rstd);
+            let mut dx = b.act(&draw.vec(tokens * width));
+            b.rms_norm_backward(&dy, (&x, &w, &rstd), [tokens, width], &mut dx);
+            results.push(b.read_act(&out, tokens * width).unwrap());
+            results.push(b.read_f32(&rstd, 0..tokens).wait().unwrap());
+            results.push(b.read_act(&dx, tokens * width).unwrap());
+        }
+        results
+    }
+    compare("rms_norm", BF16, run(&Cpu), run);
+}
+
+#[test]
+fn swiglu_and_its_gradient() {
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        let mut draw = Draw(3);
+        let (tokens, width) = (5, 8 * 53);
+        let gate_up: Vec<f32> = draw
+            .vec(tokens * 2 * width)
+            .iter()
+            .map(|x| x * 6.0)
+            .collect();
+        let (gate_up, d) = (b.act(&gate_up), b.act(&draw.vec(tokens * width)));
+        let (mut out, mut dgate_up) = (b.poisoned(tokens * width), b.poisoned(tokens * 2 * width));
+        b.swiglu(&gate_up, [tokens, width], &mut out);
+        b.swiglu_backward(&gate_up, &d, [tokens, width], &mut dgate_up);
+        vec![
+            b.read_act(&out, tokens * width).unwrap(),
+            b.read_act(&dgate_up, tokens * 2 * width).unwrap(),
+        ]
+    }
+    compare("swiglu", BF16, run(&Cpu), run);
+}
+
+/// Grouped heads of each width that there are kernels for.
+const HEADS: [Heads; 3] = [
+    Heads {
+        query: 6,
+        kv: 2,
+        dim: 32,
+    },
+    Heads {
+        query: 2,
+        kv: 2,
+        dim: 64,
+    },
+    Heads {
+        query: 4,
+        kv: 1,
+        dim: 128,
+    },
+];
+
+#[test]
+fn norm_and_rotation_of_queries_and_keys() {
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        let mut results = Vec::new();
+        for heads in HEADS {
+            let mut draw = Draw(heads.dim as u64);
+            let tokens = 7;
+            let angles: Vec<f32> = draw
+                .vec(20 * heads.dim / 2)
+                .iter()
+                .map(|x| x * 3.0)
+                .collect();
+            let rope = angles.chunks(heads.dim / 2).flat_map(|row| {
+                let cos = row.iter().map(|a| a.cos());
+                cos.chain(row.iter().map(|a| a.sin())).collect::<Vec<_>>()
+            });
+            let norms = [0, 1].map(|_| b.upload_f32(&draw.vec(heads.dim)).unwrap());
+            let rope = b.upload_f32(&rope.collect::<Vec<_>>()).unwrap();
+            let norms = QkNorms {
+                q_norm: &norms[0],
+                k_norm: &norms[1],
+                rope: &rope,
+                eps: 1e-3,
+            };
+            let positions = b.upload_ids(&[0, 1, 2, 19, 5, 5, 11]).unwrap();
+            let qkv = b.act(&draw.vec(tokens * heads.qkv()));
+            let count = tokens * (heads.query + heads.kv);
+            let (mut qk, mut rstd) = (b.poisoned(tokens * heads.qk()), b.poisoned_f32(count));
+            b.qk_norm_rope(heads, &norms, &positions, tokens, &qkv, &mut qk, &mut rstd);
+            let mut d = b.act(&draw.vec(tokens * heads.qkv()));
+            let saved = (&qkv, &rstd);
+            b.qk_norm_rope_backward(heads, &norms, &positions, tokens, saved, &mut d);
+            results.push(b.read_act(&qk, tokens * heads.qk()).unwrap());
+            results.push(b.read_f32(&rstd, 0..count).wait().unwrap());
+            results.push(b.read_act(&d, tokens * heads.qkv()).unwrap());
+        }
+        results
+    }
+    compare("qk_norm_rope", BF16, run(&Cpu), run);
+}
+
+/// Attention over rows of these lengths, and its gradient.
+fn attend<B: Machine>(b: &B, heads: Heads, lengths: &[usize]) -> Vec<Vec<f32>> {
+    let mut draw = Draw(heads.dim as u64 + 7);
+    let rows: Vec<_> = (0..).zip(lengths.iter().copied()).collect();
+    let rows = Ragged::new(b, &rows).unwrap();
+    let tokens = rows.tokens();
+    let scaled: Vec<f32> = draw
+        .vec(tokens * heads.qk())
+        .iter()
+        .map(|x| x * 2.0)
+        .collect();
+    let (qk, qkv) = (b.act(&scaled), b.act(&draw.vec(tokens * heads.qkv())));
+    let d = b.act(&draw.vec(tokens * heads.q()));
+    let (mut out, mut lse) = (
+        b.poisoned(tokens * heads.q()),
+        b.poisoned_f32(tokens * heads.query),
+    );
+    let mut dqkv = b.poisoned(tokens * heads.qkv());
+    let bytes = b.attention_scratch(heads, rows.longest());
+    let mut scratch = b.alloc_workspace(bytes).unwrap();
+    b.attention(heads, &rows, &qk, &qkv, &mut out, &mut lse, &mut scratch);
+    let saved = (&out, &lse);
+    b.attention_backward(
+        heads,
+        &rows,
+        (&qk, &qkv),
+        saved,
+        &d,
+        &mut dqkv,
+        &mut scratch,
+    );
+    vec![
+        b.read_act(&out, tokens * heads.q()).unwrap(),
+        b.read_f32(&lse, 0..tokens * heads.query).wait().unwrap(),
+        b.read_act(&dqkv, tokens * heads.qkv()).unwrap(),
+    ]
+}
+
+#[test]
+fn attention_of_narrow_heads() {
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        attend(b, HEADS[0], &[1, 67, 16, 130])
+    }
+    compare("attention, 32", 2.0 * BF16, run(&Cpu), run);
+}
+
+#[test]
+fn attention_of_middle_heads() {
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        attend(b, HEADS[1], &[3, 64, 65])
+    }
+    compare("attention, 64", 2.0 * BF16, run(&Cpu), run);
+}
+
+#[test]
+fn attention_of_wide_heads() {
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        attend(b, HEADS[2], &[40, 1, 70])
+    }
+    compare("attention, 128", 2.0 * BF16, run(&Cpu), run);
+}
+
+#[test]
+fn the_cache_and_attention_over_it() {
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        let mut results = Vec::new();
+        for heads in HEADS {
+            let mut draw = Draw(heads.dim as u64 + 9);
+            let cache = Cache {
+                slots: 3,
+                capacity: 9,
+            };
+            let len = cache.slots * cache.capacity * heads.k();
+            // What is not filled is noise that must not be read.
+            let (mut keys, mut values) = (b.act(&draw.vec(len)), b.act(&draw.vec(len)));
+            let mut out = b.poisoned(2 * heads.q());
+            let mut scratch = b.alloc_workspace(b.attention_scratch(heads, 9)).unwrap();
+            for (slots, positions) in [([2, 0], [0, 0]), ([0, 2], [1, 1]), ([2, 0], [6, 8])] {
+                let at = [slots, positions].map(|ids| b.upload_ids(&ids).unwrap());
+                let at = (&at[0], &at[1], 2);
+                let (qk, qkv) = (
+                    b.act(&draw.vec(2 * heads.qk())),
+                    b.act(&draw.vec(2 * heads.qkv())),
+                );
+                b.cache_append(heads, cache, at, &qk, &qkv, (&mut keys, &mut values));
+                let store = (&keys, &values);
+                b.cache_attention(heads, cache, at, &qk, store, &mut out, &mut scratch);
+                results.push(b.read_act(&out, 2 * heads.q()).unwrap());
+            }
+            results.push(b.read_act(&keys, len).unwrap());
+            results.push(b.read_act(&values, len).unwrap());
+        }
+        results
+    }
+    compare("cache", BF16, run(&Cpu), run);
+}
+
+/// A group's forward and backward; `kinds` says of each member whether it is
+/// quantised.
+fn group<B: Machine>(b: &B, kinds: &[Option<bool>], dropout: f32, residual: bool) -> Vec<Vec<f32>> {
+    let mut draw = Draw(kinds.len() as u64 + 20);
+    let inputs = 72;
+    let lengths = [(4, 9), (11, 6)];
+    let rows = Ragged::new(b, &lengths).unwrap();
+    let tokens = rows.tokens();
+    let outputs = [40, 24, 136];
+    let (mut weights, mut adapters, mut params) = (Vec::new(), Vec::new(), 0);
+    for (i, &kind) in kinds.iter().enumerate() {
+        let shape = [outputs[i], inputs];
+        let matrix = match kind {
+            Some(nested) => nf4(&mut draw, shape, nested),
+            None => {
+                let values = draw.vec(shape[0] * inputs).into_iter().map(bf16::from_f32);
+                HostMatrix::bf16(shape[0], inputs, values.collect())
+            }
+        };
+        weights.push(b.upload_matrix(matrix).unwrap());
+        let rank = [3, 8, 16][i];
+        // The middle one has no adapter where there are three.
+        adapters.push((i != 1).then(|| {
+            let a = params + 5;
+            let after = a + rank * inputs + 3;
+            params = after + shape[0] * rank;
+            Adapter {
+                rank,
+                scale: 1.5,
+                a,
+                b: after,
+                module: i as u32 + 2,
+            }
+        }));
+    }
+    let values: Vec<f32> = draw.vec(params).iter().map(|x| x * 0.5).collect();
+    // Representable, so that rounding the factors is no difference.
+    let values: Vec<f32> = values.iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
+    let factors = b.upload_f32(&values).unwrap();
+    let members: Vec<_> = weights
+        .iter()
+        .zip(&adapters)
+        .map(|(weight, &adapter)| Member { weight, adapter })
+        .collect();
+    let group = Group {
+        layer: 3,
+        members: &members,
+    };
+    let dropout = (dropout > 0.0).then_some(Dropout {
+        p: dropout,
+        seed: 77,
+        step: 5,
+        rows: &rows,
+    });
+    let width: usize = weights.iter().map(|w| b.shape(w)[0]).sum();
+    let x = b.act(&draw.vec(tokens * inputs));
+    let residual = residual.then(|| b.act(&draw.vec(tokens * width)));
+    let (mut out, mut xa) = (
+        b.poisoned(tokens * width),
+        b.poisoned(tokens * group.rank()),
+    );
+    let all: Vec<_> = weights.iter().collect();
+    let bytes = b.linear_scratch(&all, [tokens, group.rank()]);
+    let mut scratch = b.alloc_workspace(bytes).unwrap();
+    b.linear(
+        &group,
+        Some(&factors),
+        dropout,
+        (&x, tokens),
+        residual.as_ref(),
+        &mut out,
+        &mut xa,
+        &mut scratch,
+    );
+    let d = b.act(&draw.vec(tokens * width));
+    let mut dx = b.poisoned(tokens * inputs);
+    let mut grads = b.upload_f32(&draw.vec(params)).unwrap();
+    let want = LinearGrad {
+        dx: Some(&mut dx),
+        grads: Some(&mut grads),
+    };
+    b.linear_backward(
+        &group,
+        Some(&factors),
+        dropout,
+        (&x, tokens),
+        &xa,
+        &d,
+        want,
+        &mut scratch,
+    );
+    vec![
+        b.read_act(&out, tokens * width).unwrap(),
+        b.read_act(&xa, tokens * group.rank()).unwrap(),
+        b.read_act(&dx, tokens * inputs).unwrap(),
+        b.read_f32(&grads, 0..params).wait().unwrap(),
+    ]
+}
+
+#[test]
+fn products_of_a_quantised_group() {
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        group(b, &[Some(true), Some(false), Some(true)], 0.0, false)
+    }
+    compare("linear, NF4", 2.0 * BF16, run(&Cpu), run);
+}
+
+#[test]
+fn products_with_dropout_and_residual() {
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        group(b, &[Some(true)], 0.3, true)
+    }
+    compare("linear, dropout", 2.0 * BF16, run(&Cpu), run);
+}
+
+#[test]
+fn products_of_a_mixed_group_with_dropout() {
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        group(b, &[Some(true), None, Some(true)], 0.1, false)
+    }
+    compare("linear, mixed", 2.0 * BF16, run(&Cpu), run);
+}
+
+#[test]
+fn decoding_is_the_rounded_value() {
+    // With one-hot rows a product hands out the weights themselves.
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        let mut results = Vec::new();
+        for nested in [false, true] {
+            let (rows, cols) = (9, 8 * 41);
+            let matrix = nf4(&mut Draw(5), [rows, cols], nested);
+            let weight = b.upload_matrix(matrix).unwrap();
+            let one: Vec<f32> = (0..cols * cols)
+                .map(|i| f32::from(u8::from(i / cols == i % cols)))
+                .collect();
+            let members = [Member {
+                weight: &weight,
+                adapter: None,
+            }];
+            let group = Group {
+                layer: 0,
+                members: &members,
+            };
+            let (x, mut out, mut xa) = (b.act(&one), b.poisoned(cols * rows), b.poisoned(0));
+            let bytes = b.linear_scratch(&[&weight], [cols, 0]);
+            let mut scratch = b.alloc_workspace(bytes).unwrap();
+            b.linear(
+                &group,
+                None,
+                None,
+                (&x, cols),
+                None,
+                &mut out,
+                &mut xa,
+                &mut scratch,
+            );
+            let values = b.read_act(&out, cols * rows).unwrap();
+            results.push(values.iter().map(|&v| bf16::from_f32(v).to_f32()).collect());
+        }
+        results
+    }
+    compare("nf4_decode", 0.0, run(&Cpu), run);
+}
+
+#[test]
+fn loss_logits_and_their_gradient() {
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        let mut results = Vec::new();
+        let (rows, vocabulary, width) = (5, 1000, 72);
+        for quantised in [false, true] {
+            let mut draw = Draw(31);
+            let head = match quantised {
+                true => nf4(&mut draw, [vocabulary, width], true),
+                false => {
+                    let values = draw.vec(vocabulary * width).into_iter().map(bf16::from_f32);
+                    HostMatrix::bf16(vocabulary, width, values.collect())
+                }
+            };
+            let head = b.upload_matrix(head).unwrap();
+            let hidden = b.act(&draw.vec(rows * width));
+            let targets = b.upload_ids(&draw.ids(rows, vocabulary as u64)).unwrap();
+            let mut scratch = b.alloc_workspace(b.head_scratch(&head, rows)).unwrap();
+            let (mut nll, mut d) = (b.poisoned_f32(rows), b.poisoned(rows * width));
+            let inputs = (&hidden, &targets, rows);
+            b.head_loss(&head, inputs, &mut nll, Some((&mut d, 0.25)), &mut scratch);
+            let mut logits = b.poisoned_f32(rows * vocabulary);
+            b.logits(&head, (&hidden, rows), &mut logits, &mut scratch);
+            results.push(b.read_f32(&nll, 0..rows).wait().unwrap());
+            results.push(b.read_act(&d, rows * width).unwrap());
+            results.push(b.read_f32(&logits, 0..rows * vocabulary).wait().unwrap());
+        }
+        results
+    }
+    compare("head_loss", BF16, run(&Cpu), run);
+}
+
+#[test]
+fn norm_and_adamw() {
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        let mut draw = Draw(41);
+        let len = 3001;
+        let grads = b.upload_f32(&draw.vec(len)).unwrap();
+        let mut params = b.upload_f32(&draw.vec(len)).unwrap();
+        let mut m = b.upload_f32(&draw.vec(len)).unwrap();
+        let squares: Vec<f32> = draw.vec(len).iter().map(|x| x * x).collect();
+        let mut v = b.upload_f32(&squares).unwrap();
+        let mut norm = b.poisoned_f32(1);
+        b.global_norm(&grads, len, &mut norm);
+        let mut results = vec![b.read_f32(&norm, 0..1).wait().unwrap()];
+        for max_norm in [Some(1.0), None] {
+            let settings = AdamW {
+                beta1: 0.9,
+                beta2: 0.999,
+                eps: 1e-8,
+                step: 3,
+                max_norm,
+            };
+            let stretches = [
+                Stretch {
+                    range: 0..1000,
+                    lr: 1e-2,
+                    decay: 0.1,
+                },
+                Stretch {
+                    range: 1000..len,
+                    lr: 3e-3,
+                    decay: 0.0,
+                },
+            ];
+            let moments = (&mut m, &mut v);
+            b.adamw(&settings, &stretches, (&grads, &norm), &mut params, moments);
+            for buffer in [&params, &m, &v] {
+                results.push(b.read_f32(buffer, 0..len).wait().unwrap());
+            }
+        }
+        results
+    }
+    compare("adamw", F32, run(&Cpu), run);
+}
+
+#[test]
+fn sampling_chooses_the_same_tokens() {
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        let (rows, width) = (12, 777);
+        let mut draw = Draw(51);
+        // In steps, so that many are equal: ties go to the lower id.
+        let logits: Vec<f32> = draw
+            .vec(rows * width)
+            .iter()
+            .map(|x| (x * 40.0).round() / 8.0)
+            .collect();
+        let logits = b.upload_f32(&logits).unwrap();
+        let items = b
+            .upload_ids(&(0..rows as u32).map(|i| i / 2).collect::<Vec<_>>())
+            .unwrap();
+        let positions = b.upload_ids(&(0..rows as u32).collect::<Vec<_>>()).unwrap();
+        let mut out = b.upload_ids(&vec![u32::MAX; rows]).unwrap();
+        let mut scratch = b.alloc_workspace(2 * rows * width * 4).unwrap();
+        let mut results = Vec::new();
+        for (temperature, top_k, top_p) in [
+            (0.0, 0, 1.0),
+            (1.0, 0, 1.0),
+            (0.7, 20, 0.8),
+            (1.5, 3, 1.0),
+            (2.0, 0, 0.5),
+            (1.0, 5000, 1e-6),
+        ] {
+            let how = Sampling {
+                temperature,
+                top_k,
+                top_p,
+                seed: 9,
+            };
+            let keys = (&items, &positions);
+            b.sample(&how, (&logits, [rows, width]), keys, &mut out, &mut scratch);
+            let chosen = b.read_ids(&out, rows).unwrap();
+            results.push(chosen.into_iter().map(|id| id as f32).collect());
+        }
+        results
+    }
+    compare("sample", 0.0, run(&Cpu), run);
+}

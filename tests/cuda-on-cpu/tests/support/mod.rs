@@ -1,0 +1,116 @@
+//! Running one check on several machines.
+
+use cuda_on_cpu::{Emulated, Order};
+use engine::cuda::Nvidia;
+use engine::{Backend, Cpu, Cuda};
+use half::bf16;
+
+/// Random values: SplitMix64, uniform in ±1.
+pub struct Draw(pub u64);
+
+impl Draw {
+    fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    pub fn vec(&mut self, len: usize) -> Vec<f32> {
+        let one = |_| (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0;
+        (0..len).map(one).collect()
+    }
+
+    pub fn ids(&mut self, len: usize, below: u64) -> Vec<u32> {
+        (0..len).map(|_| (self.bits() % below) as u32).collect()
+    }
+}
+
+/// A backend that takes activations from the host, rounded to bf16.
+pub trait Machine: Backend {
+    fn act(&self, values: &[f32]) -> Self::Act;
+
+    /// Memory that shows if it is read, or not written.
+    fn poisoned(&self, len: usize) -> Self::Act {
+        self.act(&vec![f32::NAN; len])
+    }
+
+    fn poisoned_f32(&self, len: usize) -> Self::F32 {
+        self.upload_f32(&vec![f32::NAN; len]).unwrap()
+    }
+}
+
+impl Machine for Cpu {
+    fn act(&self, values: &[f32]) -> Vec<f32> {
+        values.iter().map(|&v| bf16::from_f32(v).to_f32()).collect()
+    }
+}
+
+impl Machine for Cuda {
+    fn act(&self, values: &[f32]) -> Self::Act {
+        self.upload_act(values).unwrap()
+    }
+}
+
+/// A device of the tests, whose every access is looked at.
+pub fn emulated(order: Order) -> Cuda {
+    Cuda::new(Box::new(Emulated::new(order, true))).unwrap()
+}
+
+/// The GPU, if this machine has one.
+pub fn gpu() -> Option<Cuda> {
+    let found = Nvidia::count().is_ok_and(|count| count > 0);
+    found.then(|| Cuda::new(Box::new(Nvidia::open(0).unwrap())).unwrap())
+}
+
+/// `‖got - want‖ / ‖want‖`; infinite where anything is NaN.
+pub fn distance(got: &[f32], want: &[f32]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let square = |x: f64| x * x;
+    let pairs = || {
+        got.iter()
+            .zip(want)
+            .map(|(&g, &w)| (f64::from(g), f64::from(w)))
+    };
+    let off: f64 = pairs().map(|(g, w)| square(g - w)).sum();
+    let size: f64 = pairs().map(|(_, w)| square(w)).sum();
+    match off {
+        0.0 => 0.0,
+        _ if off.is_nan() => f64::INFINITY,
+        _ => (off / size).sqrt(),
+    }
+}
+
+/// Runs a check on a device per order of threads, and on the GPU if there is one.
+/// Its results must be within `limit` of the reference, and on the CPU the same
+/// bits whatever the order.
+pub fn compare(
+    name: &str,
+    limit: f64,
+    reference: Vec<Vec<f32>>,
+    run: impl Fn(&Cuda) -> Vec<Vec<f32>>,
+) {
+    let check = |device: &Cuda| -> Vec<Vec<f32>> {
+        let results = run(device);
+        assert_eq!(results.len(), reference.len(), "{name}");
+        for (i, (got, want)) in results.iter().zip(&reference).enumerate() {
+            let off = distance(got, want);
+            println!("{name}, result {i}, {}: {off:.1e}", device.describe());
+            assert!(
+                off <= limit,
+                "{name}, result {i}, {}: {off:e}",
+                device.describe()
+            );
+        }
+        results
+    };
+    let first = check(&emulated(Order::Forward));
+    for order in [Order::Reverse, Order::Random, Order::Newest] {
+        assert!(
+            check(&emulated(order)) == first,
+            "{name} depends on the order of threads: {order:?}"
+        );
+    }
+    gpu().iter().for_each(|gpu| drop(check(gpu)));
+}

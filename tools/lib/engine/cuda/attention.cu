@@ -1,0 +1,379 @@
+// Causal attention inside packed rows, and over the cache.
+//
+// A block of four warps owns 64 queries (or, for the gradients of keys and
+// values, 64 keys) of one row and head, and walks over the tiles of 64 that
+// these meet; a warp owns 16 of the 64. Scores live in registers only, in the
+// order in which the tensor cores leave them (`multiply` in device.cuh). After
+// Dao, "FlashAttention-2", arXiv 2307.08691; without its atomics: dQ and dK, dV
+// are two kernels, each of which recomputes the scores.
+
+constexpr int TILE = 64;
+constexpr int THREADS = 128;
+
+// The padding moves each row by four banks: no two rows of a matrix collide.
+template <int D> struct Tile {
+  bf16 row[TILE][D + 8];
+};
+
+// Where a head's rows lie: row i at `base + i · stride`.
+struct Rows {
+  const bf16 *base;
+  size_t stride;
+};
+
+// Starts loading rows from..from+64; those beyond `count` become zero.
+template <int D> DEVICE void load_tile(Tile<D> &tile, Rows rows, int from, int count) {
+  for (int i = threadIdx.x; i < TILE * D / 8; i += THREADS) {
+    const int r = i / (D / 8), column = i % (D / 8) * 8;
+    const bool valid = from + r < count;
+    copy_async(&tile.row[r][column], rows.base + (valid ? from + r : 0) * rows.stride + column, valid);
+  }
+}
+
+// acc [16, 64] = x[first..first+16] · yᵀ
+template <int D>
+DEVICE void scores(float (&acc)[8][4], const Tile<D> &x, int first, const Tile<D> &y) {
+  for (int n = 0; n < 8; n++)
+    for (int e = 0; e < 4; e++) acc[n][e] = 0;
+#pragma unroll
+  for (int k = 0; k < D; k += 16) {
+    u32 a[4];
+    load_matrices(a, &x.row[first + lane() % 16][k + lane() / 16 * 8]);
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      u32 b[4];
+      load_matrices(b, &y.row[n * 16 + lane() % 8 + lane() / 16 * 8][k + lane() / 8 % 2 * 8]);
+      multiply(acc[2 * n], a, b[0], b[1]);
+      multiply(acc[2 * n + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// acc [16, D] += p [16, 64] · y, with p rounded to bf16
+template <int D>
+DEVICE void accumulate(float (&acc)[D / 8][4], const float (&p)[8][4], const Tile<D> &y) {
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+    const u32 a[4] = {pack(p[2 * k][0], p[2 * k][1]), pack(p[2 * k][2], p[2 * k][3]),
+                      pack(p[2 * k + 1][0], p[2 * k + 1][1]), pack(p[2 * k + 1][2], p[2 * k + 1][3])};
+#pragma unroll
+    for (int n = 0; n < D / 16; n++) {
+      u32 b[4];
+      load_matrices_transposed(b, &y.row[k * 16 + lane() % 16][n * 16 + lane() / 16 * 8]);
+      multiply(acc[2 * n], a, b[0], b[1]);
+      multiply(acc[2 * n + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// Row (of the warp's 16) and column (of the tile's 64) of element e of acc[n].
+DEVICE int row_of(int e) { return lane() / 4 + e / 2 * 8; }
+DEVICE int column_of(int n, int e) { return n * 8 + lane() % 4 * 2 + e % 2; }
+
+// Rows of acc [16, D], times a factor of their own, to out + row · stride.
+template <int D>
+DEVICE void store_rows(bf16 *out, size_t stride, int first, int count, const float (&acc)[D / 8][4],
+                       float upper, float lower) {
+  for (int half = 0; half < 2; half++) {
+    const int r = first + row_of(2 * half);
+    const float by = half ? lower : upper;
+    if (r >= count) continue;
+#pragma unroll
+    for (int n = 0; n < D / 8; n++)
+      *reinterpret_cast<u32 *>(out + r * stride + column_of(n, 0)) =
+          pack(acc[n][2 * half] * by, acc[n][2 * half + 1] * by);
+  }
+}
+
+// The four lanes that hold a row of scores.
+DEVICE float quad_max(float x) {
+  x = fmaxf(x, shuffle_xor(x, 1));
+  return fmaxf(x, shuffle_xor(x, 2));
+}
+DEVICE float quad_sum(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+
+// One head of one packed row, with the layouts of the `Backend` trait:
+// qk [tokens, q + k], qkv and dqkv [tokens, q + 2k], out and dout [tokens, q].
+struct Head {
+  int start, count;
+  u32 query, kv;
+
+  DEVICE_MEMBER Head(const u32 *bounds, u32 query, u32 kv)
+      : start(bounds[blockIdx.x]), count(bounds[blockIdx.x + 1] - start), query(query), kv(kv) {}
+  template <int D> DEVICE_MEMBER Rows q(const bf16 *qk, u32 head) const {
+    const size_t stride = (size_t)(query + kv) * D;
+    return Rows{qk + start * stride + head * D, stride};
+  }
+  template <int D> DEVICE_MEMBER Rows k(const bf16 *qk, u32 kv_head) const {
+    return q<D>(qk, query + kv_head);
+  }
+  template <int D> DEVICE_MEMBER Rows v(const bf16 *qkv, u32 kv_head) const {
+    const size_t stride = (size_t)(query + 2 * kv) * D;
+    return Rows{qkv + start * stride + (query + kv + kv_head) * D, stride};
+  }
+  template <int D> DEVICE_MEMBER Rows o(const bf16 *out, u32 head) const {
+    const size_t stride = (size_t)query * D;
+    return Rows{out + start * stride + head * D, stride};
+  }
+  // Of a token's softmax denominators.
+  DEVICE_MEMBER size_t lse(int token, u32 head) const {
+    return (size_t)(start + token) * query + head;
+  }
+};
+
+// Grid [rows, query heads, tiles of the longest row].
+template <int D>
+DEVICE void attention(const bf16 *qk, const bf16 *qkv, const u32 *bounds, u32 query, u32 kv,
+                      float scale, bf16 *out, float *lse) {
+  DYNAMIC_SHARED(Tile<D>, tiles); // queries; two each of keys and values
+  Tile<D> &q_tile = tiles[0];
+  const Head head(bounds, query, kv);
+  const int from = blockIdx.z * TILE, count = head.count;
+  if (from >= count) return;
+  const u32 h = blockIdx.y, kv_head = h * kv / query;
+  const Rows q = head.q<D>(qk, h), k = head.k<D>(qk, kv_head), v = head.v<D>(qkv, kv_head);
+  const int first = warp() * 16, last = blockIdx.z;
+
+  load_tile(q_tile, q, from, count);
+  load_tile(tiles[1], k, 0, count);
+  load_tile(tiles[2], v, 0, count);
+  copy_commit();
+  float acc[D / 8][4] = {}, top[2] = {-infinity(), -infinity()}, sum[2] = {0, 0};
+  for (int j = 0; j <= last; j++) {
+    const Tile<D> &keys = tiles[1 + j % 2 * 2], &values = tiles[2 + j % 2 * 2];
+    if (j < last) {
+      load_tile(tiles[3 - j % 2 * 2], k, (j + 1) * TILE, count);
+      load_tile(tiles[4 - j % 2 * 2], v, (j + 1) * TILE, count);
+    }
+    copy_commit(); // an empty group at the end keeps the count
+    copy_wait<1>();
+    sync_block();
+    float s[8][4];
+    scores(s, q_tile, first, keys);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      // A row always sees the first key, so `most` is finite from there on.
+      const int token = from + first + row_of(2 * half);
+      float most = top[half];
+#pragma unroll
+      for (int n = 0; n < 8; n++)
+        for (int e = 2 * half; e < 2 * half + 2; e++) {
+          s[n][e] = j * TILE + column_of(n, e) <= token ? s[n][e] * scale : -infinity();
+          most = fmaxf(most, s[n][e]);
+        }
+      most = quad_max(most);
+      const float fade = fast_exp(top[half] - most);
+      float total = 0;
+#pragma unroll
+      for (int n = 0; n < 8; n++)
+        for (int e = 2 * half; e < 2 * half + 2; e++) {
+          s[n][e] = fast_exp(s[n][e] - most);
+          total += s[n][e];
+        }
+      top[half] = most;
+      sum[half] = sum[half] * fade + quad_sum(total);
+#pragma unroll
+      for (int n = 0; n < D / 8; n++)
+        for (int e = 2 * half; e < 2 * half + 2; e++) acc[n][e] *= fade;
+    }
+    accumulate(acc, s, values);
+    sync_block(); // these tiles are loaded over next
+  }
+  copy_wait<0>();
+  const size_t stride = (size_t)query * D;
+  store_rows<D>(out + head.start * stride + h * D, stride, from + first, count, acc, 1.0f / sum[0],
+                1.0f / sum[1]);
+  for (int half = 0; half < 2; half++) {
+    const int token = from + first + row_of(2 * half);
+    if (lane() % 4 == 0 && token < count) lse[head.lse(token, h)] = top[half] + logf(sum[half]);
+  }
+}
+
+// `delta[i] = dout · out` and the denominators of 64 queries, to shared memory;
+// two threads a query, from rows that are on their way to a tile anyway.
+template <int D>
+DEVICE void load_statistics(const Head &head, u32 h, Rows o, Rows d, const float *lse, int from,
+                            float *delta, float *denominator) {
+  const int token = from + threadIdx.x / 2;
+  float sum = 0;
+  if (token < head.count)
+    for (int i = threadIdx.x % 2 * 8; i < D; i += 16) {
+      const Eight a = load8(o.base + token * o.stride + i), b = load8(d.base + token * d.stride + i);
+      for (int e = 0; e < 8; e++) sum += a.x[e] * b.x[e];
+    }
+  sum += shuffle_xor(sum, 1);
+  if (threadIdx.x % 2) return;
+  delta[threadIdx.x / 2] = sum;
+  denominator[threadIdx.x / 2] = token < head.count ? lse[head.lse(token, h)] : 0;
+}
+
+// dQ. Grid as forward's.
+template <int D>
+DEVICE void attention_backward_q(const bf16 *qk, const bf16 *qkv, const bf16 *out, const float *lse,
+                                 const bf16 *dout, const u32 *bounds, u32 query, u32 kv, float scale,
+                                 bf16 *dqkv) {
+  DYNAMIC_SHARED(Tile<D>, tiles);
+  SHARED(float, delta, TILE);
+  SHARED(float, denominator, TILE);
+  const Head head(bounds, query, kv);
+  const int from = blockIdx.z * TILE, count = head.count;
+  if (from >= count) return;
+  const u32 h = blockIdx.y, kv_head = h * kv / query;
+  const Rows q = head.q<D>(qk, h), k = head.k<D>(qk, kv_head), v = head.v<D>(qkv, kv_head);
+  const Rows o = head.o<D>(out, h), d = head.o<D>(dout, h);
+  const int first = warp() * 16;
+
+  load_tile(tiles[0], q, from, count);
+  load_tile(tiles[1], d, from, count);
+  load_statistics<D>(head, h, o, d, lse, from, delta, denominator);
+  float acc[D / 8][4] = {};
+  for (int j = 0; j <= (int)blockIdx.z; j++) {
+    sync_block(); // the last tiles have been read
+    load_tile(tiles[2], k, j * TILE, count);
+    load_tile(tiles[3], v, j * TILE, count);
+    copy_commit();
+    copy_wait<0>();
+    sync_block();
+    float s[8][4], ds[8][4];
+    scores(s, tiles[0], first, tiles[2]);
+    scores(ds, tiles[1], first, tiles[3]);
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+      for (int e = 0; e < 4; e++) {
+        const int r = first + row_of(e);
+        const bool seen = j * TILE + column_of(n, e) <= from + r;
+        const float p = seen ? fast_exp(s[n][e] * scale - denominator[r]) : 0.0f;
+        ds[n][e] = p * (ds[n][e] - delta[r]);
+      }
+    accumulate(acc, ds, tiles[2]);
+  }
+  const size_t stride = (size_t)(query + 2 * kv) * D;
+  store_rows<D>(dqkv + head.start * stride + h * D, stride, from + first, count, acc, scale, scale);
+}
+
+// dK and dV. Grid [rows, key/value heads, tiles of the longest row]: a block sums
+// over the query heads that its keys serve, in their order.
+template <int D>
+DEVICE void attention_backward_kv(const bf16 *qk, const bf16 *qkv, const bf16 *out,
+                                  const float *lse, const bf16 *dout, const u32 *bounds, u32 query,
+                                  u32 kv, float scale, bf16 *dqkv) {
+  DYNAMIC_SHARED(Tile<D>, tiles);
+  SHARED(float, delta, TILE);
+  SHARED(float, denominator, TILE);
+  const Head head(bounds, query, kv);
+  const int from = blockIdx.z * TILE, count = head.count;
+  if (from >= count) return;
+  const u32 kv_head = blockIdx.y, per_kv = query / kv;
+  const int first = warp() * 16;
+
+  load_tile(tiles[0], head.k<D>(qk, kv_head), from, count);
+  load_tile(tiles[1], head.v<D>(qkv, kv_head), from, count);
+  float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+  for (u32 h = kv_head * per_kv; h < (kv_head + 1) * per_kv; h++) {
+    const Rows q = head.q<D>(qk, h), o = head.o<D>(out, h), d = head.o<D>(dout, h);
+    for (int queries = from; queries < count; queries += TILE) {
+      sync_block(); // the last tiles and statistics have been read
+      load_tile(tiles[2], q, queries, count);
+      load_tile(tiles[3], d, queries, count);
+      copy_commit();
+      load_statistics<D>(head, h, o, d, lse, queries, delta, denominator);
+      copy_wait<0>();
+      sync_block();
+      // Transposed: a row is a key, a column a query.
+      float p[8][4], ds[8][4];
+      scores(p, tiles[0], first, tiles[2]);
+#pragma unroll
+      for (int n = 0; n < 8; n++)
+        for (int e = 0; e < 4; e++) {
+          const int c = column_of(n, e), token = queries + c;
+          const bool seen = from + first + row_of(e) <= token && token < count;
+          p[n][e] = seen ? fast_exp(p[n][e] * scale - denominator[c]) : 0.0f;
+        }
+      accumulate(dv, p, tiles[3]);
+      scores(ds, tiles[1], first, tiles[3]);
+#pragma unroll
+      for (int n = 0; n < 8; n++)
+        for (int e = 0; e < 4; e++) ds[n][e] = p[n][e] * (ds[n][e] - delta[column_of(n, e)]);
+      accumulate(dk, ds, tiles[2]);
+    }
+  }
+  const size_t stride = (size_t)(query + 2 * kv) * D;
+  bf16 *to = dqkv + head.start * stride;
+  store_rows<D>(to + (query + kv_head) * D, stride, from + first, count, dk, scale, scale);
+  store_rows<D>(to + (query + kv + kv_head) * D, stride, from + first, count, dv, 1.0f, 1.0f);
+}
+
+#define ATTENTION(D)                                                                               \
+  KERNEL(THREADS)                                                                                  \
+  attention_##D(const bf16 *qk, const bf16 *qkv, const u32 *bounds, u32 query, u32 kv,             \
+                float scale, bf16 *out, float *lse) {                                              \
+    attention<D>(qk, qkv, bounds, query, kv, scale, out, lse);                                     \
+  }                                                                                                \
+  EXPORT(attention_##D)                                                                            \
+  KERNEL(THREADS)                                                                                  \
+  attention_backward_q_##D(const bf16 *qk, const bf16 *qkv, const bf16 *out, const float *lse,     \
+                           const bf16 *dout, const u32 *bounds, u32 query, u32 kv, float scale,    \
+                           bf16 *dqkv) {                                                           \
+    attention_backward_q<D>(qk, qkv, out, lse, dout, bounds, query, kv, scale, dqkv);              \
+  }                                                                                                \
+  EXPORT(attention_backward_q_##D)                                                                 \
+  KERNEL(THREADS)                                                                                  \
+  attention_backward_kv_##D(const bf16 *qk, const bf16 *qkv, const bf16 *out, const float *lse,    \
+                            const bf16 *dout, const u32 *bounds, u32 query, u32 kv, float scale,   \
+                            bf16 *dqkv) {                                                          \
+    attention_backward_kv<D>(qk, qkv, out, lse, dout, bounds, query, kv, scale, dqkv);             \
+  }                                                                                                \
+  EXPORT(attention_backward_kv_##D)
+
+ATTENTION(32)
+ATTENTION(64)
+ATTENTION(128)
+
+// One query over its slot's cached positions 0..=positions[t]. Grid [tokens,
+// query heads], four warps: each takes every fourth position and keeps a softmax
+// of its own; at the end they are put together. dim ≤ 128, a multiple of 32.
+KERNEL(THREADS)
+cache_attention(const bf16 *__restrict__ qk, const bf16 *__restrict__ keys,
+                const bf16 *__restrict__ values, const u32 *__restrict__ slots,
+                const u32 *__restrict__ positions, u32 query, u32 kv, u32 dim, u32 capacity,
+                float scale, bf16 *__restrict__ out) {
+  SHARED(float, tops, 4);
+  SHARED(float, sums, 4);
+  SHARED(float, parts, 4 * 128);
+  const size_t t = blockIdx.x;
+  const u32 h = blockIdx.y, kv_head = h * kv / query, per_lane = dim / 32, w = warp();
+  const bf16 *q = qk + (t * (query + kv) + h) * dim;
+  const size_t base = ((size_t)slots[t] * capacity * kv + kv_head) * dim;
+  float own[4], acc[4] = {0, 0, 0, 0}, top = -infinity(), sum = 0;
+  for (u32 i = 0; i < per_lane; i++) own[i] = widen(q[lane() + 32 * i].bits) * scale;
+  for (u32 p = w; p <= positions[t]; p += 4) {
+    const size_t at = base + (size_t)p * kv * dim;
+    float score = 0;
+    for (u32 i = 0; i < per_lane; i++) score += own[i] * widen(keys[at + lane() + 32 * i].bits);
+    score = warp_sum(score);
+    const float most = fmaxf(top, score), fade = fast_exp(top - most), weight = fast_exp(score - most);
+    for (u32 i = 0; i < per_lane; i++)
+      acc[i] = acc[i] * fade + weight * widen(values[at + lane() + 32 * i].bits);
+    sum = sum * fade + weight;
+    top = most;
+  }
+  if (lane() == 0) {
+    tops[w] = top;
+    sums[w] = sum;
+  }
+  for (u32 i = 0; i < per_lane; i++) parts[w * 128 + lane() + 32 * i] = acc[i];
+  sync_block();
+  const float most = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
+  if (threadIdx.x >= dim) return;
+  float total = 0, value = 0;
+  for (int i = 0; i < 4; i++) {
+    const float by = fast_exp(tops[i] - most);
+    total += by * sums[i];
+    value += by * parts[i * 128 + threadIdx.x];
+  }
+  out[(t * query + h) * dim + threadIdx.x] = narrow(value / total);
+}
+EXPORT(cache_attention)

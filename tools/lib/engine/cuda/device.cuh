@@ -1,0 +1,161 @@
+// What a kernel may use of the machine: one wrapper for each instruction that
+// C++ has no word for, and the names in which CUDA and g++ differ. Under a CUDA
+// compiler (nvcc or NVRTC, no header of either is needed) these are the
+// instructions; under g++ the same names come from tests/cuda-on-cpu/runtime,
+// which runs a block's threads as coroutines. Rules that keep both sides true:
+// inline assembly only in this file; shared memory only through SHARED and
+// DYNAMIC_SHARED; warp collectives by all 32 lanes.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// A bfloat16: the upper half of a float.
+struct bf16 {
+  u16 bits;
+};
+
+#ifdef __CUDACC__
+
+#define DEVICE static __device__ __forceinline__
+#define DEVICE_MEMBER __device__ __forceinline__
+#define CONSTANT static __constant__ const
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define EXPORT(kernel)
+#define SHARED(T, name, n) __shared__ T name[n]
+#define DYNAMIC_SHARED(T, name) T *name = reinterpret_cast<T *>(dynamic_shared)
+extern __shared__ uint4 dynamic_shared[];
+
+DEVICE u32 multiply_high(u32 a, u32 b) { return __umulhi(a, b); }
+
+// Products and sums that must not be contracted, where bits have to match.
+DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
+
+DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
+DEVICE u32 as_bits(float x) { return __float_as_uint(x); }
+
+// Two floats to bf16, round to nearest even, the first in the low half.
+DEVICE u32 pack(float low, float high) {
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+// By the special-function unit, good to about 2^-21: for what is rounded to bf16.
+DEVICE float fast_exp(float x) { return __expf(x); }
+
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE float shuffle_xor(float x, int lane_mask) { return __shfl_xor_sync(~0u, x, lane_mask); }
+DEVICE double shuffle_xor(double x, int lane_mask) { return __shfl_xor_sync(~0u, x, lane_mask); }
+DEVICE u32 shuffle_xor(u32 x, int lane_mask) { return __shfl_xor_sync(~0u, x, lane_mask); }
+DEVICE u64 shuffle_xor(u64 x, int lane_mask) { return __shfl_xor_sync(~0u, x, lane_mask); }
+DEVICE void atomic_add(u64 *p, u64 x) { atomicAdd(p, x); }
+
+DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Four 8×8 matrices of 16-bit values from shared memory: lane 8i + r points to
+// row r of matrix i, 16 bytes aligned to 16; lane l receives, of each matrix,
+// columns 2(l % 4) and + 1 of row l / 4 (transposed: of column l / 4).
+DEVICE void load_matrices(u32 (&r)[4], const void *p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(p))
+               : "memory");
+}
+DEVICE void load_matrices_transposed(u32 (&r)[4], const void *p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(p))
+               : "memory");
+}
+
+// acc [16, 8] += a [16, 16] · b [16, 8]. With g = lane / 4 and c = 2 (lane % 4):
+// a: (g, c), (g + 8, c), (g, c + 8), (g + 8, c + 8); b: (c, g), (c + 8, g), two
+// consecutive values in each; acc: (g, c), (g, c + 1), (g + 8, c), (g + 8, c + 1).
+DEVICE void multiply(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Sixteen bytes from global to shared memory, in the background; zeros where not
+// `valid`. They have arrived when the thread has waited, and for the block's
+// other threads after a barrier.
+DEVICE void copy_async(void *to, const void *from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+               "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
+}
+DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most N of the groups committed last are still under way.
+template <int N> DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+#else
+#include "runtime.h"
+#endif
+
+DEVICE float widen(u16 bits) { return as_float((u32)bits << 16); }
+DEVICE float low(u32 pair) { return as_float(pair << 16); }
+DEVICE float high(u32 pair) { return as_float(pair & 0xffff0000u); }
+DEVICE bf16 narrow(float x) { return bf16{(u16)pack(x, 0.0f)}; }
+
+// Eight activations at once: every row is a multiple of eight wide, so that they
+// travel as one 16-byte access.
+struct Eight {
+  float x[8];
+};
+
+DEVICE Eight load8(const bf16 *p) {
+  const uint4 v = *reinterpret_cast<const uint4 *>(p);
+  return Eight{{low(v.x), high(v.x), low(v.y), high(v.y), low(v.z), high(v.z), low(v.w), high(v.w)}};
+}
+DEVICE Eight load8(const float *p) {
+  const float4 a = reinterpret_cast<const float4 *>(p)[0], b = reinterpret_cast<const float4 *>(p)[1];
+  return Eight{{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+}
+DEVICE void store8(bf16 *p, const Eight &v) {
+  uint4 packed;
+  packed.x = pack(v.x[0], v.x[1]);
+  packed.y = pack(v.x[2], v.x[3]);
+  packed.z = pack(v.x[4], v.x[5]);
+  packed.w = pack(v.x[6], v.x[7]);
+  *reinterpret_cast<uint4 *>(p) = packed;
+}
+
+DEVICE int lane() { return threadIdx.x & 31; }
+DEVICE int warp() { return threadIdx.x >> 5; }
+// This thread's number in the grid.
+DEVICE size_t global_thread() { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
+DEVICE float infinity() { return as_float(0x7f800000u); }
+
+template <class T> DEVICE T warp_sum(T x) {
+  for (int mask = 16; mask; mask >>= 1) x += shuffle_xor(x, mask);
+  return x;
+}
+DEVICE float warp_max(float x) {
+  for (int mask = 16; mask; mask >>= 1) x = fmaxf(x, shuffle_xor(x, mask));
+  return x;
+}
+
+// The sum over the block, in every thread; `partial` holds a value per warp (32).
+template <class T> DEVICE T block_sum(T x, T *partial) {
+  x = warp_sum(x);
+  sync_block(); // the last use of `partial` is over
+  if (lane() == 0) partial[warp()] = x;
+  sync_block();
+  return warp_sum(lane() < (int)blockDim.x / 32 ? partial[lane()] : T(0));
+}
+DEVICE float block_max(float x, float *partial) {
+  x = warp_max(x);
+  sync_block();
+  if (lane() == 0) partial[warp()] = x;
+  sync_block();
+  return warp_max(lane() < (int)blockDim.x / 32 ? partial[lane()] : -infinity());
+}

@@ -1,0 +1,44 @@
+// The streams of engine::rng, bit for bit.
+
+struct Bits {
+  u32 word[4];
+};
+
+// Philox 4×32-10 (Salmon et al., SC 2011).
+DEVICE Bits philox(u64 seed, u32 x, u32 y, u32 z, u32 tag) {
+  u32 key0 = (u32)seed, key1 = (u32)(seed >> 32);
+  Bits c = {{x, y, z, tag}};
+  for (int round = 0; round < 10; round++) {
+    const u32 high0 = multiply_high(0xD2511F53u, c.word[0]), low0 = 0xD2511F53u * c.word[0];
+    const u32 high1 = multiply_high(0xCD9E8D57u, c.word[2]), low1 = 0xCD9E8D57u * c.word[2];
+    c = Bits{{high1 ^ c.word[1] ^ key0, low1, high0 ^ c.word[3] ^ key1, low0}};
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return c;
+}
+
+// Multiplies tokens [tokens, width] by a module's dropout factors (0 or `scale`),
+// into `out` or, with `add`, onto it. `stream` is purpose, module and layer as
+// engine::rng packs them; a thread draws one block of eight half-words.
+KERNEL(256)
+dropout(const bf16 *__restrict__ x, const u32 *__restrict__ rows,
+        const u32 *__restrict__ positions, u32 tokens, u32 width, u64 seed, u32 step, u32 stream,
+        u32 threshold, float scale, u32 add, bf16 *__restrict__ out) {
+  const size_t i = global_thread();
+  const u32 blocks = width / 8;
+  if (i >= (size_t)tokens * blocks) return;
+  const u32 t = (u32)(i / blocks), block = (u32)(i % blocks);
+  const Bits bits = philox(seed, rows[t], step, positions[t], stream | block);
+  Eight v = load8(x + i * 8);
+  for (int e = 0; e < 8; e++) {
+    const u32 draw = bits.word[e / 2] >> 16 * (e % 2) & 0xffff;
+    v.x[e] *= draw < threshold ? 0.0f : scale;
+  }
+  if (add) {
+    const Eight before = load8(out + i * 8);
+    for (int e = 0; e < 8; e++) v.x[e] += before.x[e];
+  }
+  store8(out + i * 8, v);
+}
+EXPORT(dropout)

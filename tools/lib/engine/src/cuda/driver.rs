@@ -1,0 +1,168 @@
+//! What the backend asks of a CUDA device: memory, launches, products. Two
+//! things provide it: a GPU ([`Nvidia`](super::Nvidia)), and, where there is none,
+//! the tests' `cuda-on-cpu`, which runs the same kernels as coroutines. So all
+//! host code above this line is exercised in CI.
+
+use crate::Result;
+
+/// A place in device memory, in bytes.
+pub type Address = u64;
+
+/// An argument of a kernel, in its C type.
+#[derive(Debug, Clone, Copy)]
+pub enum Arg {
+    /// `u32`
+    U32(u32),
+    /// `u64`
+    U64(u64),
+    /// `float`
+    F32(f32),
+    /// A pointer.
+    Pointer(Address),
+}
+
+impl Arg {
+    /// Where the value lies, as `cuLaunchKernel` wants it.
+    pub fn as_ptr(&self) -> *const std::ffi::c_void {
+        match self {
+            Self::U32(v) => std::ptr::from_ref(v).cast(),
+            Self::U64(v) | Self::Pointer(v) => std::ptr::from_ref(v).cast(),
+            Self::F32(v) => std::ptr::from_ref(v).cast(),
+        }
+    }
+
+    /// Its size in bytes.
+    pub fn size(&self) -> usize {
+        match self {
+            Self::U32(_) | Self::F32(_) => 4,
+            Self::U64(_) | Self::Pointer(_) => 8,
+        }
+    }
+}
+
+/// A kernel of `kernels.cu` over a grid.
+#[derive(Debug, Clone, Copy)]
+pub struct Launch<'a> {
+    /// Its name.
+    pub kernel: &'static str,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared: u32,
+    /// Its arguments, in order.
+    pub args: &'a [Arg],
+}
+
+/// A bf16 matrix as it lies in memory, or (`transposed`) its transpose.
+#[derive(Debug, Clone, Copy)]
+pub struct Operand {
+    /// Its first element.
+    pub address: Address,
+    /// Elements from row to row, as stored.
+    pub stride: usize,
+    /// Whether the rows as stored are the columns of the operand.
+    pub transposed: bool,
+}
+
+impl Operand {
+    /// The matrix as stored.
+    pub fn new(address: Address, stride: usize) -> Self {
+        Self {
+            address,
+            stride,
+            transposed: false,
+        }
+    }
+
+    /// The transpose.
+    pub fn t(self) -> Self {
+        Self {
+            transposed: !self.transposed,
+            ..self
+        }
+    }
+}
+
+/// How the result of a product is stored; it is accumulated in f32 either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// Rounded once, at the end.
+    Bf16,
+    /// As it is.
+    F32,
+}
+
+/// `out [m, n] = scale · a [m, k] b [k, n] (+ add)`, row-major.
+#[derive(Debug, Clone, Copy)]
+pub struct Product {
+    /// `[m, n, k]`
+    pub size: [usize; 3],
+    /// `[m, k]`
+    pub a: Operand,
+    /// `[k, n]`
+    pub b: Operand,
+    /// The result's first element, and elements from row to row.
+    pub out: (Address, usize),
+    /// How the result and `add` are stored.
+    pub precision: Precision,
+    /// What is added, laid out as `out`, which it may be.
+    pub add: Option<(Address, usize)>,
+    /// Factor of the product.
+    pub scale: f32,
+}
+
+/// Bytes on their way from the device.
+pub trait Pending: Send {
+    /// Waits for them.
+    ///
+    /// # Errors
+    /// If the device failed in the meantime.
+    fn wait(self: Box<Self>) -> Result<Vec<u8>>;
+}
+
+/// One device with one queue: everything happens in the order of the calls.
+pub trait Driver: Send + Sync {
+    /// The device in words.
+    fn describe(&self) -> String;
+
+    /// Memory with undefined contents, aligned to 256 bytes; `bytes` is not 0.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory), naming `what`.
+    fn allocate(&self, what: &'static str, bytes: usize) -> Result<Address>;
+
+    /// Gives memory back once the work queued so far is done.
+    fn release(&self, address: Address);
+
+    /// Queues zeros.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn zero(&self, at: Address, bytes: usize) -> Result<()>;
+
+    /// Queues a copy to the device; the source is free again on return.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn write(&self, bytes: &[u8], to: Address) -> Result<()>;
+
+    /// Queues a copy from the device.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn read(&self, from: Address, bytes: usize) -> Result<Box<dyn Pending>>;
+
+    /// Queues a kernel.
+    ///
+    /// # Errors
+    /// If the device refuses it.
+    fn launch(&self, launch: &Launch<'_>) -> Result<()>;
+
+    /// Queues a product.
+    ///
+    /// # Errors
+    /// If the device refuses it.
+    fn multiply(&self, product: &Product) -> Result<()>;
+}

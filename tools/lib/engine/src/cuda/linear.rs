@@ -1,0 +1,379 @@
+//! Products with frozen weights and their low-rank updates.
+
+use half::bf16;
+
+use super::driver::{Address, Operand, Precision, Product};
+use super::memory::{Buffer, Room, piece};
+use super::{Arg, Cuda, Matrix, Store, args};
+use crate::rng::{self, Purpose};
+use crate::{Adapter, Dropout, Group, LinearGrad};
+
+const BF16: u64 = size_of::<bf16>() as u64;
+
+/// Values of the quantised members, decoded side by side.
+fn decoded_len<'a>(weights: impl Iterator<Item = &'a Matrix>) -> usize {
+    let quantised = weights.filter(|w| matches!(w.store, Store::Nf4 { .. }));
+    quantised.map(|w| w.rows * w.cols).sum()
+}
+
+/// Bytes for a group of these weights; the order of [`Run::new`]'s pieces.
+pub(super) fn scratch(weights: &[&Matrix], [tokens, ranks]: [usize; 2]) -> usize {
+    let inputs = weights.first().map_or(0, |w| w.cols);
+    let tallest = weights.iter().map(|w| w.rows).max().unwrap_or(0);
+    let mut bytes = piece::<bf16>(decoded_len(weights.iter().copied()));
+    if ranks > 0 {
+        bytes += piece::<bf16>(ranks * inputs)
+            + piece::<bf16>(tallest * ranks)
+            + piece::<bf16>(tokens * ranks)
+            + piece::<bf16>(tokens * inputs);
+    }
+    bytes
+}
+
+/// Where one member's outputs and ranks lie among the group's.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    weight: &'a Matrix,
+    adapter: Option<Adapter>,
+    /// First column of its outputs.
+    out: usize,
+    /// First column of its `x Aᵀ`, and first row of its `A` in the stack.
+    rank: usize,
+}
+
+/// Scratch, in pieces.
+struct Scratch {
+    /// The quantised weights, one below the other.
+    weights: Address,
+    /// `[Σ rank, inputs]`: every `A`, rounded.
+    a: Address,
+    /// `[outputs, rank]`: one `B` at a time, rounded.
+    b: Address,
+    /// `[tokens, Σ rank]`: the gradient by `x Aᵀ`.
+    dxa: Address,
+    /// `[tokens, inputs]`: an input after dropout, or a gradient before it.
+    dropped: Address,
+}
+
+/// One group in one direction.
+pub(super) struct Run<'a> {
+    cuda: &'a Cuda,
+    places: Vec<Place<'a>>,
+    layer: u32,
+    params: Option<&'a Buffer<f32>>,
+    dropout: Option<Dropout<'a, Cuda>>,
+    tokens: usize,
+    inputs: usize,
+    /// Outputs, and ranks, of all members.
+    width: usize,
+    ranks: usize,
+    x: Address,
+    xa: Address,
+    scratch: Scratch,
+}
+
+impl<'a> Run<'a> {
+    pub fn new(
+        cuda: &'a Cuda,
+        group: &Group<'a, Cuda>,
+        params: Option<&'a Buffer<f32>>,
+        dropout: Option<Dropout<'a, Cuda>>,
+        (x, tokens): (&Buffer<bf16>, usize),
+        xa: &Buffer<bf16>,
+        scratch: &Buffer<u8>,
+    ) -> Self {
+        let inputs = group.members[0].weight.cols;
+        let (mut width, mut ranks, mut tallest) = (0, 0, 0);
+        let mut places = Vec::with_capacity(group.members.len());
+        for member in group.members {
+            let weight = member.weight;
+            assert_eq!(
+                weight.cols, inputs,
+                "the members of a group share their input"
+            );
+            places.push(Place {
+                weight,
+                adapter: member.adapter,
+                out: width,
+                rank: ranks,
+            });
+            width += weight.rows;
+            ranks += member.adapter.map_or(0, |a| a.rank);
+            tallest = tallest.max(weight.rows);
+        }
+        assert!(
+            ranks == 0 || params.is_some(),
+            "a group with adapters comes with their parameters"
+        );
+        let mut room = Room::new(scratch);
+        let weights = room.take::<bf16>(decoded_len(places.iter().map(|p| p.weight)));
+        let mut adapters_take = |len: usize| match ranks {
+            0 => 0,
+            _ => room.take::<bf16>(len),
+        };
+        Self {
+            scratch: Scratch {
+                weights,
+                a: adapters_take(ranks * inputs),
+                b: adapters_take(tallest * ranks),
+                dxa: adapters_take(tokens * ranks),
+                dropped: adapters_take(tokens * inputs),
+            },
+            x: x.first(tokens * inputs),
+            xa: xa.first(tokens * ranks),
+            layer: group.layer,
+            cuda,
+            places,
+            params,
+            dropout,
+            tokens,
+            inputs,
+            width,
+            ranks,
+        }
+    }
+
+    /// The weights in as few matrices as possible: quantised neighbours are decoded
+    /// one below the other and become one. Calls `f` with the first output column,
+    /// the number of columns, and where the weight lies.
+    fn weights(&self, mut f: impl FnMut(usize, usize, Address)) {
+        let mut to = self.scratch.weights;
+        let mut run: Option<(usize, usize, Address)> = None;
+        for p in &self.places {
+            let rows = p.weight.rows;
+            let at = self.cuda.decode(p.weight, 0..rows, to);
+            if let Store::Nf4 { .. } = p.weight.store {
+                to += (rows * self.inputs) as u64 * BF16;
+                match &mut run {
+                    Some((_, columns, _)) => *columns += rows,
+                    None => run = Some((p.out, rows, at)),
+                }
+            } else {
+                if let Some((out, columns, at)) = run.take() {
+                    f(out, columns, at);
+                }
+                f(p.out, rows, at);
+            }
+        }
+        if let Some((out, columns, at)) = run {
+            f(out, columns, at);
+        }
+    }
+
+    /// The members that have an adapter, with the parameters.
+    fn adapters(&self) -> impl Iterator<Item = (Place<'a>, Adapter, &'a Buffer<f32>)> {
+        let params = self.params;
+        let adapted = self.places.iter().filter_map(|&p| Some((p, p.adapter?)));
+        adapted.filter_map(move |(p, a)| Some((p, a, params?)))
+    }
+
+    /// Rounds every `A` to bf16, one below the other.
+    fn stack_a(&self) {
+        for (p, a, params) in self.adapters() {
+            let from = params.at(a.a..a.a + a.rank * self.inputs);
+            self.cuda.round(from, a.rank * self.inputs, self.a_of(p));
+        }
+    }
+
+    /// One member's rows of the stack.
+    fn a_of(&self, p: Place<'_>) -> Address {
+        self.scratch.a + (p.rank * self.inputs) as u64 * BF16
+    }
+
+    /// Rounds one `B [outputs, rank]` to bf16.
+    fn round_b(&self, p: Place<'_>, a: Adapter, params: &Buffer<f32>) -> Operand {
+        let len = p.weight.rows * a.rank;
+        self.cuda
+            .round(params.at(a.b..a.b + len), len, self.scratch.b);
+        Operand::new(self.scratch.b, a.rank)
+    }
+
+    /// A member's columns of a buffer `[tokens, Σ rank]`.
+    fn ranks_of(&self, p: Place<'_>, base: Address) -> Address {
+        base + p.rank as u64 * BF16
+    }
+
+    /// Multiplies `[tokens, inputs]` by a member's dropout factors, to or onto `out`.
+    fn drop(&self, dropout: &Dropout<'_, Cuda>, module: u32, x: Address, add: bool, out: Address) {
+        let stream = rng::Stream {
+            seed: dropout.seed,
+            purpose: Purpose::Dropout,
+            layer: self.layer,
+            module,
+        };
+        let args = args![
+            x,
+            dropout.rows.rows.first(self.tokens),
+            dropout.rows.positions.first(self.tokens),
+            self.tokens,
+            self.inputs,
+            Arg::U64(stream.seed),
+            dropout.step,
+            stream.tag(),
+            u32::from(rng::drop_threshold(dropout.p)),
+            1.0 / (1.0 - dropout.p),
+            u32::from(add),
+            out,
+        ];
+        self.cuda
+            .launch_each("dropout", self.tokens * self.inputs / 8, args);
+    }
+
+    /// A member's input as its adapter sees it.
+    fn dropped_input(&self, module: u32) -> Address {
+        match &self.dropout {
+            None => self.x,
+            Some(dropout) => {
+                self.drop(dropout, module, self.x, false, self.scratch.dropped);
+                self.scratch.dropped
+            }
+        }
+    }
+
+    fn product(&self, product: Product) {
+        self.cuda.queue.multiply(&product);
+    }
+
+    /// `out = x Wᵀ + scale · drop(x) Aᵀ Bᵀ (+ residual)`, saving `xa`.
+    pub fn forward(&self, residual: Option<&Buffer<bf16>>, out: &Buffer<bf16>) {
+        let (tokens, width) = (self.tokens, self.width);
+        let out = out.first(tokens * width);
+        self.stack_a();
+        let xa = |x: Address, a: Address, ranks: usize, to: Address| {
+            self.product(Product {
+                size: [tokens, ranks, self.inputs],
+                a: Operand::new(x, self.inputs),
+                b: Operand::new(a, self.inputs).t(),
+                out: (to, self.ranks),
+                precision: Precision::Bf16,
+                add: None,
+                scale: 1.0,
+            });
+        };
+        if self.dropout.is_none() && self.ranks > 0 {
+            xa(self.x, self.scratch.a, self.ranks, self.xa);
+        } else {
+            for (p, a, _) in self.adapters() {
+                let x = self.dropped_input(a.module);
+                xa(x, self.a_of(p), a.rank, self.ranks_of(p, self.xa));
+            }
+        }
+        let residual = residual.map(|r| r.first(tokens * width));
+        self.weights(|first, columns, w| {
+            let shift = first as u64 * BF16;
+            self.product(Product {
+                size: [tokens, columns, self.inputs],
+                a: Operand::new(self.x, self.inputs),
+                b: Operand::new(w, self.inputs).t(),
+                out: (out + shift, width),
+                precision: Precision::Bf16,
+                add: residual.map(|r| (r + shift, width)),
+                scale: 1.0,
+            });
+        });
+        for (p, a, params) in self.adapters() {
+            let b = self.round_b(p, a, params);
+            let to = (out + p.out as u64 * BF16, width);
+            self.product(Product {
+                size: [tokens, p.weight.rows, a.rank],
+                a: Operand::new(self.ranks_of(p, self.xa), self.ranks),
+                b: b.t(),
+                out: to,
+                precision: Precision::Bf16,
+                add: Some(to),
+                scale: a.scale,
+            });
+        }
+    }
+
+    /// The gradients that are wanted: by the input, and onto those of the factors.
+    pub fn backward(&self, dout: &Buffer<bf16>, want: LinearGrad<'_, Cuda>) {
+        let (tokens, width) = (self.tokens, self.width);
+        let dout = dout.first(tokens * width);
+        let dx = want.dx.map(|dx| dx.first(tokens * self.inputs));
+        let grads = want.grads;
+        if let Some(dx) = dx {
+            let to = (dx, self.inputs);
+            let mut add = None;
+            self.weights(|first, columns, w| {
+                self.product(Product {
+                    size: [tokens, self.inputs, columns],
+                    a: Operand::new(dout + first as u64 * BF16, width),
+                    b: Operand::new(w, self.inputs),
+                    out: to,
+                    precision: Precision::Bf16,
+                    add,
+                    scale: 1.0,
+                });
+                add = Some(to);
+            });
+        }
+        // A gradient of a factor, added to what is there.
+        let onto = |size, a, b, scale, at: std::ops::Range<usize>, stride| {
+            let Some(grads) = &grads else { return };
+            let out = (grads.at(at), stride);
+            self.product(Product {
+                size,
+                a,
+                b,
+                out,
+                precision: Precision::F32,
+                add: Some(out),
+                scale,
+            });
+        };
+        if dx.is_some() {
+            self.stack_a();
+        }
+        for (p, a, params) in self.adapters() {
+            let rows = p.weight.rows;
+            let d = Operand::new(dout + p.out as u64 * BF16, width);
+            let xa = Operand::new(self.ranks_of(p, self.xa), self.ranks);
+            let dxa = Operand::new(self.ranks_of(p, self.scratch.dxa), self.ranks);
+            let b = self.round_b(p, a, params);
+            self.product(Product {
+                size: [tokens, a.rank, rows],
+                a: d,
+                b,
+                out: (dxa.address, self.ranks),
+                precision: Precision::Bf16,
+                add: None,
+                scale: a.scale,
+            });
+            let range = a.b..a.b + rows * a.rank;
+            onto([rows, a.rank, tokens], d.t(), xa, a.scale, range, a.rank);
+            if grads.is_some() {
+                let x = Operand::new(self.dropped_input(a.module), self.inputs);
+                let range = a.a..a.a + a.rank * self.inputs;
+                let size = [a.rank, self.inputs, tokens];
+                onto(size, dxa.t(), x, 1.0, range, self.inputs);
+            }
+        }
+        let Some(dx) = dx else { return };
+        let through_a = |dxa: Address, a: Address, ranks: usize, to: Address, add: bool| {
+            let out = (to, self.inputs);
+            self.product(Product {
+                size: [tokens, self.inputs, ranks],
+                a: Operand::new(dxa, self.ranks),
+                b: Operand::new(a, self.inputs),
+                out,
+                precision: Precision::Bf16,
+                add: add.then_some(out),
+                scale: 1.0,
+            });
+        };
+        match &self.dropout {
+            None if self.ranks > 0 => {
+                through_a(self.scratch.dxa, self.scratch.a, self.ranks, dx, true);
+            }
+            None => {}
+            Some(dropout) => {
+                for (p, a, _) in self.adapters() {
+                    let (dxa, raw) = (self.ranks_of(p, self.scratch.dxa), self.scratch.dropped);
+                    through_a(dxa, self.a_of(p), a.rank, raw, false);
+                    self.drop(dropout, a.module, raw, true, dx);
+                }
+            }
+        }
+    }
+}

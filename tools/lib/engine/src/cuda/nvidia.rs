@@ -1,0 +1,632 @@
+//! The driver of a real GPU: CUDA's driver library and cuBLASLt, opened when a
+//! device is asked for. Everything that can be missing or too old is found out
+//! here, before any memory is touched, and said with its remedy.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_void};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::cublaslt::{result as blas, sys as blas_sys};
+use cudarc::driver::{result as cuda, sys};
+
+use super::driver::{Address, Driver, Launch, Pending, Precision, Product};
+use super::{Operand, PTX};
+use crate::{Error, Result};
+
+/// What the driver library must support, as it counts: CUDA 12.4, whose PTX the
+/// kernels are. Drivers of this and later versions are numbered 550 and up.
+const CUDA_VERSION: i32 = 12_040;
+
+/// The oldest compute capability: Ampere, the first with bf16 products.
+const CAPABILITY: (i32, i32) = (8, 0);
+
+/// cuBLASLt's workspace; what NVIDIA recommends for Hopper.
+const BLAS_WORKSPACE: usize = 32 << 20;
+
+/// How to get the one library that does not come with the driver.
+const INSTALL_CUBLAS: &str = "pip install nvidia-cublas-cu12, or put the folder of libcublasLt.so.12 on LD_LIBRARY_PATH; or use --device cpu";
+
+const DRIVER_REMEDY: &str =
+    "see what nvidia-smi says; free the GPU or restart it, or use --device cpu";
+
+fn unusable(problem: impl Into<String>, remedy: &'static str) -> Error {
+    Error::Device {
+        problem: problem.into(),
+        remedy,
+    }
+}
+
+/// A failed call of the driver library, in its own words.
+fn failed(what: &str, error: cuda::DriverError) -> Error {
+    let word = |text: Result<&CStr, cuda::DriverError>| {
+        text.map_or_else(|_| "?".to_owned(), |t| t.to_string_lossy().into_owned())
+    };
+    unusable(
+        format!(
+            "{what}: {} ({})",
+            word(error.error_string()),
+            word(error.error_name())
+        ),
+        DRIVER_REMEDY,
+    )
+}
+
+/// What tells products apart for which cuBLASLt picks an algorithm.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Shape {
+    size: [usize; 3],
+    strides: [usize; 3],
+    transposed: [bool; 2],
+    precision: Precision,
+    /// Trailing zeros of the addresses, up to 16 bytes: algorithms ask for alignment.
+    alignment: [u32; 3],
+}
+
+/// A product as cuBLASLt holds it, with the algorithm it chose: kept, so that the
+/// same product is always computed in the same way.
+#[derive(Clone, Copy)]
+struct Plan {
+    desc: blas_sys::cublasLtMatmulDesc_t,
+    a: blas_sys::cublasLtMatrixLayout_t,
+    b: blas_sys::cublasLtMatrixLayout_t,
+    c: blas_sys::cublasLtMatrixLayout_t,
+    algorithm: blas_sys::cublasLtMatmulAlgo_t,
+}
+
+/// Page-locked host memory, which the device copies to while the host goes on.
+struct Pinned {
+    at: *mut c_void,
+    bytes: usize,
+}
+
+/// The parts of a device that readings outlive.
+struct Context {
+    ordinal: usize,
+    name: String,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    pinned: Mutex<Vec<Pinned>>,
+}
+
+// SAFETY: the handles may be used from any thread whose current context is this
+// one, which `enter` sees to; the list is locked.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+impl Context {
+    /// Makes this the calling thread's device.
+    fn enter(&self) -> Result<()> {
+        // SAFETY: the context is retained as long as `self` lives.
+        unsafe { cuda::ctx::set_current(self.context) }.map_err(|e| failed("the GPU", e))
+    }
+
+    /// Page-locked memory, used again where it is large enough.
+    fn pin(&self, bytes: usize) -> Result<Pinned> {
+        let mut free = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(i) = free.iter().position(|p| p.bytes >= bytes) {
+            return Ok(free.swap_remove(i));
+        }
+        let bytes = bytes.next_multiple_of(4096);
+        // SAFETY: the memory is only written before it is read.
+        let at = unsafe { cuda::malloc_host(bytes, 0) }.map_err(|e| failed("host memory", e))?;
+        Ok(Pinned { at, bytes })
+    }
+
+    fn unpin(&self, pinned: Pinned) {
+        let mut free = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        free.push(pinned);
+    }
+}
+
+/// An NVIDIA GPU.
+pub struct Nvidia {
+    context: Arc<Context>,
+    module: sys::CUmodule,
+    functions: Mutex<HashMap<&'static str, Function>>,
+    blas: blas_sys::cublasLtHandle_t,
+    workspace: sys::CUdeviceptr,
+    plans: Mutex<HashMap<Shape, Plan>>,
+}
+
+#[derive(Clone, Copy)]
+struct Function(sys::CUfunction);
+
+// SAFETY: as for `Context`; the maps are locked.
+unsafe impl Send for Nvidia {}
+// SAFETY: as above.
+unsafe impl Sync for Nvidia {}
+
+impl Nvidia {
+    /// How many GPUs there are: none without a driver.
+    ///
+    /// # Errors
+    /// If there is a driver that does not work, or is too old.
+    pub fn count() -> Result<usize> {
+        // SAFETY: opening the library runs its initialisers, nothing else.
+        if !unsafe { sys::is_culib_present() } {
+            return Ok(0);
+        }
+        let mut version = 0;
+        // SAFETY: the library is there, and the out-pointer is valid.
+        unsafe { sys::cuDriverGetVersion(&mut version) }
+            .result()
+            .map_err(|e| failed("the NVIDIA driver", e))?;
+        if version < CUDA_VERSION {
+            return Err(unusable(
+                format!(
+                    "the NVIDIA driver supports CUDA {}.{}, and 12.4 is needed",
+                    version / 1000,
+                    version % 1000 / 10
+                ),
+                "update the driver to version 550 or later; or use --device cpu",
+            ));
+        }
+        match cuda::init() {
+            Ok(()) => {}
+            Err(e) if e.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => return Ok(0),
+            Err(e) => return Err(failed("the NVIDIA driver does not start", e)),
+        }
+        let count = cuda::device::get_count().map_err(|e| failed("counting GPUs", e))?;
+        Ok(count as usize)
+    }
+
+    /// Opens GPU `ordinal`, from 0 as CUDA counts those that are visible.
+    ///
+    /// # Errors
+    /// If there is no such GPU, it is too old, or cuBLASLt is nowhere to be found.
+    pub fn open(ordinal: usize) -> Result<Self> {
+        let count = Self::count()?;
+        if ordinal >= count {
+            return Err(unusable(
+                format!("there is no GPU {ordinal}: {count} found"),
+                "see nvidia-smi -L and CUDA_VISIBLE_DEVICES; or use --device cpu",
+            ));
+        }
+        let with = |e| failed("opening the GPU", e);
+        let device = cuda::device::get(ordinal as i32).map_err(with)?;
+        let name = cuda::device::get_name(device).map_err(with)?;
+        // SAFETY: `device` comes from the driver.
+        let attribute = |a| unsafe { cuda::device::get_attribute(device, a) }.map_err(with);
+        use sys::CUdevice_attribute as Attribute;
+        let capability = (
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        );
+        if capability < CAPABILITY {
+            return Err(unusable(
+                format!(
+                    "the {name} has compute capability {}.{}, and bf16 needs 8.0",
+                    capability.0, capability.1
+                ),
+                "use a GPU of the Ampere generation (RTX 30, A100) or later; or --device cpu",
+            ));
+        }
+        open_cublas()?;
+
+        // SAFETY: `device` comes from the driver; the context is released on drop.
+        let context = unsafe { cuda::primary_ctx::retain(device) }.map_err(with)?;
+        // SAFETY: the context was just retained.
+        unsafe { cuda::ctx::set_current(context) }.map_err(with)?;
+        let stream = cuda::stream::create(cuda::stream::StreamKind::NonBlocking).map_err(with)?;
+        // Freed memory stays ours, to be handed out again without asking the system.
+        let mut keep = u64::MAX;
+        let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        // SAFETY: the pool is the device's own, and this attribute is a u64.
+        unsafe {
+            let pool = cuda::device::get_default_mem_pool(device).map_err(with)?;
+            let value = std::ptr::from_mut(&mut keep).cast();
+            cuda::mem_pool::set_attribute(pool, threshold, value).map_err(with)?;
+        }
+        let source = CString::new(PTX).expect("PTX is text");
+        // SAFETY: the image is a string that ends with a zero.
+        let module = unsafe { cuda::module::load_data(source.as_ptr().cast()) }
+            .map_err(|e| failed("compiling the kernels for this GPU", e))?;
+        let blas = blas::create_handle()
+            .map_err(|e| unusable(format!("cuBLASLt does not start: {e}"), INSTALL_CUBLAS))?;
+        // SAFETY: the stream was just created.
+        let workspace = unsafe { cuda::malloc_async(stream, BLAS_WORKSPACE) }.map_err(|_| {
+            Error::OutOfMemory {
+                what: "the workspace of products",
+                bytes: BLAS_WORKSPACE,
+            }
+        })?;
+        Ok(Self {
+            context: Arc::new(Context {
+                ordinal,
+                name,
+                context,
+                stream,
+                pinned: Mutex::new(Vec::new()),
+            }),
+            module,
+            functions: Mutex::default(),
+            blas,
+            workspace,
+            plans: Mutex::default(),
+        })
+    }
+
+    /// The function of a kernel; where it wants more shared memory than the usual
+    /// 48 KB, it is told so once.
+    fn function(&self, launch: &Launch<'_>) -> Result<sys::CUfunction> {
+        let mut functions = self
+            .functions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(f) = functions.get(launch.kernel) {
+            return Ok(f.0);
+        }
+        let with = |e| failed(launch.kernel, e);
+        let name = CString::new(launch.kernel).expect("a kernel's name is text");
+        // SAFETY: the module is loaded as long as `self` lives.
+        let f = unsafe { cuda::module::get_function(self.module, name) }.map_err(with)?;
+        if launch.shared > 48 << 10 {
+            let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function was just found.
+            unsafe { cuda::function::set_function_attribute(f, most, launch.shared as i32) }
+                .map_err(with)?;
+        }
+        functions.insert(launch.kernel, Function(f));
+        Ok(f)
+    }
+
+    /// The layouts and the algorithm of a product.
+    fn plan(&self, product: &Product) -> Result<Plan, blas::CublasError> {
+        let alignment = |address: Address| address.trailing_zeros().min(4);
+        let key = Shape {
+            size: product.size,
+            strides: [product.a.stride, product.b.stride, product.out.1],
+            transposed: [product.a.transposed, product.b.transposed],
+            precision: product.precision,
+            alignment: [product.a.address, product.b.address, product.out.0].map(alignment),
+        };
+        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(plan) = plans.get(&key) {
+            return Ok(*plan);
+        }
+        let plan = self.choose(product, key.alignment)?;
+        plans.insert(key, plan);
+        Ok(plan)
+    }
+
+    /// Asks cuBLASLt. It thinks in columns: a row-major matrix is its transpose to
+    /// it, so `out = a b` is asked for as `outᵀ = bᵀ aᵀ`.
+    fn choose(&self, product: &Product, alignment: [u32; 3]) -> Result<Plan, blas::CublasError> {
+        use blas_sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
+        use blas_sys::{
+            cublasLtMatmulDescAttributes_t as Attribute,
+            cublasLtMatmulPreferenceAttributes_t as Preference,
+        };
+        let [m, n, k] = product.size;
+        let compute = blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
+        let desc = blas::create_matmul_desc(compute, CUDA_R_32F)?;
+        let set = |attribute, operand: &Operand| {
+            let operation = i32::from(operand.transposed);
+            let at = std::ptr::from_ref(&operation).cast();
+            // SAFETY: the descriptor is live, and the attribute is a 32-bit integer.
+            unsafe { blas::set_matmul_desc_attribute(desc, attribute, at, 4) }
+        };
+        set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &product.b)?;
+        set(Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &product.a)?;
+        let layout = |operand: &Operand, [rows, cols]: [usize; 2]| {
+            let [rows, cols] = match operand.transposed {
+                false => [rows, cols],
+                true => [cols, rows],
+            };
+            blas::create_matrix_layout(CUDA_R_16BF, cols as u64, rows as u64, operand.stride as i64)
+        };
+        let a = layout(&product.b, [k, n])?;
+        let b = layout(&product.a, [m, k])?;
+        let stored = match product.precision {
+            Precision::Bf16 => CUDA_R_16BF,
+            Precision::F32 => CUDA_R_32F,
+        };
+        let c = blas::create_matrix_layout(stored, n as u64, m as u64, product.out.1 as i64)?;
+        let preference = blas::create_matmul_pref()?;
+        let prefer = |attribute, value: *const c_void, size| {
+            // SAFETY: the preference is live, and the value as large as said.
+            unsafe { blas::set_matmul_pref_attribute(preference, attribute, value, size) }
+        };
+        let workspace = BLAS_WORKSPACE;
+        prefer(
+            Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+            std::ptr::from_ref(&workspace).cast(),
+            size_of::<usize>(),
+        )?;
+        let [out_a, out_b, out_c] = [alignment[1], alignment[0], alignment[2]].map(|z| 1u32 << z);
+        for (attribute, bytes) in [
+            (
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+                out_a,
+            ),
+            (
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                out_b,
+            ),
+            (
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+                out_c,
+            ),
+            (
+                Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+                out_c,
+            ),
+        ] {
+            prefer(attribute, std::ptr::from_ref(&bytes).cast(), 4)?;
+        }
+        // SAFETY: all descriptors are live; the preference is not used afterwards.
+        let choice = unsafe {
+            let choice = blas::get_matmul_algo_heuristic(self.blas, desc, a, b, c, c, preference);
+            blas::destroy_matmul_pref(preference)?;
+            choice?
+        };
+        Ok(Plan {
+            desc,
+            a,
+            b,
+            c,
+            algorithm: choice.algo,
+        })
+    }
+}
+
+impl Drop for Nvidia {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: nothing that uses the workspace, the module or the handle
+            // outlives `self`; the stream still orders the work under way. The process
+            // goes on whatever these calls say.
+            unsafe {
+                let _ = cuda::free_async(self.workspace, self.context.stream);
+                let _ = cuda::stream::synchronize(self.context.stream);
+                let _ = blas::destroy_handle(self.blas);
+                let _ = cuda::module::unload(self.module);
+            }
+        }
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        if self.enter().is_ok() {
+            let pinned = self
+                .pinned
+                .get_mut()
+                .unwrap_or_else(PoisonError::into_inner);
+            // SAFETY: the last owner of these handles lets go of them.
+            unsafe {
+                for p in pinned {
+                    let _ = cuda::free_host(p.at);
+                }
+                let _ = cuda::stream::destroy(self.stream);
+                if let Ok(device) = cuda::device::get(self.ordinal as i32) {
+                    let _ = cuda::primary_ctx::release(device);
+                }
+            }
+        }
+    }
+}
+
+/// A copy to the host under way, and the event behind it.
+struct Copying {
+    context: Arc<Context>,
+    event: sys::CUevent,
+    pinned: Option<Pinned>,
+    bytes: usize,
+}
+
+// SAFETY: as for `Context`; the memory is this copy's own.
+unsafe impl Send for Copying {}
+
+impl Pending for Copying {
+    fn wait(mut self: Box<Self>) -> Result<Vec<u8>> {
+        self.context.enter()?;
+        // SAFETY: the event was recorded and lives until `self` is dropped.
+        unsafe { cuda::event::synchronize(self.event) }.map_err(|e| failed("the GPU failed", e))?;
+        let pinned = self.pinned.take().expect("a copy is waited for once");
+        // SAFETY: the copy has filled this much, and nobody writes it any more.
+        let values = unsafe { std::slice::from_raw_parts(pinned.at.cast::<u8>(), self.bytes) };
+        let values = values.to_vec();
+        self.context.unpin(pinned);
+        Ok(values)
+    }
+}
+
+impl Drop for Copying {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: the event is this copy's own. Memory that was not waited for may
+            // still be written, so that it can only be used again behind the event.
+            unsafe {
+                if let Some(pinned) = self.pinned.take()
+                    && cuda::event::synchronize(self.event).is_ok()
+                {
+                    self.context.unpin(pinned);
+                }
+                let _ = cuda::event::destroy(self.event);
+            }
+        }
+    }
+}
+
+impl Driver for Nvidia {
+    fn describe(&self) -> String {
+        format!("cuda:{} {}, bf16", self.context.ordinal, self.context.name)
+    }
+
+    fn allocate(&self, what: &'static str, bytes: usize) -> Result<Address> {
+        self.context.enter()?;
+        // SAFETY: the memory is only used on this stream.
+        match unsafe { cuda::malloc_async(self.context.stream, bytes) } {
+            Ok(address) => Ok(address),
+            Err(e) if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                Err(Error::OutOfMemory { what, bytes })
+            }
+            Err(e) => Err(failed(what, e)),
+        }
+    }
+
+    fn release(&self, address: Address) {
+        if self.context.enter().is_ok() {
+            // SAFETY: the caller's address comes from `allocate`, once. A device that
+            // cannot free has failed, which the next reading reports.
+            let _ = unsafe { cuda::free_async(address, self.context.stream) };
+        }
+    }
+
+    fn zero(&self, at: Address, bytes: usize) -> Result<()> {
+        self.context.enter()?;
+        // SAFETY: the backend asks for ranges inside its own buffers.
+        unsafe { cuda::memset_d8_async(at, 0, bytes, self.context.stream) }
+            .map_err(|e| failed("zeroing", e))
+    }
+
+    fn write(&self, bytes: &[u8], to: Address) -> Result<()> {
+        self.context.enter()?;
+        // SAFETY: the range is inside a buffer of the backend's. From pageable memory
+        // the driver has read the source when the call returns.
+        unsafe { cuda::memcpy_htod_async(to, bytes, self.context.stream) }
+            .map_err(|e| failed("copying to the GPU", e))
+    }
+
+    fn read(&self, from: Address, bytes: usize) -> Result<Box<dyn Pending>> {
+        self.context.enter()?;
+        let with = |e| failed("copying from the GPU", e);
+        let event =
+            cuda::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(with)?;
+        let copying = Copying {
+            pinned: Some(self.context.pin(bytes)?),
+            context: self.context.clone(),
+            event,
+            bytes,
+        };
+        let to = copying
+            .pinned
+            .as_ref()
+            .map_or(std::ptr::null_mut(), |p| p.at);
+        // SAFETY: `to` is page-locked memory of at least this size, which lives until
+        // the event has passed; the source is inside a buffer of the backend's.
+        unsafe {
+            sys::cuMemcpyDtoHAsync_v2(to, from, bytes, self.context.stream)
+                .result()
+                .map_err(with)?;
+            cuda::event::record(event, self.context.stream).map_err(with)?;
+        }
+        Ok(Box::new(copying))
+    }
+
+    fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        self.context.enter()?;
+        let function = self.function(launch)?;
+        let mut args: Vec<*mut c_void> =
+            launch.args.iter().map(|a| a.as_ptr().cast_mut()).collect();
+        let [x, y, z] = launch.grid;
+        // SAFETY: the arguments are those of the kernel in number and type (checked
+        // against the kernels' signatures by the tests), are copied before the call
+        // returns, and point into buffers of the backend's.
+        unsafe {
+            cuda::launch_kernel(
+                function,
+                (x, y, z),
+                (launch.block, 1, 1),
+                launch.shared,
+                self.context.stream,
+                &mut args,
+            )
+        }
+        .map_err(|e| failed(launch.kernel, e))
+    }
+
+    fn multiply(&self, product: &Product) -> Result<()> {
+        self.context.enter()?;
+        let with = |e: blas::CublasError| {
+            unusable(
+                format!("a product of {:?}: {e}", product.size),
+                "try another version of cuBLAS; or use --device cpu",
+            )
+        };
+        if product.size[0] == 0 {
+            return Ok(());
+        }
+        let plan = self.plan(product).map_err(with)?;
+        let (alpha, beta) = (
+            product.scale,
+            if product.add.is_some() { 1f32 } else { 0f32 },
+        );
+        let (c, _) = product.add.unwrap_or(product.out);
+        // SAFETY: the layouts describe ranges inside buffers of the backend's; factors
+        // are read before the call returns; `out` may be `add`, with the same layout.
+        unsafe {
+            blas::matmul(
+                self.blas,
+                plan.desc,
+                std::ptr::from_ref(&alpha).cast(),
+                std::ptr::from_ref(&beta).cast(),
+                product.b.address as *const c_void,
+                plan.a,
+                product.a.address as *const c_void,
+                plan.b,
+                c as *const c_void,
+                plan.c,
+                product.out.0 as *mut c_void,
+                plan.c,
+                &plan.algorithm,
+                self.workspace as *mut c_void,
+                BLAS_WORKSPACE,
+                self.context.stream.cast(),
+            )
+        }
+        .map_err(with)
+    }
+}
+
+/// Opens cuBLASLt where the system's loader finds it, or else in the folders of a
+/// toolkit or of a Python: an opened library is found by its name from then on.
+fn open_cublas() -> Result<()> {
+    // SAFETY: opening the library runs its initialisers, nothing else.
+    let present = || unsafe { blas_sys::is_culib_present() };
+    if present() {
+        return Ok(());
+    }
+    for folder in library_folders() {
+        for name in ["libcublasLt.so.13", "libcublasLt.so.12"] {
+            // SAFETY: as above. It stays open as long as the process.
+            if let Ok(library) = unsafe { libloading::Library::new(folder.join(name)) } {
+                std::mem::forget(library);
+                if present() {
+                    return Ok(());
+                }
+            }
+        }
+    }
+    Err(unusable(
+        "libcublasLt (version 12 or 13) was not found",
+        INSTALL_CUBLAS,
+    ))
+}
+
+/// The usual toolkit folder, then those of the Python in use and of the user's own.
+fn library_folders() -> Vec<PathBuf> {
+    let mut folders = vec![PathBuf::from("/usr/local/cuda/lib64")];
+    let mut roots = Vec::new();
+    for variable in ["VIRTUAL_ENV", "CONDA_PREFIX"] {
+        roots.extend(std::env::var_os(variable).map(PathBuf::from));
+    }
+    let home = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local"));
+    roots.extend(home);
+    roots.extend(["/usr/local", "/usr"].map(PathBuf::from));
+    for root in roots {
+        let Ok(versions) = std::fs::read_dir(root.join("lib")) else {
+            continue;
+        };
+        for version in versions.flatten() {
+            for packages in ["site-packages", "dist-packages"] {
+                let nvidia = version.path().join(packages).join("nvidia");
+                folders.extend([nvidia.join("cu13/lib"), nvidia.join("cublas/lib")]);
+            }
+        }
+    }
+    folders
+}
