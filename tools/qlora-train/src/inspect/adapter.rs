@@ -302,8 +302,8 @@ fn sort_tensors(
     );
     tell(
         &with_name,
-        "hold the adapter's name before `.weight`",
-        "peft looks for names without it, warns, and runs with a random start in their place",
+        "hold an adapter's name before `.weight`",
+        "peft knows only `default` there, warns, and runs with a random start in their place",
     );
     tell(
         &strangers,
@@ -324,8 +324,8 @@ fn sort_tensors(
     }
 }
 
-/// Layer, module, `A` or `B`, and whether an adapter's name stands in it:
-/// `model.layers.3.mlp.up_proj.lora_A[.default].weight`.
+/// Layer, module, `A` or `B`, and whether an adapter's name stands in it that is
+/// not peft's own: `model.layers.3.mlp.up_proj.lora_A[.default].weight`.
 fn parse(name: &str) -> Option<(usize, String, char, bool)> {
     let rest = name.split_once("layers.")?.1;
     let (layer, rest) = rest.split_once('.')?;
@@ -338,7 +338,7 @@ fn parse(name: &str) -> Option<(usize, String, char, bool)> {
     };
     let named = match (parts.next()?, parts.next()) {
         ("weight", None) => false,
-        (_, Some("weight")) => true,
+        (name, Some("weight")) => name != "default",
         _ => return None,
     };
     Some((layer.parse().ok()?, module.into(), which, named))

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use qwen3::{Chat, Checkpoint, GenerationConfig, Weight};
+use qwen3::{Chat, Checkpoint, Config, GenerationConfig, Weight};
 use serde::Serialize;
 
 use super::Problem;
@@ -96,21 +96,10 @@ pub fn inspect(folder: &Path, problems: &mut Vec<Problem>) -> Model {
         });
     };
     let not_used = "this tool does not load it";
-    let checkpoint = Checkpoint::open(folder)
+    let config = Config::load(folder)
         .map_err(|error| say(&error, not_used))
         .ok();
-    if let Some(checkpoint) = &checkpoint {
-        let config = checkpoint.config();
-        let mut parameters = 0;
-        for weight in Weight::all(config) {
-            let count = weight.shape(config).iter().product::<usize>() as u64;
-            parameters += count;
-            match checkpoint.storage(weight) {
-                Ok(kind) => *model.storage.entry(kind).or_default() += count,
-                Err(error) => say(&error, not_used),
-            }
-        }
-        model.parameters = Some(parameters);
+    if let Some(config) = &config {
         model.layers = Some(config.layers);
         model.hidden = Some(config.hidden_size);
         model.heads = Some([config.heads, config.kv_heads, config.head_dim]);
@@ -118,6 +107,13 @@ pub fn inspect(folder: &Path, problems: &mut Vec<Problem>) -> Model {
         model.vocabulary = Some(config.vocab_size);
         model.tied = Some(config.tied);
         model.positions = Some(config.max_positions);
+        match stored(folder) {
+            Ok(storage) => {
+                model.parameters = Some(storage.values().sum());
+                model.storage = storage;
+            }
+            Err(error) => say(&error, not_used),
+        }
     }
     let no_chat = "this tool neither trains nor generates with it";
     let generation = GenerationConfig::load(folder)
@@ -137,12 +133,23 @@ pub fn inspect(folder: &Path, problems: &mut Vec<Problem>) -> Model {
     } else {
         model.stop_tokens = model.stop_ids.iter().map(|_| "unknown".into()).collect();
     }
-    if let (Some(chat), Some(generation), Some(checkpoint)) = (&chat, &generation, &checkpoint)
-        && let Err(error) = chat.check(checkpoint.config(), generation)
+    if let (Some(chat), Some(generation), Some(config)) = (&chat, &generation, &config)
+        && let Err(error) = chat.check(config, generation)
     {
         say(&error, no_chat);
     }
     model
+}
+
+/// Parameters by how they are stored, of a checkpoint that is whole.
+fn stored(folder: &Path) -> Result<BTreeMap<String, u64>, qwen3::Error> {
+    let checkpoint = Checkpoint::open(folder)?;
+    let mut storage = BTreeMap::new();
+    for weight in Weight::all(checkpoint.config()) {
+        let count = weight.shape(checkpoint.config()).iter().product::<usize>() as u64;
+        *storage.entry(checkpoint.storage(weight)?).or_default() += count;
+    }
+    Ok(storage)
 }
 
 /// An error and what caused it, in a line.
