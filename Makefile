@@ -141,9 +141,9 @@ $(EVAL)/judged.jsonl: $(EVAL)/items.jsonl $(EVAL)/judge.key
 	@mv $@.part $@
 
 $(EVAL)/tests.jsonl: $(EVAL)/judged.jsonl $(EVAL)/statistics.key
-	$(BIN)/sigtest --config $(CONFIG)/eval.yaml --a systems.base --b systems.lora $(call log,sigtest) < $< > $@.part
-	$(if $(CONTROL),$(BIN)/sigtest --config $(CONFIG)/eval.yaml --a systems.shuffled --b systems.lora $(call log,sigtest) < $< >> $@.part)
-	$(BIN)/sigtest --config $(CONFIG)/eval.yaml --a verdicts.score.base --b verdicts.score.lora $(call log,sigtest) < $< >> $@.part
+	$(BIN)/sigtest --config $(CONFIG)/eval.yaml --a systems.base --b systems.lora --cluster conversation_id $(call log,sigtest) < $< > $@.part
+	$(if $(CONTROL),$(BIN)/sigtest --config $(CONFIG)/eval.yaml --a systems.shuffled --b systems.lora --cluster conversation_id $(call log,sigtest) < $< >> $@.part)
+	$(BIN)/sigtest --config $(CONFIG)/eval.yaml --a verdicts.score.base --b verdicts.score.lora --cluster conversation_id $(call log,sigtest) < $< >> $@.part
 	@mv $@.part $@
 
 # Checks.

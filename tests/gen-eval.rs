@@ -34,9 +34,9 @@ fn predictions() -> String {
 }
 
 harness::conventions!(|| {
-    let arguments = ["--score-only", "--rejects", "rejects.jsonl"];
     let conventions = Conventions {
-        arguments: arguments.map(String::from).into(),
+        arguments: vec!["--score-only".into()],
+        rejects: "--rejects",
         input: predictions(),
         empty: 0,
         key: "generation.batch_size",

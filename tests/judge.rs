@@ -50,6 +50,7 @@ fn many(n: usize) -> String {
 harness::conventions!(|| {
     let conventions = Conventions {
         arguments: vec!["--provider".into(), "reference".into()],
+        rejects: "--rejects",
         input: many(600),
         empty: 0,
         key: "judge.max_tokens",

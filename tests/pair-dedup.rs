@@ -171,14 +171,13 @@ fn id(record: &Value) -> &str {
 }
 
 harness::conventions!(|| {
-    let arguments = ["--dropped", "dropped.jsonl", "--model", &model()]
-        .map(String::from)
-        .to_vec();
+    let arguments = ["--model", &model()].map(String::from).to_vec();
     let input = text(&pairs()[..8]);
     (
         tool(),
         Conventions {
             arguments,
+            rejects: "--dropped",
             input,
             empty: 0,
             key: "deduplication.eval_fraction",

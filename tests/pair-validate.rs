@@ -51,12 +51,12 @@ fn mixed(count: usize) -> String {
 }
 
 harness::conventions!(|| {
-    let arguments = ["--rejects", "rejects.jsonl"].map(String::from).to_vec();
     let input = mixed(30);
     (
         tool(),
         Conventions {
-            arguments,
+            arguments: Vec::new(),
+            rejects: "--rejects",
             input,
             empty: 0,
             key: "collection.quality.max_toxicity",

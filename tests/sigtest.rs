@@ -27,13 +27,9 @@ fn records() -> String {
 const PATHS: [&str; 4] = ["--a", "systems.base", "--b", "systems.lora"];
 
 harness::conventions!(|| {
-    let rejects = ["--rejects", "rejects.jsonl"];
     let conventions = Conventions {
-        arguments: PATHS
-            .iter()
-            .chain(&rejects)
-            .map(ToString::to_string)
-            .collect(),
+        arguments: PATHS.map(String::from).into(),
+        rejects: "--rejects",
         input: records(),
         empty: 3,
         key: "statistics.resamples",

@@ -29,6 +29,7 @@ fn pair_lines(n: usize) -> String {
 harness::conventions!(|| {
     let conventions = Conventions {
         arguments: vec!["--method".into(), "file".into()],
+        rejects: "--unpaired",
         // Past any pipe's buffer, so that a reader who left is noticed.
         input: pair_lines(2000),
         empty: 0,

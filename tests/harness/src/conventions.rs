@@ -9,6 +9,8 @@ use crate::{Run, Tool};
 pub struct Conventions {
     /// Arguments of an ordinary run that reads standard input.
     pub arguments: Vec<String>,
+    /// The flag whose file takes refused records and malformed lines.
+    pub rejects: &'static str,
     /// Standard input of that run: records that lead to some output.
     pub input: String,
     /// Exit code for empty input: 0 for a filter, 3 for a tool that needs some.
@@ -82,7 +84,8 @@ impl Conventions {
         assert!(stderr.contains("No space left"), "{stderr}");
     }
 
-    /// A malformed line: exit 3, naming file and line; `--max-bad-lines 1` lets it pass.
+    /// A malformed line: exit 3, naming file and line. `--max-bad-lines 1` lets it
+    /// pass into the rejects file, and is refused without one.
     pub fn bad_line(&self, tool: &Tool) {
         let bad = format!("{}{{\"v\":1,\n", self.input);
         let line = bad.lines().count();
@@ -90,7 +93,14 @@ impl Conventions {
             .exits(3)
             .says(&format!("-:{line}: "));
         tool.run(&self.with(&["--max-bad-lines", "1"]), &bad)
-            .exits(0);
+            .exits(2)
+            .says(self.rejects);
+        let allowed = ["--max-bad-lines", "1", self.rejects, "kept.jsonl"];
+        tool.run(&self.with(&allowed), &bad).exits(0);
+        let kept = tool.read("kept.jsonl");
+        let kept = kept.lines().find(|l| l.contains("\"bad_line\""));
+        let place = format!("\"line\":{line}");
+        assert!(kept.is_some_and(|l| l.contains(&place)), "{kept:?}");
         let newer = format!(
             "{{\"v\":99,{}",
             self.input.trim_start().trim_start_matches('{')

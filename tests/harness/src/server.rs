@@ -93,6 +93,15 @@ impl Reply {
         }
     }
 
+    /// `status` with a body of any bytes.
+    #[must_use]
+    pub fn bytes(status: u16, body: &[u8]) -> Self {
+        Self {
+            body: body.into(),
+            ..Self::text(status, "")
+        }
+    }
+
     /// No answer: the connection closes once the request is read.
     #[must_use]
     pub fn hang_up() -> Self {

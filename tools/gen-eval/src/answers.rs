@@ -83,9 +83,9 @@ pub fn write_items<'a, B: Backend>(
     let names: Vec<&str> = std::iter::once(systems::BASE).chain(named).collect();
     let decoding = Decoding {
         sampling: Sampling {
-            temperature: settings.temperature,
+            temperature: settings.temperature as f32,
             top_k: settings.top_k,
-            top_p: settings.top_p,
+            top_p: settings.top_p as f32,
             seed: settings.seed,
         },
         max_new_tokens: settings.max_new_tokens,

@@ -12,15 +12,14 @@ mod scores;
 mod setup;
 mod systems;
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
-use cli::{App, Common, Counts, Failure, Flags, Resolved, Tool};
+use cli::{App, Common, Counts, Flags, Resolved, Tool};
 use engine::Cpu;
-use jsonl::{AtomicFile, Lines, Output, Position, Records};
+use jsonl::{Lines, Output, Position, Records};
 use qwen3::Model;
 use record::Record;
 use serde::Serialize;
@@ -56,10 +55,10 @@ struct GenEval {
     max_new_tokens: Option<usize>,
     /// 0 takes the likeliest token each time
     #[arg(long, value_name = "T")]
-    temperature: Option<f32>,
+    temperature: Option<f64>,
     /// Sample among the likeliest tokens that make up this much probability
     #[arg(long, value_name = "P")]
-    top_p: Option<f32>,
+    top_p: Option<f64>,
     /// Sample among so many of the likeliest tokens; 0: all
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
@@ -130,12 +129,6 @@ impl Tool for GenEval {
         let Some(resolved) = app.settings::<EvalSettings>(&["generation"], flags)? else {
             return Ok(());
         };
-        if self.common.max_bad_lines > 0 && self.rejects.is_none() {
-            return Err(Failure::Usage(
-                "--max-bad-lines needs --rejects FILE to keep the lines in".into(),
-            )
-            .into());
-        }
         if self.score_only {
             self.score(app)
         } else {
@@ -150,6 +143,7 @@ impl GenEval {
         let mut out = Output::stdout();
         let mut corpus = Corpus::new();
         let counts = self.each_record(
+            app,
             |mut record| {
                 let prediction: String = record.require("prediction")?;
                 let reference: String = record.require("reference")?;
@@ -177,29 +171,19 @@ impl GenEval {
     /// rejects file.
     fn each_record<T>(
         &self,
+        app: &App,
         mut check: impl FnMut(Record) -> Result<T, record::Error>,
         mut take: impl FnMut(Position, T) -> Result<()>,
     ) -> Result<Counts> {
-        let mut rejects = self
-            .rejects
-            .as_deref()
-            .map(AtomicFile::create)
-            .transpose()?;
-        let mut nowhere = std::io::sink();
-        let kept: &mut dyn Write = match &mut rejects {
-            Some(file) => file,
-            None => &mut nowhere,
-        };
+        let mut rejects = app.rejects("--rejects", self.rejects.as_deref())?;
         let mut records = Records::new(Lines::open(Path::new("-"))?, self.common.max_bad_lines);
         let mut written = 0;
-        while let Some((position, value)) = records.next_with(kept, &mut check)? {
+        while let Some((position, value)) = records.next_with(&mut rejects, &mut check)? {
             take(position, value)?;
             written += 1;
         }
         let rejected = records.bad();
-        if let Some(rejects) = rejects {
-            rejects.commit()?;
-        }
+        rejects.commit()?;
         Ok(Counts {
             read: written + rejected,
             written,
@@ -214,6 +198,7 @@ impl GenEval {
 
         let mut sources = Vec::new();
         let mut counts = self.each_record(
+            app,
             |record| Source::new(&record, setup.wording.text),
             |position, source| {
                 sources.push((position, source));

@@ -8,7 +8,6 @@ mod ledger;
 mod reference;
 mod verdict;
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -16,7 +15,7 @@ use std::rc::Rc;
 use clap::{Parser, ValueEnum};
 use cli::{App, Common, Counts, Failure, Flags, Signature};
 use httpclient::{Client, Scheme, Secret};
-use jsonl::{AtomicFile, Lines, Output, Records};
+use jsonl::{Lines, Output, Records};
 use record::Record;
 use serde_json::json;
 use settings::{EvalSettings, Judge as Settings, JudgeProvider};
@@ -210,16 +209,7 @@ impl Judge {
 
     /// Reads all of standard input first: what is malformed is found before anything is paid for.
     fn read(&self, app: &App, pairs: &[(String, String)]) -> anyhow::Result<(Vec<Entry>, Counts)> {
-        let mut file = self
-            .rejects
-            .as_deref()
-            .map(AtomicFile::create)
-            .transpose()?;
-        let mut nowhere = std::io::sink();
-        let rejects: &mut dyn Write = match &mut file {
-            Some(file) => file,
-            None => &mut nowhere,
-        };
+        let mut rejects = app.rejects("--rejects", self.rejects.as_deref())?;
         let mut records = Records::new(Lines::open("-".as_ref())?, self.common.max_bad_lines);
         let mut entries = Vec::new();
         let understand = |record: Record| {
@@ -230,20 +220,13 @@ impl Judge {
             item.pairs(pairs)?;
             Ok(Entry::Item(record, Box::new(item)))
         };
-        while let Some((_, entry)) = records.next_with(rejects, understand)? {
+        while let Some((_, entry)) = records.next_with(&mut rejects, understand)? {
             entries.push(entry);
         }
-        if let Some(file) = file {
-            file.commit()?;
-        }
+        rejects.commit()?;
         let bad = records.bad();
         if bad > 0 {
-            let hint = if self.rejects.is_some() {
-                ""
-            } else {
-                " (--rejects FILE keeps them)"
-            };
-            app.warn(format_args!("{bad} malformed lines passed over{hint}"));
+            app.warn(format_args!("{bad} malformed lines passed over"));
         }
         let counts = Counts {
             read: entries.len() as u64 + bad,

@@ -20,7 +20,7 @@ use anyhow::Context;
 use clap::Parser;
 use cli::{App, Common, Counts, Failure, Flags, Tool};
 use embed::Embedder;
-use jsonl::{AtomicFile, Lines, Output, Records};
+use jsonl::{Lines, Output, Records, Rejects};
 use record::{Dropped, Duplicate, Pair, Record, Split, Validation, quality};
 use settings::{DataSettings, Deduplication};
 
@@ -46,7 +46,7 @@ struct PairDedup {
     model: Option<String>,
     /// Cosine above which texts are near [default: 0.9]
     #[arg(long, value_name = "COSINE")]
-    threshold: Option<f32>,
+    threshold: Option<f64>,
     /// Part of the pairs that is held out [default: 0.1]
     #[arg(long, value_name = "FRACTION")]
     eval_fraction: Option<f64>,
@@ -121,11 +121,7 @@ impl Tool for PairDedup {
         let settings = &resolved.settings.deduplication;
         self.check(settings)?;
 
-        let mut dropped = self
-            .dropped
-            .as_deref()
-            .map(AtomicFile::create)
-            .transpose()?;
+        let mut dropped = app.rejects("--dropped", self.dropped.as_deref())?;
         let (mut rows, bad) = self.read(&mut dropped)?;
         let read = rows.len();
         rows.sort_by(Row::compare);
@@ -137,8 +133,7 @@ impl Tool for PairDedup {
             let sides = vec![Split::Train; rows.len()];
             (rows, sides)
         } else {
-            // As written: the f32 nearest to 0.9 is a little less than 0.9.
-            let threshold = rounded(settings.similarity_threshold.into());
+            let threshold = settings.similarity_threshold;
             let (texts, mut numbers) = number_texts(&rows);
             let vectors = embed(&texts, &settings.model, app)?;
             let rows = drop_semantic(rows, &mut numbers, &vectors, threshold, &mut gone, app);
@@ -155,13 +150,13 @@ impl Tool for PairDedup {
         }
         out.finish()?;
         gone.sort_by(|(a, _), (b, _)| Row::compare(a, b));
-        if let Some(mut file) = dropped {
-            for (mut row, dropped) in gone.drain(..) {
+        if dropped.are_kept() {
+            for (mut row, why) in gone.drain(..) {
                 add_texts(&mut row)?;
-                row.record.set("dropped", &dropped)?;
-                file.record(&row.record)?;
+                row.record.set("dropped", &why)?;
+                dropped.record(&row.record)?;
             }
-            file.commit()?;
+            dropped.commit()?;
         } else if read > sides.len() {
             app.info(
                 "the dropped pairs are kept nowhere; --dropped FILE keeps them with their keepers",
@@ -200,22 +195,14 @@ impl PairDedup {
                 "deduplication.eval_fraction (--eval-fraction) is {found}; it must be in 0 to 1"
             ));
         }
-        if self.common.max_bad_lines > 0 && self.dropped.is_none() {
-            return usage("--max-bad-lines needs --dropped FILE to keep the lines in".into());
-        }
         Ok(())
     }
 
     /// All rows, and the number of malformed lines.
-    fn read(&self, dropped: &mut Option<AtomicFile>) -> anyhow::Result<(Vec<Row>, u64)> {
-        let mut nowhere = std::io::sink();
-        let kept: &mut dyn std::io::Write = match dropped {
-            Some(file) => file,
-            None => &mut nowhere,
-        };
+    fn read(&self, dropped: &mut Rejects) -> anyhow::Result<(Vec<Row>, u64)> {
         let mut records = Records::new(Lines::open(Path::new("-"))?, self.common.max_bad_lines);
         let mut rows = Vec::new();
-        while let Some((_, row)) = records.next_with(kept, Row::of)? {
+        while let Some((_, row)) = records.next_with(dropped, Row::of)? {
             rows.push(row);
         }
         Ok((rows, records.bad()))

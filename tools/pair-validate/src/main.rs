@@ -5,14 +5,13 @@
 //! depend on the number of threads. Validated and rejected together are the input.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
 use cli::{App, Common, Counts, Failure, Flags, Signature, Tool};
 use filters::{Candidate, Checked, Filters};
-use jsonl::{AtomicFile, Lines, Output, Records, write_atomically};
+use jsonl::{Lines, Output, Records, Rejects, write_atomically};
 use rayon::prelude::*;
 use record::{Record, Rejected, count_by_reason};
 use serde_json::json;
@@ -68,18 +67,8 @@ impl Tool for PairValidate {
         };
         let filters = Filters::new(&resolved.settings.collection)
             .map_err(|e| Failure::Usage(e.to_string()))?;
-        if self.common.max_bad_lines > 0 && self.rejects.is_none() {
-            return Err(Failure::Usage(
-                "--max-bad-lines needs --rejects FILE to keep the lines in".into(),
-            )
-            .into());
-        }
 
-        let mut rejects = self
-            .rejects
-            .as_deref()
-            .map(AtomicFile::create)
-            .transpose()?;
+        let mut rejects = app.rejects("--rejects", self.rejects.as_deref())?;
         let mut out = Output::stdout();
         let mut records = Records::new(Lines::open(Path::new("-"))?, self.common.max_bad_lines);
         let (mut passed, mut refused) = (0, 0);
@@ -112,9 +101,7 @@ impl Tool for PairValidate {
                             reasons: checked.reasons,
                         },
                     )?;
-                    if let Some(file) = &mut rejects {
-                        file.record(&record)?;
-                    }
+                    rejects.record(&record)?;
                     refused += 1;
                 }
             }
@@ -122,9 +109,7 @@ impl Tool for PairValidate {
         }
         drop(progress);
         out.finish()?;
-        if let Some(file) = rejects {
-            file.commit()?;
-        }
+        rejects.commit()?;
 
         let bad = records.bad();
         let counts = Counts {
@@ -178,16 +163,11 @@ impl PairValidate {
 /// Up to [`CHUNK`] records that are pairs; none at the end.
 fn read_chunk(
     records: &mut Records,
-    rejects: &mut Option<AtomicFile>,
+    rejects: &mut Rejects,
 ) -> Result<Vec<(Record, Candidate)>, jsonl::ReadError> {
-    let mut nowhere = std::io::sink();
-    let kept: &mut dyn Write = match rejects {
-        Some(file) => file,
-        None => &mut nowhere,
-    };
     let mut chunk = Vec::new();
     while chunk.len() < CHUNK {
-        let next = records.next_with(kept, |record| Ok((Candidate::of(&record)?, record)))?;
+        let next = records.next_with(rejects, |record| Ok((Candidate::of(&record)?, record)))?;
         let Some((_, (candidate, record))) = next else {
             break;
         };

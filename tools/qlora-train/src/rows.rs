@@ -104,18 +104,12 @@ fn read(
     rejects: Option<&Path>,
     settings: &TrainSettings,
 ) -> Result<Vec<Source>> {
-    let mut kept = rejects.map(jsonl::AtomicFile::create).transpose()?;
-    let mut sink = std::io::sink();
+    let mut kept = app.rejects("--rejects", rejects)?;
     let mut records = Records::new(Lines::open(data)?, app.common().max_bad_lines);
     let mut sources = Vec::new();
-    let mut next = |records: &mut Records| {
-        let rejects: &mut dyn std::io::Write = match &mut kept {
-            Some(file) => file,
-            None => &mut sink,
-        };
-        records.next_with(rejects, |record| source(&record, settings))
-    };
-    while let Some((position, mut source)) = next(&mut records)? {
+    while let Some((position, mut source)) =
+        records.next_with(&mut kept, |record| source(&record, settings))?
+    {
         source.position = position.to_string();
         if source.group.is_empty() {
             source.group = position.line.to_string();
@@ -123,15 +117,12 @@ fn read(
         sources.push(source);
     }
     if records.bad() > 0 {
-        let where_to = rejects.map_or("--rejects FILE keeps them".into(), |path| {
-            format!("kept in {}", path.display())
-        });
         app.warn(format_args!(
-            "{} malformed lines passed over; {where_to}",
+            "{} malformed lines passed over",
             records.bad()
         ));
     }
-    kept.map(jsonl::AtomicFile::commit).transpose()?;
+    kept.commit()?;
     Ok(sources)
 }
 

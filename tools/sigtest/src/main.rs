@@ -151,9 +151,6 @@ impl Sigtest {
                 statistics.resamples
             ));
         }
-        if self.common.max_bad_lines > 0 && self.rejects.is_none() {
-            return usage("--max-bad-lines needs --rejects FILE to keep the lines in".into());
-        }
         Ok(())
     }
 }

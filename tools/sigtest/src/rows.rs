@@ -5,7 +5,7 @@ use std::path::Path;
 
 use clap::Args;
 use cli::{App, Counts, Failure};
-use jsonl::{AtomicFile, Lines, Records};
+use jsonl::{Lines, Records};
 use record::Record;
 use serde_json::Value;
 
@@ -43,25 +43,18 @@ impl Question {
         app: &App,
         rejects: Option<&Path>,
     ) -> anyhow::Result<(Vec<Row>, Vec<String>, Counts)> {
-        let mut rejects = rejects.map(AtomicFile::create).transpose()?;
-        let mut nowhere = std::io::sink();
-        let kept: &mut dyn std::io::Write = match &mut rejects {
-            Some(file) => file,
-            None => &mut nowhere,
-        };
+        let mut rejects = app.rejects("--rejects", rejects)?;
         let mut records = Records::new(Lines::open(Path::new("-"))?, app.common().max_bad_lines);
         let (mut rows, mut names, mut counts) = (Vec::new(), Vec::new(), Counts::default());
         while let Some((_, row)) =
-            records.next_with(kept, |record| self.row(&record, &mut names))?
+            records.next_with(&mut rejects, |record| self.row(&record, &mut names))?
         {
             counts.read += 1;
             rows.extend(row);
         }
         counts.rejected = records.bad();
         counts.read += counts.rejected;
-        if let Some(rejects) = rejects {
-            rejects.commit()?;
-        }
+        rejects.commit()?;
         if rows.is_empty() {
             return Err(Failure::Input(
                 "-: the input is empty: there is nothing to compare".into(),

@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use clap::{Parser, ValueEnum};
 use cli::{App, Common, Counts, Failure, Flags, Resolved};
 use httpclient::{Client, Scheme, Secret};
-use jsonl::{AtomicFile, Output};
+use jsonl::{Output, Rejects};
 use settings::{Collection, DataSettings};
 
 use join::{Joiner, Origin};
@@ -147,7 +147,10 @@ impl Fetch {
             .into());
         }
         let mut out = Output::stdout();
-        let mut leftovers = Leftovers::create(self.unpaired.as_deref())?;
+        let mut leftovers = Leftovers {
+            file: app.rejects("--unpaired", self.unpaired.as_deref())?,
+            bad: 0,
+        };
         let mut joiner = Joiner::new(settings.keep_authors, self.unpaired.is_some());
         let mut counts = Counts::default();
         let mut allowance = self.common.max_bad_lines;
@@ -216,7 +219,10 @@ impl Fetch {
             || self.api(settings),
             || Joiner::new(settings.keep_authors, keep_unpaired),
         )?;
-        let leftovers = Leftovers::create(self.unpaired.as_deref())?;
+        let leftovers = Leftovers {
+            file: app.rejects("--unpaired", self.unpaired.as_deref())?,
+            bad: 0,
+        };
         let read = joiner.len() as u64;
         self.write(
             app,
@@ -269,11 +275,11 @@ impl Fetch {
         let (reasons, records) = joiner.unpaired()?;
         counts.rejected = leftovers.bad + reasons.values().sum::<u64>();
         for record in &records {
-            leftovers.record(record)?;
+            leftovers.file.record(record)?;
         }
         out.finish()?;
         let bad = leftovers.bad;
-        leftovers.commit()?;
+        leftovers.file.commit()?;
         let hint = if self.unpaired.is_some() {
             ""
         } else {
@@ -296,38 +302,14 @@ impl Fetch {
 
 /// The file of `--unpaired`, where there is one.
 struct Leftovers {
-    file: Option<AtomicFile>,
+    file: Rejects,
     bad: u64,
 }
 
 impl Leftovers {
-    fn create(path: Option<&Path>) -> anyhow::Result<Self> {
-        Ok(Self {
-            file: path.map(AtomicFile::create).transpose()?,
-            bad: 0,
-        })
-    }
-
     fn bad(&mut self, line: &record::BadLine) -> anyhow::Result<()> {
         self.bad += 1;
-        if let Some(file) = &mut self.file {
-            serde_json::to_writer(&mut *file, &serde_json::json!({ "bad_line": line }))?;
-            file.write_all(b"\n")?;
-        }
-        Ok(())
-    }
-
-    fn record(&mut self, record: &record::Record) -> anyhow::Result<()> {
-        match &mut self.file {
-            Some(file) => Ok(file.record(record)?),
-            None => Ok(()),
-        }
-    }
-
-    fn commit(self) -> anyhow::Result<()> {
-        match self.file {
-            Some(file) => Ok(file.commit()?),
-            None => Ok(()),
-        }
+        serde_json::to_writer(&mut self.file, &serde_json::json!({ "bad_line": line }))?;
+        Ok(self.file.write_all(b"\n")?)
     }
 }

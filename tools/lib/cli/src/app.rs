@@ -105,6 +105,16 @@ impl App {
         Ok(None)
     }
 
+    /// The file for refused records and malformed lines, which `flag` names.
+    /// Malformed lines may only be passed over where they are kept.
+    pub fn rejects(&self, flag: &str, path: Option<&Path>) -> anyhow::Result<jsonl::Rejects> {
+        if self.common.max_bad_lines > 0 && path.is_none() {
+            let cause = format!("--max-bad-lines needs {flag} FILE to keep the lines in");
+            return Err(Failure::Usage(cause).into());
+        }
+        Ok(jsonl::Rejects::create(path)?)
+    }
+
     /// A message for the user.
     pub fn info(&self, message: impl fmt::Display) {
         self.say(format_args!("{}: {message}", self.name));

@@ -180,7 +180,7 @@ struct Post<'a> {
 /// What was measured on one text.
 struct Measured {
     length: usize,
-    toxicity: f32,
+    toxicity: f64,
     language: String,
 }
 

@@ -24,10 +24,10 @@ const WEIGHTS: [(Type, [f64; 3]); 4] = [
 ];
 
 /// Score of a text, in [0, 1), in steps of 0.001.
-pub fn toxicity(text: &str) -> f32 {
+pub fn toxicity(text: &str) -> f64 {
     let clean: f64 = words(text).iter().map(|word| clean(word)).product();
     // Rounding keeps 0.3 at 0.3, on whichever side of it the product fell.
-    (((1.0 - clean) * 1000.0).round() / 1000.0) as f32
+    ((1.0 - clean) * 1000.0).round() / 1000.0
 }
 
 /// What is to be looked at by itself: words, numbers left out (a number is not

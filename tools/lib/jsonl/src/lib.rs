@@ -10,4 +10,4 @@ mod read;
 mod write;
 
 pub use read::{Line, Lines, Position, ReadError, Records};
-pub use write::{AtomicFile, Output, WriteError, write_atomically};
+pub use write::{AtomicFile, Output, Rejects, WriteError, write_atomically};

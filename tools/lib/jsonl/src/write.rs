@@ -156,6 +156,42 @@ impl Drop for AtomicFile {
     }
 }
 
+/// Where refused records and malformed lines go: a file, or nowhere.
+pub struct Rejects(Option<AtomicFile>);
+
+impl Rejects {
+    /// A file if there is a path.
+    pub fn create(path: Option<&Path>) -> Result<Self, WriteError> {
+        path.map(AtomicFile::create).transpose().map(Self)
+    }
+
+    /// Whether what is written is kept.
+    pub fn are_kept(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Writes one record as a line.
+    pub fn record(&mut self, record: &record::Record) -> Result<(), WriteError> {
+        self.0.as_mut().map_or(Ok(()), |file| file.record(record))
+    }
+
+    /// Puts the file in its place.
+    pub fn commit(self) -> Result<(), WriteError> {
+        self.0.map_or(Ok(()), AtomicFile::commit)
+    }
+}
+
+impl Write for Rejects {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0
+            .as_mut()
+            .map_or(Ok(bytes.len()), |file| file.write(bytes))
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.as_mut().map_or(Ok(()), AtomicFile::flush)
+    }
+}
+
 /// Writes a whole file at once, so that it is there complete or not at all.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), WriteError> {
     let mut file = AtomicFile::create(path)?;

@@ -14,9 +14,9 @@ pub struct Validation {
     /// The same of the reply.
     pub reply_length: usize,
     /// Lexicon score of the tweet, 0 to 1.
-    pub tweet_toxicity: f32,
+    pub tweet_toxicity: f64,
     /// Lexicon score of the reply, 0 to 1.
-    pub reply_toxicity: f32,
+    pub reply_toxicity: f64,
     /// See [`quality`].
     pub quality: f64,
 }
@@ -29,14 +29,14 @@ pub struct Validation {
 /// is `likes / (likes + √followers)`, so one half where a reply has as many likes
 /// as the square root of its author's audience. An unknown figure adds nothing.
 /// Rounded to 6 digits, past which logarithms differ between machines.
-pub fn quality(reply_likes: Option<u64>, followers: Option<u64>, toxicity: f32) -> f64 {
+pub fn quality(reply_likes: Option<u64>, followers: Option<u64>, toxicity: f64) -> f64 {
     let likes = reply_likes.unwrap_or(0) as f64;
     let liked = likes.ln_1p() / (likes.ln_1p() + 51f64.ln());
     let standing = match followers {
         Some(followers) if likes > 0.0 => likes / (likes + (followers as f64).sqrt()),
         _ => 0.0,
     };
-    let quality = (0.7 * liked + 0.3 * standing) * (1.0 - f64::from(toxicity));
+    let quality = (0.7 * liked + 0.3 * standing) * (1.0 - toxicity);
     (quality * 1e6).round() / 1e6
 }
 

@@ -126,7 +126,7 @@ impl Default for ReplyFilters {
 pub struct Quality {
     /// A text at or above this toxicity score is refused, 0 to 1.
     #[serde(alias = "toxicity_threshold")]
-    pub max_toxicity: f32,
+    pub max_toxicity: f64,
     /// Refuse what looks like spam.
     pub exclude_spam: bool,
     /// What to do with a pair whose likes or followers the source does not tell,
@@ -200,7 +200,7 @@ impl Default for Apify {
 #[serde(deny_unknown_fields, default)]
 pub struct Deduplication {
     /// Two pairs are near when both texts' cosines are above this.
-    pub similarity_threshold: f32,
+    pub similarity_threshold: f64,
     /// Folder of the sentence-embedding model.
     pub model: String,
     /// Part of the pairs that is held out, 0 to 1.

@@ -34,9 +34,9 @@ pub struct Generation {
     /// Longest reply, in tokens.
     pub max_new_tokens: usize,
     /// 0 takes the likeliest token each time.
-    pub temperature: f32,
+    pub temperature: f64,
     /// Sampling keeps the likeliest tokens that make up this much probability.
-    pub top_p: f32,
+    pub top_p: f64,
     /// Sampling keeps so many of the likeliest tokens; 0 keeps all.
     pub top_k: usize,
     /// Replies generated side by side.
