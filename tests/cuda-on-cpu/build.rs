@@ -26,18 +26,21 @@ fn compiler() -> cc::Build {
 
 fn main() {
     let kernels = Path::new(KERNELS).join("kernels.cu");
+    let faults = Path::new("runtime/faults.cu").to_owned();
     compiler()
         .files(["runtime/runtime.cc", "runtime/check.cc"])
         .compile("cuda_runtime");
     compiler()
         .flag("-xc++")
-        .file(&kernels)
+        .include(KERNELS)
+        .files([&kernels, &faults])
         .compile("cuda_kernels");
     compiler()
         .flag("-xc++")
         .define("CHECKED", None)
         .flag("-fsanitize=thread")
-        .file(&kernels)
+        .include(KERNELS)
+        .files([&kernels, &faults])
         .compile("cuda_kernels_checked");
     println!("cargo:rerun-if-changed={KERNELS}");
     println!("cargo:rerun-if-changed=runtime");

@@ -19,9 +19,6 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
 
 namespace cpu {
 
@@ -42,6 +39,8 @@ struct Shared {
   explicit Shared(size_t size);
 };
 
+void load16(void *to, const void *from);
+void store16(void *to, const void *from);
 void barrier();
 void warp_barrier();
 void exchange(void *value, size_t size, int mask);
@@ -108,6 +107,12 @@ DEVICE u32 to_bf16(float x) {
   return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;      // to nearest, ties to even
 }
 DEVICE u32 pack(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
+DEVICE uint4 load16(const void *p) {
+  uint4 v;
+  cpu::load16(&v, p);
+  return v;
+}
+DEVICE void store16(void *p, uint4 v) { cpu::store16(p, &v); }
 DEVICE void sync_block() { cpu::barrier(); }
 DEVICE void sync_warp() { cpu::warp_barrier(); }
 template <class T> DEVICE T shuffle_xor(T x, int lane_mask) {

@@ -47,6 +47,10 @@ DEVICE u32 pack(float low, float high) {
 // By the special-function unit, good to about 2^-21: for what is rounded to bf16.
 DEVICE float fast_exp(float x) { return __expf(x); }
 
+// Sixteen bytes in one access; the address is a multiple of sixteen.
+DEVICE uint4 load16(const void *p) { return *static_cast<const uint4 *>(p); }
+DEVICE void store16(void *p, uint4 v) { *static_cast<uint4 *>(p) = v; }
+
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE float shuffle_xor(float x, int lane_mask) { return __shfl_xor_sync(~0u, x, lane_mask); }
@@ -113,12 +117,13 @@ struct Eight {
 };
 
 DEVICE Eight load8(const bf16 *p) {
-  const uint4 v = *reinterpret_cast<const uint4 *>(p);
+  const uint4 v = load16(p);
   return Eight{{low(v.x), high(v.x), low(v.y), high(v.y), low(v.z), high(v.z), low(v.w), high(v.w)}};
 }
 DEVICE Eight load8(const float *p) {
-  const float4 a = reinterpret_cast<const float4 *>(p)[0], b = reinterpret_cast<const float4 *>(p)[1];
-  return Eight{{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+  const uint4 a = load16(p), b = load16(p + 4);
+  return Eight{{as_float(a.x), as_float(a.y), as_float(a.z), as_float(a.w), as_float(b.x),
+                as_float(b.y), as_float(b.z), as_float(b.w)}};
 }
 DEVICE void store8(bf16 *p, const Eight &v) {
   uint4 packed;
@@ -126,7 +131,7 @@ DEVICE void store8(bf16 *p, const Eight &v) {
   packed.y = pack(v.x[2], v.x[3]);
   packed.z = pack(v.x[4], v.x[5]);
   packed.w = pack(v.x[6], v.x[7]);
-  *reinterpret_cast<uint4 *>(p) = packed;
+  store16(p, packed);
 }
 
 DEVICE int lane() { return threadIdx.x & 31; }

@@ -1,13 +1,16 @@
 // One token at a time: copies, norms, rotation, gates. Memory-bound: what counts
 // is that every value is read and written once, sixteen bytes at a time.
 
+// A row, by the whole block.
+DEVICE void copy_row(const bf16 *from, u32 width, bf16 *to) {
+  for (u32 i = threadIdx.x * 8; i < width; i += blockDim.x * 8) store16(to + i, load16(from + i));
+}
+
 // out[i] = x[index[i]], rows of `width`; a block a row.
 KERNEL(256)
 gather(const bf16 *__restrict__ x, const u32 *__restrict__ index, u32 width,
        bf16 *__restrict__ out) {
-  const auto from = reinterpret_cast<const uint4 *>(x + (size_t)index[blockIdx.x] * width);
-  const auto to = reinterpret_cast<uint4 *>(out + (size_t)blockIdx.x * width);
-  for (u32 i = threadIdx.x; i < width / 8; i += blockDim.x) to[i] = from[i];
+  copy_row(x + (size_t)index[blockIdx.x] * width, width, out + (size_t)blockIdx.x * width);
 }
 EXPORT(gather)
 
@@ -15,9 +18,7 @@ EXPORT(gather)
 KERNEL(256)
 scatter(const bf16 *__restrict__ x, const u32 *__restrict__ index, u32 width,
         bf16 *__restrict__ out) {
-  const auto from = reinterpret_cast<const uint4 *>(x + (size_t)blockIdx.x * width);
-  const auto to = reinterpret_cast<uint4 *>(out + (size_t)index[blockIdx.x] * width);
-  for (u32 i = threadIdx.x; i < width / 8; i += blockDim.x) to[i] = from[i];
+  copy_row(x + (size_t)blockIdx.x * width, width, out + (size_t)index[blockIdx.x] * width);
 }
 EXPORT(scatter)
 
@@ -186,12 +187,8 @@ cache_append(const bf16 *__restrict__ qk, const bf16 *__restrict__ qkv,
              const u32 *__restrict__ slots, const u32 *__restrict__ positions, u32 q_width,
              u32 width, u32 capacity, bf16 *__restrict__ keys, bf16 *__restrict__ values) {
   const size_t t = blockIdx.x;
-  const size_t to = ((size_t)slots[t] * capacity + positions[t]) * width / 8;
-  const auto k = reinterpret_cast<const uint4 *>(qk + t * (q_width + width) + q_width);
-  const auto v = reinterpret_cast<const uint4 *>(qkv + t * (q_width + 2 * width) + q_width + width);
-  for (u32 i = threadIdx.x; i < width / 8; i += blockDim.x) {
-    reinterpret_cast<uint4 *>(keys)[to + i] = k[i];
-    reinterpret_cast<uint4 *>(values)[to + i] = v[i];
-  }
+  const size_t to = ((size_t)slots[t] * capacity + positions[t]) * width;
+  copy_row(qk + t * (q_width + width) + q_width, width, keys + to);
+  copy_row(qkv + t * (q_width + 2 * width) + q_width + width, width, values + to);
 }
 EXPORT(cache_append)

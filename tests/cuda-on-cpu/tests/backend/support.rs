@@ -83,11 +83,11 @@ pub fn distance(got: &[f32], want: &[f32]) -> f64 {
 }
 
 /// Runs a check on a device per order of threads, and on the GPU if there is one.
-/// Its results must be within `limit` of the reference, and on the CPU the same
-/// bits whatever the order.
+/// Result `i` must be within `limits[i % limits.len()]` of the reference's, and on
+/// the CPU the same bits whatever the order.
 pub fn compare(
     name: &str,
-    limit: f64,
+    limits: &[f64],
     reference: Vec<Vec<f32>>,
     run: impl Fn(&Cuda) -> Vec<Vec<f32>>,
 ) {
@@ -98,7 +98,7 @@ pub fn compare(
             let off = distance(got, want);
             println!("{name}, result {i}, {}: {off:.1e}", device.describe());
             assert!(
-                off <= limit,
+                off <= limits[i % limits.len()],
                 "{name}, result {i}, {}: {off:e}",
                 device.describe()
             );

@@ -2,23 +2,21 @@
 //! shapes. A check is one function over any backend; it runs on the CPU, then on a
 //! device per order of threads with poisoned memory, every access looked at; and
 //! on a GPU where there is one.
-#![allow(clippy::unwrap_used)]
 
-mod support;
-
+use crate::support::{Draw, Machine, compare};
 use engine::nf4::Nf4Tensor;
 use engine::{
     AdamW, Adapter, Cache, Cpu, Dropout, Group, Heads, HostMatrix, LinearGrad, Member, QkNorms,
     Ragged, Reading, Sampling, Stretch,
 };
 use half::bf16;
-use support::{Draw, Machine, compare};
 
-/// `‖out - reference‖ / ‖reference‖` of what is rounded to bf16 once or twice: one
-/// rounding is off by 2^-9 / √3 = 1.1e-3 in the mean.
-const BF16: f64 = 4e-3;
-
-/// Of sums in f32, in another order.
+/// Limits of `‖out - reference‖ / ‖reference‖`, by the largest seen with four
+/// orders of threads on 2026-11-23 (the CUDA backend on a processor): one rounding
+/// to bf16, 1.9e-3; the roundings inside a product and its updates, or inside
+/// attention's gradient, 3.2e-3; sums in f32 in another order, 1.9e-7.
+const ONCE: f64 = 2.4e-3;
+const TWICE: f64 = 4e-3;
 const F32: f64 = 2e-6;
 
 /// A quantised matrix, with double quantisation or without.
@@ -50,7 +48,7 @@ fn embeddings_gather_and_scatter() {
             .map(|(x, rows)| b.read_act(x, rows * width).unwrap())
             .into()
     }
-    compare("embed, gather, scatter", 0.0, run(&Cpu), run);
+    compare("embed, gather, scatter", &[0.0], run(&Cpu), run);
 }
 
 #[test]
@@ -72,7 +70,7 @@ fn rms_norm_and_its_gradient() {
         }
         results
     }
-    compare("rms_norm", BF16, run(&Cpu), run);
+    compare("rms_norm", &[ONCE, F32, ONCE], run(&Cpu), run);
 }
 
 #[test]
@@ -94,11 +92,11 @@ fn swiglu_and_its_gradient() {
             b.read_act(&dgate_up, tokens * 2 * width).unwrap(),
         ]
     }
-    compare("swiglu", BF16, run(&Cpu), run);
+    compare("swiglu", &[ONCE], run(&Cpu), run);
 }
 
 /// Grouped heads of each width that there are kernels for.
-const HEADS: [Heads; 3] = [
+const ONCES: [Heads; 3] = [
     Heads {
         query: 6,
         kv: 2,
@@ -120,7 +118,7 @@ const HEADS: [Heads; 3] = [
 fn norm_and_rotation_of_queries_and_keys() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
         let mut results = Vec::new();
-        for heads in HEADS {
+        for heads in ONCES {
             let mut draw = Draw(heads.dim as u64);
             let tokens = 7;
             let angles: Vec<f32> = draw
@@ -154,7 +152,7 @@ fn norm_and_rotation_of_queries_and_keys() {
         }
         results
     }
-    compare("qk_norm_rope", BF16, run(&Cpu), run);
+    compare("qk_norm_rope", &[ONCE, F32, ONCE], run(&Cpu), run);
 }
 
 /// Attention over rows of these lengths, and its gradient.
@@ -198,32 +196,32 @@ fn attend<B: Machine>(b: &B, heads: Heads, lengths: &[usize]) -> Vec<Vec<f32>> {
 #[test]
 fn attention_of_narrow_heads() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
-        attend(b, HEADS[0], &[1, 67, 16, 130])
+        attend(b, ONCES[0], &[1, 67, 16, 130])
     }
-    compare("attention, 32", 2.0 * BF16, run(&Cpu), run);
+    compare("attention, 32", &[ONCE, F32, TWICE], run(&Cpu), run);
 }
 
 #[test]
 fn attention_of_middle_heads() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
-        attend(b, HEADS[1], &[3, 64, 65])
+        attend(b, ONCES[1], &[3, 64, 65])
     }
-    compare("attention, 64", 2.0 * BF16, run(&Cpu), run);
+    compare("attention, 64", &[ONCE, F32, TWICE], run(&Cpu), run);
 }
 
 #[test]
 fn attention_of_wide_heads() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
-        attend(b, HEADS[2], &[40, 1, 70])
+        attend(b, ONCES[2], &[40, 1, 70])
     }
-    compare("attention, 128", 2.0 * BF16, run(&Cpu), run);
+    compare("attention, 128", &[ONCE, F32, TWICE], run(&Cpu), run);
 }
 
 #[test]
 fn the_cache_and_attention_over_it() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
         let mut results = Vec::new();
-        for heads in HEADS {
+        for heads in ONCES {
             let mut draw = Draw(heads.dim as u64 + 9);
             let cache = Cache {
                 slots: 3,
@@ -251,7 +249,7 @@ fn the_cache_and_attention_over_it() {
         }
         results
     }
-    compare("cache", BF16, run(&Cpu), run);
+    compare("cache", &[ONCE, ONCE, ONCE, 0.0, 0.0], run(&Cpu), run);
 }
 
 /// A group's forward and backward; `kinds` says of each member whether it is
@@ -358,7 +356,7 @@ fn products_of_a_quantised_group() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
         group(b, &[Some(true), Some(false), Some(true)], 0.0, false)
     }
-    compare("linear, NF4", 2.0 * BF16, run(&Cpu), run);
+    compare("linear, NF4", &[TWICE], run(&Cpu), run);
 }
 
 #[test]
@@ -366,7 +364,7 @@ fn products_with_dropout_and_residual() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
         group(b, &[Some(true)], 0.3, true)
     }
-    compare("linear, dropout", 2.0 * BF16, run(&Cpu), run);
+    compare("linear, dropout", &[TWICE], run(&Cpu), run);
 }
 
 #[test]
@@ -374,7 +372,7 @@ fn products_of_a_mixed_group_with_dropout() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
         group(b, &[Some(true), None, Some(true)], 0.1, false)
     }
-    compare("linear, mixed", 2.0 * BF16, run(&Cpu), run);
+    compare("linear, mixed", &[TWICE], run(&Cpu), run);
 }
 
 #[test]
@@ -415,7 +413,7 @@ fn decoding_is_the_rounded_value() {
         }
         results
     }
-    compare("nf4_decode", 0.0, run(&Cpu), run);
+    compare("nf4_decode", &[0.0], run(&Cpu), run);
 }
 
 #[test]
@@ -447,7 +445,12 @@ fn loss_logits_and_their_gradient() {
         }
         results
     }
-    compare("head_loss", BF16, run(&Cpu), run);
+    compare(
+        "head_loss",
+        &[F32, ONCE, F32, ONCE, TWICE, ONCE],
+        run(&Cpu),
+        run,
+    );
 }
 
 #[test]
@@ -491,7 +494,7 @@ fn norm_and_adamw() {
         }
         results
     }
-    compare("adamw", F32, run(&Cpu), run);
+    compare("adamw", &[F32], run(&Cpu), run);
 }
 
 #[test]
@@ -534,5 +537,5 @@ fn sampling_chooses_the_same_tokens() {
         }
         results
     }
-    compare("sample", 0.0, run(&Cpu), run);
+    compare("sample", &[0.0], run(&Cpu), run);
 }

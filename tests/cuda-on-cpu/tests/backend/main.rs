@@ -1,0 +1,9 @@
+//! The CUDA backend without a GPU, and, on a machine that has one, with it:
+//! each kernel against the CPU's operation, then a whole small model; and first of
+//! all the runtime that stands in for the device.
+#![allow(clippy::unwrap_used)]
+
+mod kernels;
+mod model;
+mod runtime;
+mod support;
