@@ -44,6 +44,12 @@ enum Command {
 }
 
 fn main() -> Result<()> {
+    // Pretraining brings its own two threads, and small products shared out among
+    // more make each other wait. The result is the same either way.
+    if std::env::var_os("RAYON_NUM_THREADS").is_none() {
+        // SAFETY: no other thread runs yet.
+        unsafe { std::env::set_var("RAYON_NUM_THREADS", "1") };
+    }
     match Arguments::parse().command {
         Command::Data { out, seed } => pretrain::save(&out, demo::write(seed)?.export.as_bytes()),
         Command::Train {

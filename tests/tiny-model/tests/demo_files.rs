@@ -1,7 +1,7 @@
 //! The committed files of the demo are what the generators make.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +10,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tiny_model::autograd::{Batch, Config, Model};
 use tiny_model::random::Random;
+use tiny_model::topics::Scene;
 use tiny_model::{
     DATA_SEED, DOCUMENTS, MODEL_SEED, corpus, demo, grammar, pretrain, topics, vocabulary,
 };
@@ -134,25 +135,25 @@ fn pretraining_is_repeatable() {
     assert!((losses[0] - 7.34).abs() < 0.2, "first loss {}", losses[0]);
     let names: Vec<_> = first.keys().copied().collect();
     assert!(names.contains(&"SHA256SUMS"));
-    let elsewhere: BTreeMap<_, _> = pretrain::run(&documents, 2, 8, |_, _| {}).unwrap();
-    assert!(first["model.safetensors"] != elsewhere["model.safetensors"]);
 }
 
-/// Mean NLL of the reply tokens over 40 fresh scenes.
-fn reply_nll(model: &Model, reply: fn(&topics::Scene, &mut Random) -> String) -> f64 {
+/// Mean NLL of the reply tokens over 40 fresh scenes, each reply to the tweet of
+/// the scene `apart` places on.
+fn reply_nll(model: &Model, apart: usize, reply: fn(&Scene, &mut Random) -> String) -> f64 {
     let tokenizer = tokenizers::Tokenizer::from_file(committed("model/tokenizer.json")).unwrap();
     let encode = |text: &str| tokenizer.encode(text, false).unwrap().get_ids().to_vec();
     let topics = topics::read().unwrap();
     let mut random = Random::new(99);
+    let scenes = topics::scenes(&topics, 40, &mut random);
     let mut batch = Batch::default();
-    for scene in topics::scenes(&topics, 40, &mut random) {
-        let tweet = grammar::tweet(&scene, &mut random);
+    for (at, scene) in scenes.iter().enumerate() {
+        let tweet = grammar::tweet(&scenes[(at + apart) % scenes.len()], &mut random);
         let prompt = format!(
             "<|im_start|>user\n{tweet}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
         );
         let mut ids = encode(&prompt);
         let mut labelled = vec![false; ids.len()];
-        ids.extend(encode(&format!("{}<|im_end|>", reply(&scene, &mut random))));
+        ids.extend(encode(&format!("{}<|im_end|>", reply(scene, &mut random))));
         labelled.resize(ids.len(), true);
         batch.push(&ids, &labelled);
     }
@@ -165,15 +166,17 @@ fn reply_nll(model: &Model, reply: fn(&topics::Scene, &mut Random) -> String) ->
     )
 }
 
-/// The base model writes the dry voice well and the liked one badly: that is the
-/// room an adapter has.
+/// The base model writes the dry voice well, looks at the tweet as it does, and
+/// writes the liked voice badly: that is the room an adapter has.
 #[test]
 fn the_liked_manner_is_left_to_learn() {
     let model = Model::load(&committed("model"), DType::F32).unwrap();
-    let terse = reply_nll(&model, grammar::terse_reply);
-    let liked = reply_nll(&model, grammar::liked_reply);
+    let terse = reply_nll(&model, 0, grammar::terse_reply);
+    let astray = reply_nll(&model, 1, grammar::terse_reply);
+    let liked = reply_nll(&model, 0, grammar::liked_reply);
+    let all = format!("terse {terse:.3}, to another tweet {astray:.3}, liked {liked:.3}");
     assert!(
-        terse < 1.0 && liked > terse + 1.0,
-        "terse {terse}, liked {liked}"
+        terse < 0.5 && astray > terse + 1.0 && liked > terse + 3.0,
+        "{all}"
     );
 }
