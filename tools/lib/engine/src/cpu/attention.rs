@@ -90,6 +90,63 @@ impl<'a> Packed<'a> {
     }
 }
 
+vectorised! {
+    /// Scores of consecutive queries, the first of which sees `seen` keys, to
+    /// probabilities, with the logs of their denominators.
+    fn softmax(scores: &mut [f32], seen: usize, lse: &mut [f32]) {
+        let keys = scores.len() / lse.len();
+        for (i, (row, lse)) in scores.chunks_exact_mut(keys).zip(lse).enumerate() {
+            let (row, future) = row.split_at_mut(seen + i);
+            let top = max(row);
+            for s in row.iter_mut() {
+                *s = exp(*s - top);
+            }
+            let total = sum(row);
+            for s in row {
+                *s /= total;
+            }
+            future.fill(0.0);
+            *lse = top + total.ln();
+        }
+    }
+
+    /// One query's scores `p` to probabilities and `ds`, the gradient by those, to
+    /// the gradient by the scores: `ds = p (ds - dout · out)`.
+    fn softmax_backward(lse: f32, dout: &[f32], out: &[f32], p: &mut [f32], ds: &mut [f32]) {
+        let delta = dot(dout, out);
+        for (p, ds) in p.iter_mut().zip(ds) {
+            *p = exp(*p - lse);
+            *ds = *p * (*ds - delta);
+        }
+    }
+
+    /// One query over keys and values `stride` apart, as many as `p` has room for.
+    fn attend(
+        q: &[f32],
+        keys: &[f32],
+        values: &[f32],
+        stride: usize,
+        p: &mut [f32],
+        out: &mut [f32],
+    ) {
+        let scale = 1.0 / (q.len() as f32).sqrt();
+        for (j, p) in p.iter_mut().enumerate() {
+            *p = dot(q, &keys[j * stride..][..q.len()]) * scale;
+        }
+        let top = max(p);
+        for p in p.iter_mut() {
+            *p = exp(*p - top);
+        }
+        let total = sum(p);
+        out.fill(0.0);
+        for (j, p) in p.iter().enumerate() {
+            for (o, v) in out.iter_mut().zip(&values[j * stride..]) {
+                *o += p / total * v;
+            }
+        }
+    }
+}
+
 pub(super) fn forward(
     heads: Heads,
     rows: &Ragged<super::Cpu>,
@@ -126,22 +183,13 @@ pub(super) fn forward(
                     packed.scale(),
                 )
             };
-            vectorised(|| {
-                for (i, row) in scores.chunks_exact_mut(keys).enumerate() {
-                    let (seen, future) = row.split_at_mut(from - start + i + 1);
-                    let top = max(seen);
-                    for s in seen.iter_mut() {
-                        *s = exp(*s - top);
-                    }
-                    let total = sum(seen);
-                    for s in seen {
-                        *s /= total;
-                    }
-                    future.fill(0.0);
-                    // SAFETY: inside `lse` (asserted), and this token and head are this task's.
-                    unsafe { *lse.at((from + i) * heads.query + head) = top + total.ln() };
-                }
-            });
+            let mut denominators = [0.0; BLOCK];
+            let denominators = &mut denominators[..to - from];
+            softmax(scores, from - start + 1, denominators);
+            for (token, value) in (from..).zip(denominators) {
+                // SAFETY: inside `lse` (asserted), and this token and head are this task's.
+                unsafe { *lse.at(token * heads.query + head) = *value };
+            }
             let p = View::dense(scores, [to - from, keys]);
             // SAFETY: inside `out` (asserted), and these tokens and this head are this task's.
             unsafe {
@@ -191,22 +239,16 @@ pub(super) fn backward(
                     product_here(p.as_mut_ptr(), keys, Into::Set, q, k.t(), packed.scale());
                     product_here(ds.as_mut_ptr(), keys, Into::Set, d, v.t(), 1.0);
                 }
-                vectorised(|| {
-                    let pairs = p.chunks_exact_mut(keys).zip(ds.chunks_exact_mut(keys));
-                    for (i, (p, ds)) in pairs.enumerate() {
-                        let token = from + i;
-                        let at = token * heads.q() + head * dim;
-                        let delta = dot(&dout[at..at + dim], &out[at..at + dim]);
-                        let lse = lse[token * query + head];
-                        let seen = token - start + 1;
-                        for (p, ds) in p[..seen].iter_mut().zip(&mut ds[..seen]) {
-                            *p = exp(*p - lse);
-                            *ds = *p * (*ds - delta);
-                        }
-                        p[seen..].fill(0.0);
-                        ds[seen..].fill(0.0);
-                    }
-                });
+                let pairs = p.chunks_exact_mut(keys).zip(ds.chunks_exact_mut(keys));
+                for (token, (p, ds)) in (from..).zip(pairs) {
+                    let seen = token - start + 1;
+                    p[seen..].fill(0.0);
+                    ds[seen..].fill(0.0);
+                    let (p, ds) = (&mut p[..seen], &mut ds[..seen]);
+                    let at = token * heads.q() + head * dim;
+                    let (dout, out) = (&dout[at..at + dim], &out[at..at + dim]);
+                    softmax_backward(lse[token * query + head], dout, out, p, ds);
+                }
                 let p = View::dense(p, [count, keys]);
                 let ds = View::dense(ds, [count, keys]);
                 let at = |token: usize, column: usize| token * heads.qkv() + column;
@@ -237,7 +279,6 @@ pub(super) fn cached(
     scratch: &mut [f32],
 ) {
     let Heads { query, kv, dim } = heads;
-    let scale = 1.0 / (dim as f32).sqrt();
     assert!(out.len() >= slots.len() * heads.q());
     let out = Shared::new(out);
     in_lanes(
@@ -249,28 +290,12 @@ pub(super) fn cached(
             let kv_head = head * kv / query;
             let seen = positions[i] as usize + 1;
             let base = slots[i] as usize * cache.capacity * heads.k() + kv_head * dim;
-            let at = |position: usize| base + position * heads.k();
             let q = &qk[i * heads.qk() + head * dim..][..dim];
             // SAFETY: inside `out` (asserted), and this token and head are this task's.
             let out =
                 unsafe { std::slice::from_raw_parts_mut(out.at(i * heads.q() + head * dim), dim) };
-            vectorised(|| {
-                let p = &mut lane[..seen];
-                for (j, p) in p.iter_mut().enumerate() {
-                    *p = dot(q, &keys[at(j)..at(j) + dim]) * scale;
-                }
-                let top = max(p);
-                for p in p.iter_mut() {
-                    *p = exp(*p - top);
-                }
-                let total = sum(p);
-                out.fill(0.0);
-                for (j, p) in p.iter().enumerate() {
-                    for (o, v) in out.iter_mut().zip(&values[at(j)..at(j) + dim]) {
-                        *o += p / total * v;
-                    }
-                }
-            });
+            let (keys, values) = (&keys[base..], &values[base..]);
+            attend(q, keys, values, heads.k(), &mut lane[..seen], out);
         },
     );
 }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use half::bf16;
 use rayon::prelude::*;
 
 use super::product::{Into, View, ViewMut, product};
@@ -48,13 +49,7 @@ pub(super) fn widen(m: &HostMatrix, rows: Range<usize>, out: &mut [f32]) {
         MatrixData::Bf16(values) => out
             .par_chunks_mut(PER_TASK)
             .zip(values[range].par_chunks(PER_TASK))
-            .for_each(|(out, values)| {
-                vectorised(|| {
-                    for (o, v) in out.iter_mut().zip(values) {
-                        *o = f32::from_bits(u32::from(v.to_bits()) << 16);
-                    }
-                });
-            }),
+            .for_each(|(out, values)| widen_bf16(values, out)),
         MatrixData::Nf4(tensor) => {
             let at_once = PER_TASK.div_ceil(m.cols);
             out.par_chunks_mut(at_once * m.cols)
@@ -138,27 +133,43 @@ fn apply_dropout(
         .zip(x.par_chunks(width))
         .enumerate()
         .for_each(|(t, (out, x))| {
-            vectorised(|| {
-                let mut factors = [0.0; 32 * rng::KEEP_BLOCK];
-                let chunk = factors.len();
-                for (c, (out, x)) in out.chunks_mut(chunk).zip(x.chunks(chunk)).enumerate() {
-                    let factors = &mut factors[..out.len()];
-                    rng::dropout_factors(
-                        &stream,
-                        [rows[t], dropout.step, positions[t]],
-                        (c * chunk / rng::KEEP_BLOCK) as u32,
-                        (threshold, scale),
-                        factors,
-                    );
-                    for ((o, x), f) in out.iter_mut().zip(x).zip(factors) {
-                        *o = match into {
-                            Into::Set => x * *f,
-                            Into::Add => *o + x * *f,
-                        };
-                    }
-                }
-            });
+            let key = [rows[t], dropout.step, positions[t]];
+            drop_token(&stream, key, (threshold, scale), x, into, out);
         });
+}
+
+vectorised! {
+    /// Appends sixteen zero bits to each value.
+    fn widen_bf16(values: &[bf16], out: &mut [f32]) {
+        for (o, v) in out.iter_mut().zip(values) {
+            *o = f32::from_bits(u32::from(v.to_bits()) << 16);
+        }
+    }
+
+    /// One token of [`apply_dropout`].
+    fn drop_token(
+        stream: &Stream,
+        key: [u32; 3],
+        how: (u16, f32),
+        x: &[f32],
+        into: Into,
+        out: &mut [f32],
+    ) {
+        const BLOCKS: u32 = 32;
+        const CHUNK: usize = BLOCKS as usize * rng::KEEP_BLOCK;
+        let mut factors = [0.0; CHUNK];
+        let chunks = out.chunks_mut(CHUNK).zip(x.chunks(CHUNK));
+        for (first, (out, x)) in (0..).step_by(BLOCKS as usize).zip(chunks) {
+            let factors = &mut factors[..out.len()];
+            rng::dropout_factors(stream, key, first, how, factors);
+            for ((o, x), f) in out.iter_mut().zip(x).zip(factors) {
+                *o = match into {
+                    Into::Set => x * *f,
+                    Into::Add => *o + x * *f,
+                };
+            }
+        }
+    }
 }
 
 impl Cpu {

@@ -36,6 +36,26 @@ pub(super) fn logits(
     });
 }
 
+vectorised! {
+    /// One row's loss; with a scale, its logits become their gradients.
+    fn cross_entropy(scores: &mut [f32], target: u32, scale: Option<f32>, nll: &mut f32) {
+        let top = max(scores);
+        let hit = scores[target as usize] - top;
+        for s in scores.iter_mut() {
+            *s = exp(*s - top);
+        }
+        let total = sum(scores);
+        *nll = total.ln() - hit;
+        if let Some(scale) = scale {
+            // d(scale · nll) / d logits = scale (softmax - onehot)
+            for s in scores.iter_mut() {
+                *s *= scale / total;
+            }
+            scores[target as usize] -= scale;
+        }
+    }
+}
+
 pub(super) fn head_loss(
     head: &HostMatrix,
     (hidden, targets): (&[f32], &[u32]),
@@ -56,24 +76,7 @@ pub(super) fn head_loss(
             .par_chunks_mut(vocabulary)
             .zip(targets)
             .zip(nll)
-            .for_each(|((scores, &target), nll)| {
-                vectorised(|| {
-                    let top = max(scores);
-                    let hit = scores[target as usize] - top;
-                    for s in scores.iter_mut() {
-                        *s = exp(*s - top);
-                    }
-                    let total = sum(scores);
-                    *nll = total.ln() - hit;
-                    if let Some(scale) = scale {
-                        // d(scale · nll) / d logits = scale (softmax - onehot)
-                        for s in scores.iter_mut() {
-                            *s *= scale / total;
-                        }
-                        scores[target as usize] -= scale;
-                    }
-                });
-            });
+            .for_each(|((scores, &target), nll)| cross_entropy(scores, target, scale, nll));
         if let Some((dhidden, _)) = &mut dhidden {
             let dhidden = &mut dhidden[at];
             let mut into = Into::Set;

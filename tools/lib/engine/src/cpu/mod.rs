@@ -173,7 +173,7 @@ impl Backend for Cpu {
     ) {
         let len = tokens * width;
         let (out, rstd) = (&mut out[..len], &mut rstd[..tokens]);
-        rows::rms_norm(&x[..len], (&weight[..width], eps), width, out, rstd);
+        rows::rms_norm(&x[..len], (&weight[..width], eps), out, rstd);
     }
 
     fn rms_norm_backward(
@@ -185,7 +185,7 @@ impl Backend for Cpu {
     ) {
         let len = tokens * width;
         let saved = (&x[..len], &weight[..width], &rstd[..tokens]);
-        rows::rms_norm_backward(&dy[..len], saved, width, &mut dx[..len]);
+        rows::rms_norm_backward(&dy[..len], saved, &mut dx[..len]);
     }
 
     fn linear(

@@ -24,32 +24,48 @@ pub(super) fn adamw(
     params: &mut [f32],
     (m, v): (&mut [f32], &mut [f32]),
 ) {
-    let AdamW {
-        beta1, beta2, eps, ..
-    } = *settings;
     let range = stretch.range.clone();
-    let clip = settings
-        .max_norm
-        .map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
     let correction = |beta: f64| 1.0 - beta.powf(settings.step as f64);
-    let keep = (1.0 - stretch.lr * stretch.decay) as f32;
-    let rate = (stretch.lr / correction(beta1)) as f32;
-    let root = correction(beta2).sqrt() as f32;
-    let (fresh1, fresh2) = ((1.0 - beta1) as f32, (1.0 - beta2) as f32);
-    let (beta2, eps) = (beta2 as f32, eps as f32);
+    let rates = Rates {
+        clip: settings
+            .max_norm
+            .map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0)),
+        keep: (1.0 - stretch.lr * stretch.decay) as f32,
+        step: (stretch.lr / correction(settings.beta1)) as f32,
+        root: correction(settings.beta2).sqrt() as f32,
+        fresh1: (1.0 - settings.beta1) as f32,
+        fresh2: (1.0 - settings.beta2) as f32,
+        beta2: settings.beta2 as f32,
+        eps: settings.eps as f32,
+    };
     params[range.clone()]
         .par_chunks_mut(PER_TASK)
         .zip(grads[range.clone()].par_chunks(PER_TASK))
         .zip(m[range.clone()].par_chunks_mut(PER_TASK))
         .zip(v[range].par_chunks_mut(PER_TASK))
-        .for_each(|(((p, g), m), v)| {
-            vectorised(|| {
-                for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-                    let g = g * clip;
-                    *m += fresh1 * (g - *m);
-                    *v = beta2 * *v + fresh2 * g * g;
-                    *p = *p * keep - rate * *m / (v.sqrt() / root + eps);
-                }
-            });
-        });
+        .for_each(|(((p, g), m), v)| update(&rates, g, p, m, v));
+}
+
+/// The update's factors, rounded once.
+struct Rates {
+    clip: f32,
+    keep: f32,
+    step: f32,
+    root: f32,
+    fresh1: f32,
+    fresh2: f32,
+    beta2: f32,
+    eps: f32,
+}
+
+vectorised! {
+    /// Some parameters of [`adamw`].
+    fn update(r: &Rates, grads: &[f32], params: &mut [f32], m: &mut [f32], v: &mut [f32]) {
+        for (((p, g), m), v) in params.iter_mut().zip(grads).zip(m).zip(v) {
+            let g = g * r.clip;
+            *m += r.fresh1 * (g - *m);
+            *v = r.beta2 * *v + r.fresh2 * g * g;
+            *p = *p * r.keep - r.step * *m / (v.sqrt() / r.root + r.eps);
+        }
+    }
 }

@@ -4,10 +4,11 @@
 //! result does not depend on how many threads there are, and thread pools do
 //! not nest.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
-use super::PER_TASK;
-use super::simd::{dot, dot4, vectorised};
+use super::simd::{dot4, vectorised};
 
 /// A matrix inside a buffer that starts at its first element.
 #[derive(Clone, Copy)]
@@ -163,39 +164,47 @@ pub(super) fn product(dst: ViewMut<'_>, into: Into, lhs: View<'_>, rhs: View<'_>
 /// step reads each weight once and multiplies it by a handful of tokens.
 const FEW: usize = 8;
 
+/// Columns of such an output that one task computes.
+const COLUMNS: usize = 64;
+
 /// A product of few rows as dot products with the columns of `rhs`, which lie
 /// contiguous. What a row gives does not depend on how many there are.
 fn few_rows(dst: ViewMut<'_>, into: Into, lhs: View<'_>, rhs: View<'_>, scale: f32) {
     let (stride, out) = (dst.stride, Shared::new(dst.data));
-    let [m, n, k] = [lhs.rows, rhs.cols, lhs.cols];
-    let row = |i: usize| &lhs.data[i * lhs.row_stride..][..k];
-    let put = |i: usize, j: usize, value: f32| {
-        // SAFETY: inside `dst` (checked when it was made); each task has columns of
-        // its own.
-        let out = unsafe { &mut *out.at(i * stride + j) };
-        *out = match into {
-            Into::Set => scale * value,
-            Into::Add => *out + scale * value,
-        };
-    };
-    let at_once = (PER_TASK / k.max(1)).max(1);
-    (0..n).into_par_iter().step_by(at_once).for_each(|start| {
-        vectorised(|| {
-            for j in start..n.min(start + at_once) {
-                let column = &rhs.data[j * rhs.col_stride..][..k];
-                let fours = m - m % 4;
-                for i in (0..fours).step_by(4) {
-                    let values = dot4([row(i), row(i + 1), row(i + 2), row(i + 3)], column);
-                    for (i, value) in (i..).zip(values) {
-                        put(i, j, value);
-                    }
-                }
-                for i in fours..m {
-                    put(i, j, dot(row(i), column));
+    let starts = (0..rhs.cols).into_par_iter().step_by(COLUMNS);
+    starts.for_each(|start| {
+        let columns = start..rhs.cols.min(start + COLUMNS);
+        let mut values = [0.0; FEW * COLUMNS];
+        dots(lhs, rhs, columns.clone(), &mut values);
+        for (i, values) in values.chunks_exact(COLUMNS).take(lhs.rows).enumerate() {
+            for (j, value) in columns.clone().zip(values) {
+                // SAFETY: inside `dst` (checked when it was made); each task has
+                // columns of its own.
+                let out = unsafe { &mut *out.at(i * stride + j) };
+                *out = match into {
+                    Into::Set => scale * value,
+                    Into::Add => *out + scale * value,
+                };
+            }
+        }
+    });
+}
+
+vectorised! {
+    /// Some columns of `lhs rhs`, at most [`COLUMNS`] of at most [`FEW`] rows.
+    fn dots(lhs: View<'_>, rhs: View<'_>, columns: Range<usize>, values: &mut [f32]) {
+        // A missing row repeats the last, and nobody reads it.
+        let row = |i: usize| &lhs.data[i.min(lhs.rows - 1) * lhs.row_stride..][..lhs.cols];
+        for (c, j) in columns.enumerate() {
+            let column = &rhs.data[j * rhs.col_stride..][..lhs.cols];
+            for first in (0..lhs.rows).step_by(4) {
+                let rows = [row(first), row(first + 1), row(first + 2), row(first + 3)];
+                for (i, value) in (first..).zip(dot4(rows, column)) {
+                    values[i * COLUMNS + c] = value;
                 }
             }
-        });
-    });
+        }
+    }
 }
 
 /// One product on this thread, into rows `stride` apart.

@@ -1,46 +1,85 @@
 //! Loops the compiler can vectorise, compiled for the machine they run on.
 //!
-//! The crates are built for the oldest x86-64; `vectorised` runs a closure in a
-//! copy compiled with what this processor has (AVX2, AVX-512, Neon). Sums keep
-//! sixteen lanes in a fixed order, so that the vector width does not show in the
-//! result.
+//! The crates are built for the oldest x86-64; [`vectorised`] compiles a function
+//! several times and picks at run time what this processor has. Sums keep
+//! sixteen lanes in a fixed order and nothing is contracted into fused
+//! multiply-adds, so that the instruction set does not show in the result.
+//!
+//! The innermost loops count with indices: an iterator's adapters, compiled for
+//! the oldest processor, are not always inlined into a function for a newer one.
+#![allow(clippy::needless_range_loop)]
 
-/// Runs `f` in a copy compiled for this processor. What `f` calls must be
-/// `#[inline(always)]` to come along.
-pub(super) fn vectorised<R>(f: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(f)
+/// Defines functions with a copy for each instruction set. What they call must
+/// be `#[inline(always)]` to be compiled along, and closures inside are not.
+macro_rules! vectorised {
+    ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $body:block)*) => {$(
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments, reason = "what a closure would capture")]
+        fn $name($($arg: $ty),*) {
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments, reason = "as above")]
+            fn body($($arg: $ty),*) $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+                #[allow(clippy::too_many_arguments, reason = "as above")]
+                fn avx512($($arg: $ty),*) {
+                    body($($arg),*)
+                }
+                #[target_feature(enable = "avx2")]
+                #[allow(clippy::too_many_arguments, reason = "as above")]
+                fn avx2($($arg: $ty),*) {
+                    body($($arg),*)
+                }
+                if is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                {
+                    // SAFETY: the processor has what the function was compiled for.
+                    return unsafe { avx512($($arg),*) };
+                }
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: as above.
+                    return unsafe { avx2($($arg),*) };
+                }
+            }
+            body($($arg),*)
+        }
+    )*};
 }
+pub(super) use vectorised;
 
 const LANES: usize = 16;
 
 /// `Σ f(a[i], b[i])`, sixteen partial sums folded in a fixed order.
 #[inline(always)]
 fn lanes(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut acc = [0.0; LANES];
-    let (a, b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let (ra, rb) = (a.remainder(), b.remainder());
-    for (x, y) in a.zip(b) {
-        for (s, (&x, &y)) in acc.iter_mut().zip(x.iter().zip(y)) {
-            *s += f(x, y);
+    let ((a, rest_a), (b, rest_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let b = &b[..a.len()];
+    let mut sums = [0.0; LANES];
+    for c in 0..a.len() {
+        for i in 0..LANES {
+            sums[i] += f(a[c][i], b[c][i]);
         }
     }
-    for (s, (&x, &y)) in acc.iter_mut().zip(ra.iter().zip(rb)) {
-        *s += f(x, y);
+    for i in 0..rest_a.len() {
+        sums[i] += f(rest_a[i], rest_b[i]);
     }
-    fold(acc)
+    fold(sums)
 }
 
 /// The sum of the lanes, halves onto halves.
 #[inline(always)]
-fn fold(mut acc: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            acc[i] += acc[i + width];
-        }
-        width /= 2;
+fn fold(mut sums: [f32; LANES]) -> f32 {
+    for i in 0..8 {
+        sums[i] += sums[i + 8];
     }
-    acc[0]
+    for i in 0..4 {
+        sums[i] += sums[i + 4];
+    }
+    (sums[0] + sums[2]) + (sums[1] + sums[3])
 }
 
 /// `Σ a[i] b[i]`.
@@ -49,25 +88,33 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     lanes(a, b, |x, y| x * y)
 }
 
-/// Four vectors' products with one, which is read once; each has the bits of [`dot`].
+/// Four vectors' products with one, which is read once; each has the bits of
+/// [`dot`]. Four sums under way hide each other's latency.
 #[inline(always)]
 pub(super) fn dot4(a: [&[f32]; 4], b: &[f32]) -> [f32; 4] {
-    let mut acc = [[0.0; LANES]; 4];
-    let whole = b.len() - b.len() % LANES;
-    for at in (0..whole).step_by(LANES) {
-        for (acc, a) in acc.iter_mut().zip(a) {
-            let pairs = a[at..][..LANES].iter().zip(&b[at..][..LANES]);
-            for (s, (x, y)) in acc.iter_mut().zip(pairs) {
-                *s += x * y;
-            }
+    let (b, rest) = b.as_chunks::<LANES>();
+    let n = b.len();
+    let (a0, r0) = a[0].as_chunks::<LANES>();
+    let (a1, r1) = a[1].as_chunks::<LANES>();
+    let (a2, r2) = a[2].as_chunks::<LANES>();
+    let (a3, r3) = a[3].as_chunks::<LANES>();
+    let (a0, a1, a2, a3) = (&a0[..n], &a1[..n], &a2[..n], &a3[..n]);
+    let [mut s0, mut s1, mut s2, mut s3] = [[0.0; LANES]; 4];
+    for c in 0..n {
+        for i in 0..LANES {
+            s0[i] += a0[c][i] * b[c][i];
+            s1[i] += a1[c][i] * b[c][i];
+            s2[i] += a2[c][i] * b[c][i];
+            s3[i] += a3[c][i] * b[c][i];
         }
     }
-    for (acc, a) in acc.iter_mut().zip(a) {
-        for (s, (x, y)) in acc.iter_mut().zip(a[whole..].iter().zip(&b[whole..])) {
-            *s += x * y;
-        }
+    for i in 0..rest.len() {
+        s0[i] += r0[i] * rest[i];
+        s1[i] += r1[i] * rest[i];
+        s2[i] += r2[i] * rest[i];
+        s3[i] += r3[i] * rest[i];
     }
-    acc.map(fold)
+    [fold(s0), fold(s1), fold(s2), fold(s3)]
 }
 
 /// `Σ a[i]`.

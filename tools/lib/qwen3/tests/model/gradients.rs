@@ -236,3 +236,12 @@ fn the_base_alone_matches_the_oracle() {
     let want = floats(&twins.oracle.nll(&oracle_batch(&rows), None).unwrap());
     assert!(distance(&got.wait().unwrap(), &want) < 2e-6);
 }
+
+#[test]
+fn a_batch_without_labels_has_no_losses_and_no_gradient() {
+    let twins = Twins::new(true, 3);
+    let row = (vec![1, 2, 3], vec![true, false, false]);
+    let (losses, grads) = step(&twins, Keep::All, &[(0, &[row])], 0.1);
+    assert!(losses.is_empty());
+    assert!(grads.iter().all(|&g| g == 0.0));
+}
