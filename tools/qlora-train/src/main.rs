@@ -9,6 +9,7 @@ mod card;
 mod commands;
 mod folder;
 mod gguf;
+mod hub;
 mod inspect;
 mod merge;
 mod quantized;
@@ -42,8 +43,9 @@ use crate::folder::{Folder, Found, Identity};
 struct QloraTrain {
     #[command(subcommand)]
     command: Option<commands::Command>,
-    /// Folder of the base model, Hugging Face layout
-    #[arg(long, value_name = "DIR")]
+    /// Base model: a folder in Hugging Face layout, or a name on the hub, such as
+    /// Qwen/Qwen3-8B, that is downloaded to data/cache/models
+    #[arg(long, value_name = "MODEL")]
     model: Option<String>,
     /// Training rows, JSONL; `-` for standard input
     #[arg(long, value_name = "FILE", required_unless_present_any = ["print_config", "save_quantized"])]
@@ -165,13 +167,7 @@ impl Tool for QloraTrain {
             return Err(Failure::Usage(cause).into());
         }
 
-        let model_path = PathBuf::from(&settings.model.path);
-        if !model_path.join("config.json").exists() {
-            let remedy = "fetch it with `hf download Qwen/Qwen3-8B --local-dir DIR`, or name another with --model";
-            return Err(
-                Failure::Usage(format!("no model in {}: {remedy}", model_path.display())).into(),
-            );
-        }
+        let model_path = hub::fetch(app, &settings.model.path)?;
         let checkpoint = Checkpoint::open(&model_path)?;
         let Some((data, out)) = to_train else {
             return to_save.map_or(Ok(()), |folder| quantized::save(app, &checkpoint, folder));

@@ -17,6 +17,7 @@ use serde::Serialize;
 
 use crate::commands::Messages;
 use crate::gguf::{self, GgufType};
+use crate::hub;
 
 /// Merge an adapter into its base
 ///
@@ -28,9 +29,9 @@ use crate::gguf::{self, GgufType};
 #[derive(Args)]
 #[command(after_long_help = crate::commands::after_help(EXAMPLES))]
 pub struct Merge {
-    /// Folder of the base model [default: the one named in the adapter]
-    #[arg(long, value_name = "DIR")]
-    model: Option<PathBuf>,
+    /// Base model, a folder or a name on the hub [default: the one named in the adapter]
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
     /// Folder of the adapter, PEFT format
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
@@ -100,7 +101,7 @@ impl Merge {
             }
         }
         let model_path = match &self.model {
-            Some(path) => path.clone(),
+            Some(model) => hub::fetch(app, model)?,
             None => base_of(&self.adapter)?,
         };
         let base = Checkpoint::open(&model_path)?;
@@ -146,7 +147,7 @@ impl Merge {
     }
 }
 
-/// The base that an adapter names, if it is a folder here.
+/// The base that an adapter names, if it is here.
 fn base_of(adapter: &Path) -> Result<PathBuf> {
     let path = adapter.join("adapter_config.json");
     let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
@@ -155,11 +156,10 @@ fn base_of(adapter: &Path) -> Result<PathBuf> {
     let named = config["base_model_name_or_path"]
         .as_str()
         .unwrap_or_default();
-    if Path::new(named).join("config.json").exists() {
-        return Ok(named.into());
-    }
-    let cause = format!("the adapter's base `{named}` is no folder here: name it with --model");
-    Err(Failure::Usage(cause).into())
+    hub::find(named).ok_or_else(|| {
+        let cause = format!("the adapter's base `{named}` is not here: name it with --model");
+        Failure::Usage(cause).into()
+    })
 }
 
 /// Compares the merged model in `folder` with base and adapter apart, one model

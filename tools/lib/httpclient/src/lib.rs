@@ -8,6 +8,7 @@
 //! Everything a server says that may reach a terminal or a log is first stripped of
 //! the secret, of control characters, and of length.
 
+mod download;
 mod error;
 mod policy;
 mod secret;
@@ -19,6 +20,7 @@ use reqwest::header::{HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+pub use download::{Chunk, DownloadError};
 pub use error::{ConfigError, Error};
 pub use policy::Policy;
 pub use reqwest::{Method, Url};
@@ -190,16 +192,9 @@ impl Request<'_> {
                 Ok(response) => return Ok(response),
                 Err(failure) => failure,
             };
-            let wait = match failure.retry {
-                Retry::Never => None,
-                Retry::Backoff => Some(policy.backoff(attempt)),
-                Retry::After(asked) if asked <= policy.longest_wait => Some(asked),
-                // Sleeping for an hour looks like hanging: say it and stop.
-                Retry::After(_) => None,
-            };
-            match wait {
-                Some(wait) if attempt < policy.attempts => tokio::time::sleep(wait).await,
-                _ => return Err(failure.error),
+            match failure.wait(policy, attempt) {
+                Some(wait) => tokio::time::sleep(wait).await,
+                None => return Err(failure.error),
             }
             attempt += 1;
         }
@@ -222,24 +217,7 @@ impl Request<'_> {
                 .header(reqwest::header::CONTENT_TYPE, "application/json")
                 .body(body.clone());
         }
-        let network = |e: reqwest::Error| {
-            // The cause may quote the URL, query and all; the request is named already.
-            let e = e.without_url();
-            let sent = !e.is_connect();
-            Failure {
-                retry: if sent && self.once {
-                    Retry::Never
-                } else {
-                    Retry::Backoff
-                },
-                error: Error::Network {
-                    request: name.clone(),
-                    cause: client.printable(&error::chain(&e)),
-                    attempts: attempt,
-                    sent,
-                },
-            }
-        };
+        let network = |e| self.broken(e, attempt);
         let mut response = request.send().await.map_err(network)?;
         let status = response.status().as_u16();
         let headers = std::mem::take(response.headers_mut());
@@ -268,6 +246,26 @@ impl Request<'_> {
             });
         }
         Err(self.refused(status, &headers, &body, attempt))
+    }
+
+    /// What a connection that failed means.
+    fn broken(&self, e: reqwest::Error, attempts: u32) -> Failure {
+        // The cause may quote the URL, query and all; the request is named already.
+        let e = e.without_url();
+        let sent = !e.is_connect();
+        Failure {
+            retry: if sent && self.once {
+                Retry::Never
+            } else {
+                Retry::Backoff
+            },
+            error: Error::Network {
+                request: self.name(),
+                cause: self.client.printable(&error::chain(&e)),
+                attempts,
+                sent,
+            },
+        }
     }
 
     /// What an answer that is no success means.
@@ -375,6 +373,20 @@ impl Response {
 struct Failure {
     retry: Retry,
     error: Error,
+}
+
+impl Failure {
+    /// How long to wait before another attempt; none is to be made where it is `None`.
+    fn wait(&self, policy: &Policy, attempt: u32) -> Option<Duration> {
+        let wait = match self.retry {
+            Retry::Never => None,
+            Retry::Backoff => Some(policy.backoff(attempt)),
+            Retry::After(asked) if asked <= policy.longest_wait => Some(asked),
+            // Sleeping for an hour looks like hanging: say it and stop.
+            Retry::After(_) => None,
+        };
+        wait.filter(|_| attempt < policy.attempts)
+    }
 }
 
 enum Retry {

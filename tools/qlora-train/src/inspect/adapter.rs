@@ -92,10 +92,7 @@ pub fn inspect(
     let base_name = text("base_model_name_or_path").filter(|name| !name.is_empty());
     let base = match model {
         Some(path) => Some(path.to_owned()),
-        None => base_name
-            .as_ref()
-            .map(PathBuf::from)
-            .filter(|p| p.join("config.json").exists()),
+        None => base_name.as_deref().and_then(crate::hub::find),
     };
     let config = base.as_deref().map(Config::load).transpose()?;
 

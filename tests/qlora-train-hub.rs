@@ -1,0 +1,278 @@
+//! Models by their name on the hub, from a local server that behaves as badly as
+//! the network does.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use harness::Tool;
+use harness::server::{Reply, Request, Server};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+const WEIGHTS: &str = "model.safetensors";
+const FOLDER: &str = "data/cache/models/demo/tiny";
+
+/// The demo's model as a repository, with files in it that nobody here wants.
+fn files() -> Arc<BTreeMap<String, Vec<u8>>> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/demo/model");
+    let names = [
+        WEIGHTS,
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "NOTICE",
+    ];
+    let mut files: BTreeMap<String, Vec<u8>> = names
+        .iter()
+        .map(|name| (name.to_string(), fs::read(folder.join(name)).unwrap()))
+        .collect();
+    for name in [
+        "pytorch_model.bin",
+        "README.md",
+        ".gitattributes",
+        "onnx/model.safetensors",
+    ] {
+        files.insert(name.into(), b"not wanted".to_vec());
+    }
+    Arc::new(files)
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes)
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect()
+}
+
+/// What the hub says of the repository; large files carry their hash.
+fn revision(files: &BTreeMap<String, Vec<u8>>) -> Value {
+    let sibling = |(name, bytes): (&String, &Vec<u8>)| {
+        let mut file = json!({"rfilename": name, "size": bytes.len(), "blobId": "0"});
+        if name.ends_with(".safetensors") {
+            file["lfs"] = json!({"sha256": sha256(bytes), "size": bytes.len(), "pointerSize": 134});
+        }
+        file
+    };
+    json!({"id": "demo/tiny", "sha": COMMIT, "siblings": files.iter().map(sibling).collect::<Vec<_>>()})
+}
+
+/// The file from where it was asked for.
+fn ranged(bytes: &[u8], request: &Request) -> Reply {
+    let from = request.header("range").map(|range| {
+        range
+            .strip_prefix("bytes=")
+            .unwrap()
+            .strip_suffix('-')
+            .unwrap()
+            .parse::<usize>()
+            .unwrap()
+    });
+    match from {
+        None => Reply::bytes(200, bytes),
+        Some(from) => Reply::bytes(206, &bytes[from..]).header(
+            "content-range",
+            &format!("bytes {from}-{}/{}", bytes.len() - 1, bytes.len()),
+        ),
+    }
+}
+
+/// The store that the hub's redirects lead to.
+fn store(answer: impl Fn(Reply, usize) -> Reply + Send + Sync + 'static) -> Server {
+    let files = files();
+    Server::start(move |request, before| {
+        let name = request.path.strip_prefix("/blob/").unwrap();
+        answer(ranged(&files[name], request), before)
+    })
+}
+
+/// The hub: weights lie in the store.
+fn hub(store: &Server) -> Server {
+    let (files, store) = (files(), store.url());
+    Server::start(move |request, _| {
+        if request.path.starts_with("/api/models/demo/tiny/revision/") {
+            return Reply::json(200, &revision(&files));
+        }
+        let prefix = format!("/demo/tiny/resolve/{COMMIT}/");
+        let Some(name) = request.path.strip_prefix(&prefix) else {
+            return Reply::json(404, &json!({"error": "Repository not found"}));
+        };
+        match name {
+            WEIGHTS => Reply::text(302, "")
+                .header("location", &format!("{store}/blob/{name}?signature=abc")),
+            name => ranged(&files[name], request),
+        }
+    })
+}
+
+fn tool(hub: &Server) -> Tool {
+    Tool::new(env!("CARGO_BIN_EXE_qlora-train"))
+        .env("HF_ENDPOINT", &hub.url())
+        .env("HF_TOKEN", "hf_secret")
+}
+
+const FETCH: [&str; 4] = ["--model", "demo/tiny", "--save-quantized", "four"];
+
+#[track_caller]
+fn is_whole(tool: &Tool) {
+    let folder = tool.folder().join(FOLDER);
+    let files = files();
+    let mut found: Vec<String> = fs::read_dir(&folder)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .filter(|name| !name.starts_with('.'))
+        .collect();
+    found.sort();
+    let wanted = |name: &&String| {
+        ![".gitattributes", "README.md", "pytorch_model.bin"].contains(&name.as_str())
+            && !name.contains('/')
+    };
+    assert!(found.iter().eq(files.keys().filter(wanted)), "{found:?}");
+    for name in found {
+        assert!(
+            fs::read(folder.join(&name)).unwrap() == files[&name],
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn a_model_is_fetched_once_and_the_token_stays_with_the_hub() {
+    // The connection breaks twice in the middle of the weights.
+    let store = store(|reply, before| {
+        if before < 2 {
+            reply.cut_after(1_000_000)
+        } else {
+            reply
+        }
+    });
+    let hub = hub(&store);
+    let tool = tool(&hub);
+    let run = tool
+        .run(&FETCH, "")
+        .exits(0)
+        .says("downloading demo/tiny at 0123456789ab");
+    assert!(!run.stderr.contains("hf_secret"), "{run}");
+    is_whole(&tool);
+    assert!(tool.folder().join("four/model.safetensors").exists());
+    let ranges: Vec<_> = store
+        .requests()
+        .iter()
+        .map(|r| r.header("range").map(str::to_owned))
+        .collect();
+    assert_eq!(ranges[..2], [None, Some("bytes=1000000-".to_owned())]);
+    assert!(
+        store
+            .requests()
+            .iter()
+            .all(|r| r.header("authorization").is_none())
+    );
+    let asked = hub.requests();
+    assert!(
+        asked
+            .iter()
+            .all(|r| r.header("authorization") == Some("Bearer hf_secret"))
+    );
+    assert_eq!(asked[0].query("blobs"), Some("true"));
+
+    let second = ["--model", "demo/tiny", "--save-quantized", "again"];
+    tool.run(&second, "").exits(0);
+    assert_eq!(hub.requests().len(), asked.len(), "it was here already");
+    let inspected = tool.run(&["inspect", FOLDER, "--strict"], "").exits(0);
+    assert!(inspected.stdout.contains("no problems"), "{inspected}");
+}
+
+#[test]
+fn an_interrupted_download_goes_on_at_its_commit() {
+    let broken = store(|reply, before| match before {
+        0 => reply.cut_after(700_000),
+        _ => Reply::text(403, "expired"),
+    });
+    let hub_of_broken = hub(&broken);
+    let first = tool(&hub_of_broken);
+    first
+        .run(&FETCH, "")
+        .exits(4)
+        .says("model.safetensors.part")
+        .says("403");
+    let part = first.folder().join(FOLDER).join("model.safetensors.part");
+    assert_eq!(fs::metadata(&part).unwrap().len(), 700_000);
+    assert!(!first.folder().join("four").exists());
+
+    let store = store(|reply, _| reply);
+    let hub = hub(&store);
+    let second = first.env("HF_ENDPOINT", &hub.url());
+    second.run(&FETCH, "").exits(0);
+    is_whole(&second);
+    assert_eq!(store.requests()[0].header("range"), Some("bytes=700000-"));
+    assert!(
+        hub.requests()[0].path.ends_with(COMMIT),
+        "{}",
+        hub.requests()[0].path
+    );
+}
+
+#[test]
+fn a_server_that_knows_no_ranges_sends_it_anew() {
+    let files = files();
+    let whole = Server::start(move |_, before| {
+        let reply = Reply::bytes(200, &files[WEIGHTS]);
+        if before == 0 {
+            reply.cut_after(500_000)
+        } else {
+            reply
+        }
+    });
+    let hub = hub(&whole);
+    let tool = tool(&hub);
+    tool.run(&FETCH, "").exits(0);
+    is_whole(&tool);
+}
+
+#[test]
+fn weights_that_are_not_what_the_hub_says_are_deleted() {
+    let files = files();
+    let store = Server::start(move |_, _| {
+        let mut bytes = files[WEIGHTS].clone();
+        bytes[2_000_000] ^= 1;
+        Reply::bytes(200, &bytes)
+    });
+    let hub = hub(&store);
+    let tool = tool(&hub);
+    tool.run(&FETCH, "")
+        .exits(4)
+        .says("SHA-256")
+        .says("deleted");
+    assert!(
+        !tool
+            .folder()
+            .join(FOLDER)
+            .join("model.safetensors.part")
+            .exists()
+    );
+    assert!(!tool.folder().join(FOLDER).join(WEIGHTS).exists());
+}
+
+#[test]
+fn what_is_not_there_is_told() {
+    let store = store(|reply, _| reply);
+    let hub = hub(&store);
+    let tool = tool(&hub);
+    tool.run(&["--model", "demo/other", "--save-quantized", "four"], "")
+        .exits(4)
+        .says("demo/other: is the name right?")
+        .says("HF_TOKEN");
+    for path in ["nowhere", "a/b/c", "../up", "./demo/tiny", "/demo/tiny"] {
+        tool.run(&["--model", path, "--save-quantized", "four"], "")
+            .exits(2)
+            .says(&format!("no model in {path}"));
+    }
+    // A token crosses no network in clear text.
+    let tool = tool.env("HF_ENDPOINT", "http://hub.example");
+    tool.run(&FETCH, "").exits(2).says("clear text");
+}
