@@ -25,15 +25,16 @@ struct Report {
     /// Name of its data [default: that of the run]
     #[arg(long, value_name = "NAME")]
     data: Option<String>,
-    /// The folder that holds data/ and output/
-    #[arg(long, value_name = "DIR", default_value = ".")]
-    root: PathBuf,
+    /// The folder that holds data/ and output/ [default: the current one]
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
     #[command(flatten)]
     common: Common,
 }
 
 const EXAMPLES: &str = "
-$ report --run demo
+$ report --run r --data d
+$ report --run main
 ";
 
 fn main() -> ExitCode {
@@ -47,7 +48,8 @@ impl Tool for Report {
 
     fn run(self, _app: &App) -> anyhow::Result<()> {
         let data = self.data.as_deref().unwrap_or(&self.run);
-        let sources = sources::Sources::read(&self.root, &self.run, data)?;
+        let root = self.root.unwrap_or_default();
+        let sources = sources::Sources::read(&root, &self.run, data)?;
         let text = table::render(&sources);
         let mut out = jsonl::Output::stdout();
         out.line(|out| out.write_all(text.as_bytes()))?;

@@ -8,17 +8,19 @@ use anyhow::Result;
 use jsonl::{Lines, Records};
 use record::{Dropped, Record, Rejected, Split};
 use serde::Deserialize;
-use serde_json::Value;
 
-/// A JSONL file that may not be there yet.
-fn records(path: &Path) -> Result<Option<Vec<Record>>> {
+/// A JSONL file that may not be there yet, each line as `read` understands it.
+fn lines<T>(
+    path: &Path,
+    read: impl FnMut(Record) -> Result<T, record::Error>,
+) -> Result<Option<Vec<T>>> {
     if !path.exists() {
         return Ok(None);
     }
     let mut reader = Records::new(Lines::open(path)?, 0);
-    let mut all = Vec::new();
-    while let Some((_, record)) = reader.next_with(&mut io::sink(), Ok)? {
-        all.push(record);
+    let (mut all, mut read) = (Vec::new(), read);
+    while let Some((_, value)) = reader.next_with(&mut io::sink(), &mut read)? {
+        all.push(value);
     }
     Ok(Some(all))
 }
@@ -74,7 +76,7 @@ pub struct Training {
 }
 
 /// One line of tests.jsonl, as far as the table shows it.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug)]
 pub struct Test {
     /// Path of the one side.
     pub a: String,
@@ -112,8 +114,11 @@ impl Sources {
         let pairs_folder = root.join("data/processed").join(data);
         let model_folder = root.join("output/models").join(run);
         let eval_folder = root.join("output/eval").join(run);
-        let collected =
-            records(&root.join("data/raw").join(data).join("pairs.jsonl"))?.map(|r| r.len() as u64);
+        let collected = lines(
+            &root.join("data/raw").join(data).join("pairs.jsonl"),
+            |_| Ok(()),
+        )?
+        .map(|all| all.len() as u64);
         Ok(Self {
             collected,
             data: read_data(&pairs_folder)?,
@@ -129,9 +134,6 @@ impl Sources {
 }
 
 fn read_data(folder: &Path) -> Result<Option<Data>> {
-    let Some(pairs) = records(&folder.join("pairs.jsonl"))? else {
-        return Ok(None);
-    };
     let mut data = Data {
         rejected: 0,
         by_reason: BTreeMap::new(),
@@ -139,85 +141,93 @@ fn read_data(folder: &Path) -> Result<Option<Data>> {
         train: 0,
         eval: 0,
     };
-    for pair in &pairs {
+    let pairs = lines(&folder.join("pairs.jsonl"), |pair| {
         match pair.get("split")? {
             Some(Split::Eval) => data.eval += 1,
             _ => data.train += 1,
         }
-    }
-    for record in records(&folder.join("rejects.jsonl"))?.unwrap_or_default() {
+        Ok(())
+    })?;
+    lines(&folder.join("rejects.jsonl"), |record| {
         data.rejected += 1;
         if let Some(rejected) = record.get::<Rejected>("rejected")? {
             record::count_by_reason(&rejected.reasons, &mut data.by_reason);
         }
-    }
-    for record in records(&folder.join("dropped.jsonl"))?.unwrap_or_default() {
-        let dropped: Dropped = record.require("dropped")?;
-        let reason = format!("{:?}", dropped.reason).to_lowercase();
-        *data.dropped.entry(reason).or_default() += 1;
-    }
-    Ok(Some(data))
+        Ok(())
+    })?;
+    lines(&folder.join("dropped.jsonl"), |record| {
+        // Malformed lines that were put up with stand there too.
+        if let Some(dropped) = record.get::<Dropped>("dropped")? {
+            let reason = format!("{:?}", dropped.reason).to_lowercase();
+            *data.dropped.entry(reason).or_default() += 1;
+        }
+        Ok(())
+    })?;
+    Ok(pairs.map(|_| data))
 }
 
 fn read_training(folder: &Path) -> Result<Option<Training>> {
-    let Some(lines) = records(&folder.join("metrics.jsonl"))? else {
-        return Ok(None);
-    };
     let mut steps: Vec<(u64, f64)> = Vec::new();
     let mut evals: Vec<f64> = Vec::new();
-    for line in &lines {
+    lines(&folder.join("metrics.jsonl"), |line| {
         if let Some(loss) = line.get("loss")? {
             steps.push((line.require("step")?, loss));
         }
         evals.extend(line.get::<f64>("eval_loss")?);
-    }
+        Ok(())
+    })?;
     let (Some(&(_, first)), Some(&(last_step, last))) = (steps.first(), steps.last()) else {
         return Ok(None);
     };
-    let mut seconds = 0.0;
-    for line in records(&folder.join("timing.jsonl"))?.unwrap_or_default() {
-        seconds += line.get::<f64>("seconds")?.unwrap_or(0.0);
-    }
+    let seconds = lines(&folder.join("timing.jsonl"), |line| {
+        Ok(line.get::<f64>("seconds")?.unwrap_or(0.0))
+    })?;
     Ok(Some(Training {
         steps: last_step,
         loss: (first, last),
         eval_loss: evals.first().copied().zip(evals.last().copied()),
-        seconds,
+        seconds: seconds.into_iter().flatten().sum(),
         finished: folder.join("adapter_model.safetensors").exists(),
     }))
 }
 
 fn read_tests(path: &Path) -> Result<Vec<Test>> {
-    let mut tests = Vec::new();
-    for record in records(path)?.unwrap_or_default() {
-        tests.push(
-            serde_json::from_str(&record.to_string())
-                .map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))?,
-        );
-    }
-    Ok(tests)
+    let tests = lines(path, |record| {
+        Ok(Test {
+            a: record.require("a")?,
+            b: record.require("b")?,
+            metric: record.require("metric")?,
+            test: record.require("test")?,
+            p_holm: record.get("p_holm")?,
+            ci_low: record.get("ci_low")?,
+            ci_high: record.get("ci_high")?,
+            n: record.require("n")?,
+            mean_a: record.get("mean_a")?,
+            mean_b: record.get("mean_b")?,
+        })
+    })?;
+    Ok(tests.unwrap_or_default())
 }
 
 fn read_verdicts(path: &Path) -> Result<Option<Verdicts>> {
-    let Some(items) = records(path)? else {
-        return Ok(None);
-    };
     let mut verdicts = Verdicts {
         judge: String::new(),
         outcomes: BTreeMap::new(),
     };
-    for item in &items {
-        let Some(given) = item.get::<Value>("verdicts")? else {
-            continue;
-        };
-        if let Some(judge) = given.get("judge").and_then(Value::as_str) {
-            judge.clone_into(&mut verdicts.judge);
+    lines(path, |item| {
+        if let Some(given) = item.get::<Given>("verdicts")? {
+            verdicts.judge = given.judge;
+            let winner = given.winner.unwrap_or_else(|| "none".into());
+            *verdicts.outcomes.entry(winner).or_default() += 1;
         }
-        let winner = given
-            .get("winner")
-            .and_then(Value::as_str)
-            .unwrap_or("none");
-        *verdicts.outcomes.entry(winner.to_owned()).or_default() += 1;
-    }
+        Ok(())
+    })?;
     Ok((!verdicts.outcomes.is_empty()).then_some(verdicts))
+}
+
+/// What a judged item says of its replies, as far as the table shows it.
+#[derive(Deserialize)]
+struct Given {
+    judge: String,
+    winner: Option<String>,
 }

@@ -79,6 +79,14 @@ fn write(out: &mut String, s: &Sources) -> std::fmt::Result {
     for (a, b) in comparisons {
         compare(out, a, b, s.tests.iter().filter(|t| t.a == a && t.b == b))?;
     }
+    writeln!(
+        out,
+        "\n  Lower is better for nll, higher for the others; p: permutation test,"
+    )?;
+    writeln!(
+        out,
+        "  adjusted over the figures of a table (Holm); * below 0.05."
+    )?;
     if let Some(verdicts) = &s.verdicts {
         writeln!(
             out,
@@ -133,10 +141,15 @@ fn compare<'a>(
     b: &str,
     tests: impl Iterator<Item = &'a Test> + Clone,
 ) -> std::fmt::Result {
-    let short = |path: &str| path.rsplit('.').next().unwrap_or(path).to_owned();
-    let (a, b) = (short(a), short(b));
+    let system = |path: &str| cut(path.rsplit('.').next().unwrap_or(path), 9);
+    let by_judge = if a.starts_with("verdicts.") {
+        " by the judge's score"
+    } else {
+        ""
+    };
+    let (a, b) = (system(a), system(b));
     let n = tests.clone().map(|t| t.n).max().unwrap_or(0);
-    writeln!(out, "\n{b} against {a}, {n} held-out tweets")?;
+    writeln!(out, "\n{b} against {a}{by_judge}, {n} held-out tweets")?;
     writeln!(
         out,
         "  {:<14}{a:>10}{b:>10}  {:>22}   {:>8}",
@@ -166,13 +179,21 @@ fn compare<'a>(
         writeln!(
             out,
             "  {:<14}{:>10}{:>10}  {:>22}   {p:>8} {mark}",
-            test.metric,
+            cut(&test.metric, 14),
             mean(test.mean_a),
             mean(test.mean_b),
             ends.unwrap_or_else(|| "-".into()),
         )?;
     }
     Ok(())
+}
+
+/// A name that fits its column.
+fn cut(name: &str, width: usize) -> String {
+    if name.chars().count() <= width {
+        return name.to_owned();
+    }
+    name.chars().take(width - 1).chain(['…']).collect()
 }
 
 /// `name 12, other 3`, the largest first, cut to what fits the line.
