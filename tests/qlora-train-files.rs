@@ -337,6 +337,9 @@ fn merging_without_a_base_or_with_another_one_is_refused() {
     assert!(!tool.folder().join("m").exists() && !tool.folder().join("m.tmp").exists());
 }
 
+/// Type, shape in memory order, bytes.
+type Stored = (u32, Vec<usize>, Vec<u8>);
+
 /// Reads a GGUF file by its specification (ggml's docs/gguf.md, version 3).
 struct Gguf {
     bytes: Vec<u8>,
@@ -372,13 +375,8 @@ impl Gguf {
             other => panic!("value type {other}"),
         }
     }
-    /// Metadata, and by name the type, the shape in memory order and the bytes.
-    fn read(
-        path: &Path,
-    ) -> (
-        Map<String, Value>,
-        BTreeMap<String, (u32, Vec<usize>, Vec<u8>)>,
-    ) {
+    /// Metadata, and the tensors by name.
+    fn read(path: &Path) -> (Map<String, Value>, BTreeMap<String, Stored>) {
         let mut file = Self {
             bytes: fs::read(path).unwrap(),
             at: 0,

@@ -185,7 +185,7 @@ pub fn run(
         let nll: Vec<f64> = labelled.filter(|(l, _)| **l).map(|(_, &nll)| nll).collect();
         let difference = (mean(&nll) - mean(&ours.nll)).abs();
         verdict.nll_difference = verdict.nll_difference.max(difference);
-        if !(difference <= nll_tolerance) {
+        if difference.is_nan() || difference > nll_tolerance {
             differ(format!(
                 "row {number}: the likelihood differs by {difference:.2e} nats a token"
             ));

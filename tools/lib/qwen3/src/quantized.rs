@@ -197,3 +197,44 @@ fn write_parts(writer: &mut Writer, weight: Weight, tensor: Nf4Tensor, dtype: &s
         state.as_bytes(),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// What is loaded from the copy is what quantising gives, to the bit, and
+    /// the copy of a copy is the same again.
+    #[test]
+    fn a_copy_in_4_bits_is_the_model_in_4_bits() {
+        let files = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../tests/parity/files");
+        let folder = tempfile::tempdir().unwrap();
+        let [first, second] = ["first", "second"].map(|name| folder.path().join(name));
+        let source = Checkpoint::open(&files.join("sharded")).unwrap();
+        assert!(!source.is_quantized());
+        std::fs::create_dir(&first).unwrap();
+        source.fill_quantized(&first, 30_000, |_| ()).unwrap();
+        assert!(first.join(crate::weights::INDEX).exists(), "several shards");
+        let copy = Checkpoint::open(&first).unwrap();
+        assert!(copy.is_quantized());
+        copy.save_quantized(&second, |_| ()).unwrap();
+        let again = Checkpoint::open(&second).unwrap();
+        let products = |checkpoint: &Checkpoint, layer| {
+            let products = checkpoint.layer(layer, Storage::Nf4).unwrap().products;
+            products.map(|product| match product.data {
+                MatrixData::Nf4(tensor) => tensor,
+                _ => panic!("not in 4 bits"),
+            })
+        };
+        for layer in 0..2 {
+            let expected = products(&source, layer);
+            assert!(products(&copy, layer) == expected && products(&again, layer) == expected);
+            assert!(matches!(expected[0].absmax(), Absmax::Nested { .. }));
+        }
+        let mut values = [Vec::new(), Vec::new()];
+        for (checkpoint, values) in [&source, &again].into_iter().zip(&mut values) {
+            checkpoint.values(Weight::Head).unwrap().read(3..90, values);
+        }
+        assert_eq!(values[0], values[1]);
+    }
+}

@@ -262,3 +262,114 @@ fn unwritable(path: &Path, source: std::io::Error) -> Error {
         source,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use safetensors::SafeTensors;
+
+    use super::*;
+
+    fn spec(name: &str, dtype: Dtype, shape: &[usize]) -> Spec {
+        Spec {
+            name: name.into(),
+            dtype,
+            shape: shape.into(),
+        }
+    }
+
+    #[test]
+    fn shards_are_read_back_whatever_the_order_of_writing() {
+        let folder = tempfile::tempdir().unwrap();
+        let specs = [
+            spec("a", Dtype::U8, &[3]),
+            spec("b", Dtype::F32, &[2, 2]),
+            spec("c", Dtype::BF16, &[9]),
+            spec("d", Dtype::F32, &[100]),
+            spec("e", Dtype::U8, &[]),
+        ];
+        let bytes = |spec: &Spec| -> Vec<u8> {
+            let first = spec.name.as_bytes()[0];
+            (0..spec.bytes()).map(|i| i as u8 ^ first).collect()
+        };
+        let mut writer = Writer::create(folder.path(), &specs, 25).unwrap();
+        for spec in specs.iter().rev() {
+            for piece in bytes(spec).chunks(7) {
+                writer.write(&spec.name, piece).unwrap();
+            }
+        }
+        writer.finish().unwrap();
+
+        let index = Keys::read(folder.path().join(INDEX)).unwrap().map;
+        assert_eq!(index["metadata"]["total_size"], 3 + 16 + 18 + 400 + 1);
+        // 3 + 16 bytes fit into 25; 18 more do not; 400 fit nowhere and stand alone.
+        let shards = ["1", "1", "2", "3", "4"];
+        for (spec, shard) in specs.iter().zip(shards) {
+            let name = format!("model-0000{shard}-of-00004.safetensors");
+            assert_eq!(index["weight_map"][&spec.name], json!(name));
+            let file = fs::read(folder.path().join(name)).unwrap();
+            let file = SafeTensors::deserialize(&file).unwrap();
+            let tensor = file.tensor(&spec.name).unwrap();
+            assert_eq!(
+                (tensor.dtype(), tensor.shape()),
+                (spec.dtype, &spec.shape[..])
+            );
+            assert!(tensor.data() == bytes(spec), "{}", spec.name);
+        }
+        // The wider type comes first, so that both are aligned.
+        let header = fs::read(folder.path().join("model-00001-of-00004.safetensors")).unwrap();
+        let (length, header) = SafeTensors::read_metadata(&header).unwrap();
+        assert_eq!(length % 8, 0);
+        assert_eq!(header.info("b").unwrap().data_offsets, (0, 16));
+    }
+
+    #[test]
+    fn a_folder_is_there_whole_or_not_at_all() {
+        let above = tempfile::tempdir().unwrap();
+        let folder = above.path().join("model");
+        let part = above.path().join("model.tmp");
+        fs::create_dir(&part).unwrap();
+        fs::write(part.join("of-a-killed-run"), "").unwrap();
+        let fails = |part: &Path| {
+            fs::write(part.join("half"), "").unwrap();
+            Err(Error::file(part, "broke"))
+        };
+        assert!(whole_folder(&folder, fails).is_err());
+        assert!(!folder.exists() && !part.exists());
+        whole_folder(&folder, |part| {
+            fs::write(part.join("whole"), "").unwrap();
+            Ok(())
+        })
+        .unwrap();
+        let names: Vec<_> = fs::read_dir(&folder)
+            .unwrap()
+            .map(|e| e.unwrap().file_name())
+            .collect();
+        assert_eq!(names, ["whole"]);
+    }
+
+    #[test]
+    fn companions_are_neither_weights_nor_anything_else() {
+        for name in [
+            "tokenizer.json",
+            "generation_config.json",
+            "chat_template.jinja",
+            "merges.txt",
+            "LICENSE",
+            "NOTICE",
+        ] {
+            assert!(is_companion(name), "{name}");
+        }
+        for name in [
+            "config.json",
+            "model.safetensors",
+            INDEX,
+            "README.md",
+            "adapter_config.json",
+            "pytorch_model.bin",
+            "training_args.bin",
+        ] {
+            assert!(!is_companion(name), "{name}");
+        }
+    }
+}
