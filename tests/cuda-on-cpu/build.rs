@@ -1,7 +1,7 @@
 //! Compiles the CUDA kernels with the C++ compiler, twice: plain, and with every
 //! memory access reported to runtime/check.cc.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const KERNELS: &str = "../../tools/lib/engine/cuda";
 
@@ -42,6 +42,35 @@ fn main() {
         .include(KERNELS)
         .files([&kernels, &faults])
         .compile("cuda_kernels_checked");
+    stand_in();
     println!("cargo:rerun-if-changed={KERNELS}");
     println!("cargo:rerun-if-changed=runtime");
+}
+
+/// The same kernels behind the interface of NVIDIA's libraries, for programs that
+/// are started with their folders on LD_LIBRARY_PATH.
+fn stand_in() {
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    for (folder, name) in [("driver", "libcuda.so.1"), ("cublas", "libcublasLt.so.12")] {
+        let folder = out.join(folder);
+        std::fs::create_dir_all(&folder).expect("OUT_DIR can be written");
+        let library = folder.join(name);
+        let mut link = compiler().get_compiler().to_command();
+        link.arg("-shared").arg("-o").arg(&library);
+        if folder.ends_with("driver") {
+            link.args(["-fPIC", "-fvisibility=hidden", "runtime/libcuda.cc"])
+                .arg(format!("-Wl,-soname,{name}"))
+                .arg("-Wl,--whole-archive")
+                .args(["libcuda_runtime.a", "libcuda_kernels.a"].map(|a| out.join(a)))
+                .arg("-Wl,--no-whole-archive");
+        } else {
+            // Its functions are the other library's: they share the device.
+            link.arg("-Wl,--no-as-needed")
+                .arg(out.join("driver/libcuda.so.1"))
+                .arg(format!("-Wl,-soname,{name}"));
+        }
+        let status = link.status().expect("the C++ compiler starts");
+        assert!(status.success(), "linking {name}");
+    }
+    println!("cargo:rustc-env=STAND_IN={}", out.display());
 }

@@ -9,7 +9,7 @@
 #include <map>
 #include <vector>
 
-extern "C" char __executable_start, _end;
+extern "C" __attribute__((weak)) char __executable_start, _end; // of a program; a library has none
 
 namespace cpu {
 

@@ -32,6 +32,14 @@ unsafe extern "C" {
     fn cuda_on_cpu_free(base: usize);
 }
 
+/// Folders of stand-ins for libcuda and libcublasLt, which a program finds through
+/// LD_LIBRARY_PATH: it then takes the processor for an NVIDIA GPU, and runs the
+/// code that it would use a real one with.
+pub const STAND_IN: [&str; 2] = [
+    concat!(env!("STAND_IN"), "/driver"),
+    concat!(env!("STAND_IN"), "/cublas"),
+];
+
 /// In which order the threads of a block run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]

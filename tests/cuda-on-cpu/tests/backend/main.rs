@@ -5,5 +5,6 @@
 
 mod kernels;
 mod model;
+mod nvidia;
 mod runtime;
 mod support;

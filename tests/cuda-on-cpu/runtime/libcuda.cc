@@ -1,0 +1,194 @@
+// A stand-in for libcuda.so.1 and libcublasLt.so.12: the functions that
+// engine::cuda::Nvidia calls, on the runtime beside this file. So the code that
+// talks to NVIDIA's libraries is executed in CI as well, against what their manuals
+// say; what they do beyond that only a GPU shows.
+//
+// CUDA_STAND_IN makes it unfit: `old` (driver), `none` (no GPU), `ancient` (GPU), `full` (memory).
+#include "internal.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+extern "C" const char *cuda_on_cpu_launch(const char *, const unsigned *, const unsigned *, size_t, void **,
+                                          const size_t *, int, unsigned, bool);
+
+namespace {
+
+enum Result { Success = 0, Invalid = 1, OutOfMemory = 2, NoDevice = 100, NotFound = 500, LaunchFailed = 719 };
+
+bool unfit(const char *how) {
+  const char *set = getenv("CUDA_STAND_IN");
+  return set && !strcmp(set, how);
+}
+
+int the_context, the_stream, the_module;
+thread_local int *current_context;
+std::map<std::string, std::string> functions; // stable addresses: a handle is a name
+std::map<const void *, int> shared_limit;
+std::map<void *, size_t> memory;
+std::mutex one; // call at a time, of those that change what is above or run
+
+} // namespace
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+// Every call below needs the context to be current in the calling thread.
+#define IN_CONTEXT                                                                                 \
+  if (current_context != &the_context) return 201
+
+EXPORTED int cuDriverGetVersion(int *version) {
+  *version = unfit("old") ? 12020 : 12040;
+  return Success;
+}
+EXPORTED int cuInit(unsigned) { return unfit("none") ? NoDevice : Success; }
+EXPORTED int cuGetErrorName(int code, const char **text) {
+  *text = code == LaunchFailed ? "CUDA_ERROR_LAUNCH_FAILED" : "CUDA_ERROR";
+  return Success;
+}
+EXPORTED int cuGetErrorString(int code, const char **text) {
+  *text = code == LaunchFailed ? "unspecified launch failure" : "an error";
+  return Success;
+}
+EXPORTED int cuDeviceGetCount(int *count) { return *count = 1, Success; }
+EXPORTED int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, ordinal ? Invalid : Success; }
+EXPORTED int cuDeviceGetName(char *name, int size, int) { return snprintf(name, size, "stand-in"), Success; }
+EXPORTED int cuDeviceGetAttribute(int *value, int attribute, int) {
+  *value = attribute == 75 ? (unfit("ancient") ? 7 : 8) : attribute == 76 ? 5 : 0;
+  return attribute == 75 || attribute == 76 ? Success : Invalid;
+}
+EXPORTED int cuDevicePrimaryCtxRetain(void **context, int) { return *context = &the_context, Success; }
+EXPORTED int cuDevicePrimaryCtxRelease_v2(int) { return Success; }
+EXPORTED int cuCtxSetCurrent(void *context) { return current_context = static_cast<int *>(context), Success; }
+EXPORTED int cuDeviceGetDefaultMemPool(void **pool, int) { return *pool = &the_context, Success; }
+EXPORTED int cuMemPoolSetAttribute(void *, int attribute, void *) { return attribute == 4 ? Success : Invalid; }
+EXPORTED int cuStreamCreate(void **stream, unsigned flags) { return *stream = &the_stream, flags == 1 ? Success : Invalid; }
+EXPORTED int cuStreamSynchronize(void *) { return Success; }
+EXPORTED int cuStreamDestroy_v2(void *) { return Success; }
+EXPORTED int cuEventCreate(void **event, unsigned) { return *event = malloc(1), Success; }
+EXPORTED int cuEventRecord(void *, void *) { return Success; }
+EXPORTED int cuEventSynchronize(void *) { return Success; }
+EXPORTED int cuEventDestroy_v2(void *event) { return free(event), Success; }
+
+EXPORTED int cuModuleLoadData(void **module, const void *image) {
+  IN_CONTEXT;
+  *module = &the_module;
+  return strstr(static_cast<const char *>(image), ".target sm_80") ? Success : Invalid;
+}
+EXPORTED int cuModuleUnload(void *) { return Success; }
+EXPORTED int cuModuleGetFunction(void **function, void *module, const char *name) {
+  std::lock_guard lock(one);
+  *function = &(functions[name] = name);
+  return module == &the_module ? Success : NotFound;
+}
+EXPORTED int cuFuncSetAttribute(void *function, int attribute, int value) {
+  std::lock_guard lock(one);
+  shared_limit[function] = value;
+  return attribute == 8 && value <= 99 << 10 ? Success : Invalid;
+}
+EXPORTED int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                            unsigned bz, unsigned shared, void *stream, void **args, void **) {
+  IN_CONTEXT;
+  if (stream != &the_stream) return Invalid;
+  std::lock_guard lock(one);
+  if (shared > 48 << 10 && (int)shared > shared_limit[function]) return Invalid;
+  const unsigned grid[] = {gx, gy, gz}, block[] = {bx, by, bz};
+  const char *name = static_cast<std::string *>(function)->c_str();
+  const char *problem = cuda_on_cpu_launch(name, grid, block, shared, args, nullptr, 0, 0, false);
+  if (problem) fprintf(stderr, "stand-in for libcuda: %s\n", problem);
+  return problem ? LaunchFailed : Success;
+}
+
+EXPORTED int cuMemAllocAsync(void **address, size_t bytes, void *) {
+  IN_CONTEXT;
+  if (unfit("full") && bytes < 16 << 20) return OutOfMemory;
+  *address = aligned_alloc(256, (bytes + 255) / 256 * 256);
+  memset(*address, 0xff, bytes);
+  std::lock_guard lock(one);
+  memory[*address] = bytes;
+  return Success;
+}
+EXPORTED int cuMemFreeAsync(void *address, void *) {
+  IN_CONTEXT;
+  std::lock_guard lock(one);
+  if (!memory.erase(address)) return Invalid;
+  return free(address), Success;
+}
+EXPORTED int cuMemsetD8Async(void *at, unsigned char value, size_t bytes, void *) { return memset(at, value, bytes), Success; }
+EXPORTED int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *) { return memcpy(to, from, bytes), Success; }
+EXPORTED int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void *) { return memcpy(to, from, bytes), Success; }
+EXPORTED int cuMemHostAlloc(void **at, size_t bytes, unsigned) { return *at = malloc(bytes), Success; }
+EXPORTED int cuMemFreeHost(void *at) { return free(at), Success; }
+
+// cuBLASLt thinks in columns: element (i, j) of a matrix is at i + j · ld.
+struct Layout {
+  int type; // 0: f32, 14: bf16
+  uint64_t rows, cols;
+  int64_t ld;
+  float get(const void *base, uint64_t i, uint64_t j) const {
+    const uint64_t at = i + j * ld;
+    if (type == 0) return static_cast<const float *>(base)[at];
+    return as_float((u32) static_cast<const uint16_t *>(base)[at] << 16);
+  }
+};
+struct Descriptor {
+  int transposed[2];
+};
+
+EXPORTED int cublasLtCreate(void **handle) { return *handle = &the_context, 0; }
+EXPORTED int cublasLtDestroy(void *) { return 0; }
+EXPORTED int cublasLtMatrixLayoutCreate(void **layout, int type, uint64_t rows, uint64_t cols, int64_t ld) {
+  if (ld < (int64_t)rows) return 7;
+  return *layout = new Layout{type, rows, cols, ld}, 0;
+}
+EXPORTED int cublasLtMatmulDescCreate(void **desc, int compute, int scale) {
+  return *desc = new Descriptor{}, compute == 68 && scale == 0 ? 0 : 7;
+}
+EXPORTED int cublasLtMatmulDescSetAttribute(void *desc, int attribute, const void *value, size_t size) {
+  if ((attribute != 3 && attribute != 4) || size != 4) return 7;
+  return memcpy(&static_cast<Descriptor *>(desc)->transposed[attribute - 3], value, 4), 0;
+}
+EXPORTED int cublasLtMatmulPreferenceCreate(void **preference) { return *preference = &the_context, 0; }
+EXPORTED int cublasLtMatmulPreferenceSetAttribute(void *, int attribute, const void *, size_t size) {
+  return (attribute == 1 && size == 8) || (attribute >= 5 && attribute <= 8 && size == 4) ? 0 : 7;
+}
+EXPORTED int cublasLtMatmulPreferenceDestroy(void *) { return 0; }
+
+// As the library's struct: the algorithm is opaque.
+struct Heuristic {
+  uint64_t algorithm[8];
+  size_t workspace;
+  int state;
+  float waves;
+  int reserved[4];
+};
+EXPORTED int cublasLtMatmulAlgoGetHeuristic(void *, void *, void *, void *, void *, void *, void *, int wanted,
+                                            Heuristic *found, int *count) {
+  memset(found, 0, sizeof *found);
+  return *count = wanted, 0;
+}
+EXPORTED int cublasLtMatmul(void *, void *description, const float *alpha, const void *a, Layout *la, const void *b,
+                            Layout *lb, const float *beta, const void *c, Layout *lc, void *d, Layout *ld, void *,
+                            void *, size_t, void *stream) {
+  IN_CONTEXT;
+  if (stream != &the_stream) return 7;
+  const auto &t = static_cast<Descriptor *>(description)->transposed;
+  const uint64_t m = t[0] ? la->cols : la->rows, k = t[0] ? la->rows : la->cols;
+  const uint64_t n = t[1] ? lb->rows : lb->cols;
+  if ((t[1] ? lb->cols : lb->rows) != k || ld->rows != m || ld->cols != n || lc->rows != m || lc->cols != n) return 7;
+  for (uint64_t j = 0; j < n; j++)
+    for (uint64_t i = 0; i < m; i++) {
+      float sum = 0;
+      for (uint64_t l = 0; l < k; l++)
+        sum += (t[0] ? la->get(a, l, i) : la->get(a, i, l)) * (t[1] ? lb->get(b, j, l) : lb->get(b, l, j));
+      sum = *alpha * sum + (*beta != 0 ? *beta * lc->get(c, i, j) : 0);
+      const uint64_t at = i + j * ld->ld;
+      if (ld->type == 0)
+        static_cast<float *>(d)[at] = sum;
+      else
+        static_cast<uint16_t *>(d)[at] = (uint16_t)to_bf16(sum);
+    }
+  return 0;
+}

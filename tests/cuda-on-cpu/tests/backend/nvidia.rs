@@ -1,0 +1,89 @@
+//! The code that talks to NVIDIA's libraries, against stand-ins for them.
+
+use std::process::{Command, Output};
+
+use cuda_on_cpu::STAND_IN;
+
+use crate::support::{ONLY_GPU, gpu, only_gpu};
+
+/// A command that finds these folders' libraries, and no others.
+fn with(mut command: Command, folders: &[&str], unfit: &str) -> Output {
+    command
+        .env("LD_LIBRARY_PATH", folders.join(":"))
+        .env("CUDA_STAND_IN", unfit)
+        .env_remove("VIRTUAL_ENV")
+        .env_remove("CONDA_PREFIX")
+        .env("HOME", "/nonexistent")
+        .output()
+        .unwrap()
+}
+
+/// Whether a device opens, and what is said.
+fn open(choice: &str, folders: &[&str], unfit: &str) -> (bool, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_open-device"));
+    command.arg(choice);
+    let output = with(command, folders, unfit);
+    let words = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.stderr.is_empty(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    (output.status.success(), words)
+}
+
+#[test]
+fn kernels_and_training_through_the_real_driver_layer() {
+    if only_gpu() {
+        return; // the child itself
+    }
+    let mut tests = Command::new(std::env::current_exe().unwrap());
+    tests
+        .args(["kernels::", "model::training", "--nocapture"])
+        .env(ONLY_GPU, "1");
+    let output = with(tests, &STAND_IN, "");
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success(), "{text}");
+    // Not by having run nothing.
+    let ran = text.matches("cuda:0 stand-in, bf16: ").count();
+    assert!(ran > 50, "{ran} comparisons\n{text}");
+}
+
+#[test]
+fn what_is_missing_or_too_old_is_said_with_its_remedy() {
+    let [driver, cublas] = STAND_IN;
+    // Nothing here at all: the processor, or an error for who asked for a GPU.
+    if gpu().is_none() {
+        let (fine, words) = open("auto", &[], "");
+        assert!(
+            fine && words.contains("CPU") && words.contains("no NVIDIA GPU"),
+            "{words}"
+        );
+        let (fine, words) = open("cuda:0", &[], "");
+        assert!(!fine && words.contains("--device cpu"), "{words}");
+    }
+    let (fine, words) = open("auto", &[driver, cublas], "");
+    assert!(
+        fine && words.contains("cuda:0 stand-in") && words.contains("first GPU"),
+        "{words}"
+    );
+    let (fine, words) = open("auto", &[driver, cublas], "none");
+    assert!(fine && words.contains("no NVIDIA GPU was found"), "{words}");
+    for (choice, unfit, says) in [
+        ("auto", "old", "driver to version 550"),
+        ("cuda:0", "old", "supports CUDA 12.2"),
+        ("cuda:1", "", "there is no GPU 1: 1 found"),
+        ("cuda:0", "none", "there is no GPU 0: 0 found"),
+        ("auto", "ancient", "compute capability 7.5"),
+        ("cuda", "full", "out of memory"),
+        ("cuda:x", "", "no device"),
+    ] {
+        let (fine, words) = open(choice, &[driver, cublas], unfit);
+        assert!(!fine && words.contains(says), "{choice} {unfit}: {words}");
+    }
+    let (fine, words) = open("auto", &[driver], "");
+    assert!(
+        fine || words.contains("pip install nvidia-cublas"),
+        "{words}"
+    );
+}
