@@ -2,8 +2,8 @@
 //!
 //! A metric is only comparable when everybody computes the same one, so nothing
 //! here is improved upon: the tokenisers, the smoothing and the odd corners (what
-//! counts as white space, which of two longest common subsequences is taken) are
-//! those of rouge-score 0.1.2 without stemmer and of sacrebleu 2.6.0, and
+//! counts as white space, how chrF++ splits punctuation off) are those of
+//! rouge-score 0.1.2 without stemmer and of sacrebleu 2.6.0, and
 //! `tests/parity/textmetrics` holds them to it on strings made to disagree.
 //!
 //! BLEU and chrF of a corpus are not means of their segments. Each therefore comes
