@@ -363,7 +363,7 @@ fn what_is_malformed_is_named_by_its_place() {
         (
             "pairs.jsonl",
             "{\"tweet\":\"a\",\"reply\":\"b\",\"id\":\"1\"}\n{\"tweet\":\"a\"}\n",
-            "pairs.jsonl:2: key `",
+            "pairs.jsonl:2: no key `id`",
         ),
     ];
     for (name, text, said) in cases {
@@ -390,6 +390,9 @@ fn pairs_come_from_csv_too_and_a_named_format_is_believed() {
     let csv =
         "tweet_id,tweet,tweet_likes,reply_id,reply,note\n1,\"Soup, or\nbread?\",12,2,Bread.,1.50\n";
     let run = tool().run::<&str>(&[], csv).exits(0);
+    // As table tools write a column with gaps.
+    let floats = tool().run::<&str>(&[], &csv.replace(",12,", ",12.0,"));
+    assert_eq!(floats.exits(0).records()[0]["tweet_likes"], 12.0);
     let expected = json!({
         "tweet_id": "1", "tweet": "Soup, or\nbread?", "tweet_likes": 12, "reply_id": "2", "reply": "Bread.", "note": "1.50",
         "v": 1, "id": "1-2", "conversation_id": "1",
@@ -553,6 +556,19 @@ fn fetch(tool: &Tool, server: &Server, more: &[&str]) -> Run {
     arguments.extend(["--apify-url", &url, "--send-key-to", &host]);
     arguments.extend(more);
     tool.run(&arguments, "").never_says(TOKEN)
+}
+
+#[test]
+fn where_the_rest_cannot_be_written_nothing_is_paid_for() {
+    let (tool, server) = (with_token(), apify(1, nothing));
+    tool.file("plain", "");
+    fetch(&tool, &server, &["--unpaired", "plain/rest.jsonl"])
+        .exits(4)
+        .says("plain");
+    fetch(&tool, &server, &["--max-bad-lines", "1"])
+        .exits(2)
+        .says("--unpaired");
+    assert!(server.requests().is_empty());
 }
 
 fn with_token() -> Tool {

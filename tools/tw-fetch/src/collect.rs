@@ -494,7 +494,7 @@ impl Collector<'_> {
             })?;
             let bytes = state.append(step, &page.lines)?;
             // By what was asked for, not by what came: empty items are left out of a page.
-            let next_offset = offset + limit;
+            let next_offset = offset.saturating_add(limit);
             state.record(Event::Page {
                 step,
                 next_offset,

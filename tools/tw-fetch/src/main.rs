@@ -210,6 +210,11 @@ impl Fetch {
             )
             .into());
         };
+        // Before anything is paid for: a file that cannot be written is found out here.
+        let leftovers = Leftovers {
+            file: app.rejects("--unpaired", self.unpaired.as_deref())?,
+            bad: 0,
+        };
         let keep_unpaired = self.unpaired.is_some();
         let joiner = collect::collect(
             app,
@@ -219,10 +224,6 @@ impl Fetch {
             || self.api(settings),
             || Joiner::new(settings.keep_authors, keep_unpaired),
         )?;
-        let leftovers = Leftovers {
-            file: app.rejects("--unpaired", self.unpaired.as_deref())?,
-            bad: 0,
-        };
         let read = joiner.len() as u64;
         self.write(
             app,

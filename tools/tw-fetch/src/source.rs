@@ -12,7 +12,7 @@ use cli::Failure;
 use jsonl::Lines;
 use record::{BadLine, Record};
 use serde_json::value::RawValue;
-use serde_json::{Map, Value};
+use serde_json::{Map, Number, Value};
 
 use crate::tweet::{Dialect, Tweet};
 
@@ -290,9 +290,9 @@ fn joined<'a>(cells: impl Iterator<Item = &'a [u8]>) -> Vec<u8> {
 fn cell(header: &str, text: &str) -> Value {
     let figure = matches!(
         header,
-        "v" | "tweet_likes" | "reply_likes" | "reply_author_followers"
+        "v" | "tweet_likes" | "tweet_replies" | "reply_likes" | "reply_author_followers"
     );
-    match text.trim().parse::<u64>() {
+    match text.trim().parse::<Number>() {
         Ok(number) if figure => number.into(),
         _ => text.into(),
     }

@@ -5,7 +5,7 @@
 //! are folded back into objects before they come here, so one reader serves both.
 
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Number, Value};
 use time::format_description::well_known::Rfc3339;
 use time::macros::format_description;
 use time::{OffsetDateTime, UtcOffset};
@@ -193,8 +193,8 @@ fn string(item: &Value, pointer: &str) -> Option<String> {
 /// A figure; what is no whole number is unknown.
 fn count(item: &Value, pointer: &str) -> Option<u64> {
     match item.pointer(pointer)? {
-        Value::String(text) => text.trim().parse().ok(),
-        value => value.as_u64(),
+        Value::String(text) => record::count(&text.trim().parse::<Number>().ok()?).ok(),
+        value => record::count(value).ok(),
     }
 }
 
@@ -272,6 +272,22 @@ mod tests {
             unescape("a &amp;&amp; b &lt;3 &amp;lt; &copy; &"),
             "a && b <3 &lt; &copy; &"
         );
+    }
+
+    #[test]
+    fn figures_are_read_from_tables_too() {
+        for (likes, expected) in [
+            (json!(102), Some(102)),
+            (json!(102.0), Some(102)),
+            (json!(" 102 "), Some(102)),
+            (json!("102.0"), Some(102)),
+            (json!("1.5"), None),
+            (json!("many"), None),
+            (json!(-1), None),
+        ] {
+            let tweet = Dialect::Apify.tweet(&json!({"id": "1", "text": "t", "likeCount": likes}));
+            assert_eq!(tweet.unwrap().unwrap().likes, expected, "{likes}");
+        }
     }
 
     #[test]

@@ -69,5 +69,7 @@ fn candidate(tweet: &Tweet, reply: Option<&Tweet>) -> Candidate {
         tweet_media: tweet.media > 0,
         reply_media: reply.is_some_and(|r| r.media > 0),
         tweet_replies: tweet.replies,
+        tweet_is_retweet: tweet.is_retweet,
+        tweet_is_quote: tweet.is_quote,
     }
 }

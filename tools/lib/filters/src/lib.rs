@@ -65,6 +65,8 @@ pub enum Filter {
     FewReplies,
     /// The text of someone else, passed on.
     Retweet,
+    /// A tweet about another one, which the pair does not show.
+    Quote,
     /// A link.
     Url,
     /// A picture or a video.
@@ -97,6 +99,7 @@ impl Filter {
             Self::FollowersUnknown => "author_followers_unknown",
             Self::FewReplies => "few_replies",
             Self::Retweet => "retweet",
+            Self::Quote => "quote",
             Self::Url => "url",
             Self::Media => "media",
             Self::Spam => "spam",
@@ -120,17 +123,24 @@ pub struct Candidate {
     pub reply_media: bool,
     /// How many replies the tweet has, where the source says so.
     pub tweet_replies: Option<u64>,
+    /// Whether the source says that the tweet passes on another's text.
+    pub tweet_is_retweet: bool,
+    /// Whether the source says that the tweet quotes another.
+    pub tweet_is_quote: bool,
 }
 
 impl Candidate {
     /// Reads the fields of [`Pair`], `tweet_media` and `reply_media` (a count, a
-    /// list or a yes) and `tweet_replies`. The error is a record that is no pair.
+    /// list or a yes), `tweet_replies`, `tweet_is_retweet` and `tweet_is_quote`. The
+    /// error is a record that is no pair.
     pub fn of(record: &Record) -> Result<Self, record::Error> {
         Ok(Self {
             pair: record.pair()?,
-            tweet_media: has_media(record, "tweet_media")?,
-            reply_media: has_media(record, "reply_media")?,
-            tweet_replies: record.get("tweet_replies")?,
+            tweet_media: is_yes(record, "tweet_media")?,
+            reply_media: is_yes(record, "reply_media")?,
+            tweet_replies: record.count("tweet_replies")?,
+            tweet_is_retweet: is_yes(record, "tweet_is_retweet")?,
+            tweet_is_quote: is_yes(record, "tweet_is_quote")?,
         })
     }
 }
@@ -251,8 +261,13 @@ impl Filters {
             },
             &mut reasons,
         );
-        if for_tweet.exclude_retweets && text.starts_with("RT @") {
-            reasons.push(reason(Filter::Retweet, Side::Tweet, "begins with \"RT @\""));
+        if for_tweet.exclude_retweets {
+            if candidate.tweet_is_retweet || text.starts_with("RT @") {
+                reasons.push(reason(Filter::Retweet, Side::Tweet, "passes on a tweet"));
+            }
+            if candidate.tweet_is_quote {
+                reasons.push(reason(Filter::Quote, Side::Tweet, "quotes another tweet"));
+            }
         }
         // Sources that do not count replies are common, and the pair is proof of one.
         if let Some(replies) = candidate.tweet_replies
@@ -435,14 +450,17 @@ fn at_least(filter: Filter, side: Side, found: u64, least: u64, what: &str) -> R
     )
 }
 
-/// Whether a field names media, as a count, a list or a yes.
-fn has_media(record: &Record, key: &str) -> Result<bool, record::Error> {
+/// Whether a field says yes: with `true`, a count, or what there is of something. CSV
+/// exports write all of it as text.
+fn is_yes(record: &Record, key: &str) -> Result<bool, record::Error> {
     Ok(match record.get::<Value>(key)? {
         Some(Value::Bool(yes)) => yes,
         Some(Value::Number(count)) => count.as_f64() != Some(0.0),
         Some(Value::Array(items)) => !items.is_empty(),
         Some(Value::Object(kinds)) => !kinds.is_empty(),
-        Some(Value::String(text)) => !text.is_empty(),
+        Some(Value::String(text)) => {
+            !matches!(text.trim(), "" | "0" | "[]" | "{}") && !text.eq_ignore_ascii_case("false")
+        }
         Some(Value::Null) | None => false,
     })
 }
@@ -510,6 +528,11 @@ mod tests {
                 &["tweet_media"],
             ),
             (json!({"tweet_media": 0, "reply_media": []}), &[]),
+            (json!({"tweet_media": "0", "reply_media": "False"}), &[]),
+            (json!({"tweet_media": "2"}), &["tweet_media"]),
+            (json!({"tweet_is_retweet": true}), &["tweet_retweet"]),
+            (json!({"tweet_is_quote": "True"}), &["tweet_quote"]),
+            (json!({"tweet_is_quote": false, "tweet_replies": 3.0}), &[]),
             (
                 json!({"reply": "WHICH KIND DID YOU CHOOSE, THE EARLY OR THE LATE?"}),
                 &["reply_spam"],

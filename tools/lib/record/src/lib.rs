@@ -17,7 +17,7 @@ use serde::de::{DeserializeOwned, Deserializer, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::value::RawValue;
 
-pub use pair::{BadLine, Pair, Reason, Rejected, Split, count_by_reason, text_id};
+pub use pair::{BadLine, Pair, Reason, Rejected, Split, count, count_by_reason, text_id};
 pub use stages::{Dropped, Duplicate, Validation, quality};
 
 /// The newest record version that this build understands.
@@ -37,6 +37,9 @@ pub enum Error {
     /// A field that is needed is not there.
     #[error("key `{0}` is missing")]
     Missing(String),
+    /// Nothing says which pair this is.
+    #[error("no key `id`, and not both of `tweet_id` and `reply_id` to make one of")]
+    NoId,
     /// A field holds something else than expected.
     #[error("key `{key}`: {cause}")]
     Field {
@@ -86,6 +89,11 @@ impl Record {
     /// A field's value; missing or `null` is an error that names it.
     pub fn require<T: DeserializeOwned>(&self, key: &str) -> Result<T, Error> {
         self.get(key)?.ok_or_else(|| Error::Missing(key.to_owned()))
+    }
+
+    /// A figure: a whole number, see [`count`].
+    pub fn count(&self, key: &str) -> Result<Option<u64>, Error> {
+        Ok(self.get::<pair::Count>(key)?.map(|count| count.0))
     }
 
     /// A field's value as the text it came in.

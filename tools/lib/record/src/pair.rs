@@ -36,18 +36,12 @@ impl Pair {
         let text_id = |key: &str| -> Result<Option<String>, Error> {
             Ok(record.get::<TextId>(key)?.map(|id| id.0))
         };
-        let count = |key: &str| -> Result<Option<u64>, Error> {
-            Ok(record.get::<Count>(key)?.map(|count| count.0))
-        };
         let tweet_id = text_id("tweet_id")?;
         let reply_id = text_id("reply_id")?;
         let id = match (text_id("id")?, &tweet_id, &reply_id) {
             (Some(id), ..) => id,
             (None, Some(tweet), Some(reply)) => format!("{tweet}-{reply}"),
-            (None, None, _) => {
-                return Err(Error::Missing("id` (or `tweet_id` and `reply_id".into()));
-            }
-            (None, _, None) => return Err(Error::Missing("id` (or `reply_id".into())),
+            (None, ..) => return Err(Error::NoId),
         };
         Ok(Self {
             conversation_id: text_id("conversation_id")?
@@ -56,11 +50,11 @@ impl Pair {
             id,
             tweet_id,
             tweet: record.require("tweet")?,
-            tweet_likes: count("tweet_likes")?,
+            tweet_likes: record.count("tweet_likes")?,
             reply_id,
             reply: record.require("reply")?,
-            reply_likes: count("reply_likes")?,
-            reply_author_followers: count("reply_author_followers")?,
+            reply_likes: record.count("reply_likes")?,
+            reply_author_followers: record.count("reply_author_followers")?,
         })
     }
 
@@ -129,9 +123,13 @@ pub fn text_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::
     TextId::deserialize(deserializer).map(|id| id.0)
 }
 
-/// A whole number; `102.0` is one too, since table tools write figures of a
-/// column with gaps as floats.
-struct Count(u64);
+/// Reads a figure: a whole number. `102.0` is one too, since table tools write the
+/// figures of a column with gaps as floats.
+pub fn count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    Count::deserialize(deserializer).map(|count| count.0)
+}
+
+pub(crate) struct Count(pub(crate) u64);
 
 impl<'de> Deserialize<'de> for Count {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -220,5 +218,20 @@ mod tests {
                 .to_string()
                 .contains("`tweet` is missing")
         );
+    }
+
+    #[test]
+    fn figures_are_whole_numbers_however_they_are_written() {
+        let likes = |likes: &str| {
+            let line = format!(r#"{{"id":"a","tweet":"t","reply":"r","tweet_likes":{likes}}}"#);
+            Record::parse(&line).unwrap().pair().map(|p| p.tweet_likes)
+        };
+        assert_eq!(likes("102").unwrap(), Some(102));
+        assert_eq!(likes("102.0").unwrap(), Some(102));
+        assert_eq!(likes("null").unwrap(), None);
+        for odd in ["1.5", "-1", "-1.0", "1e300", "\"7\"", "true"] {
+            let error = likes(odd).unwrap_err().to_string();
+            assert!(error.starts_with("key `tweet_likes`: "), "{odd}: {error}");
+        }
     }
 }
