@@ -35,6 +35,7 @@ pub struct App {
     log: Option<Mutex<File>>,
     counts: Mutex<Option<Counts>>,
     interrupted: OnceLock<Arc<AtomicBool>>,
+    save: OnceLock<Arc<AtomicBool>>,
 }
 
 impl App {
@@ -66,6 +67,7 @@ impl App {
             log,
             counts: Mutex::new(None),
             interrupted: OnceLock::new(),
+            save: OnceLock::new(),
         })
     }
 
@@ -176,6 +178,19 @@ impl App {
             .load(Ordering::Relaxed))
     }
 
+    /// Whether SIGUSR1 came since the last call. From the first call on, that
+    /// signal no longer ends the process.
+    pub fn asked_to_save(&self) -> anyhow::Result<bool> {
+        if let Some(flag) = self.save.get() {
+            return Ok(flag.swap(false, Ordering::Relaxed));
+        }
+        let flag = Arc::new(AtomicBool::new(false));
+        signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&flag))
+            .context("installing the signal handler")?;
+        let flag = self.save.get_or_init(|| flag);
+        Ok(flag.swap(false, Ordering::Relaxed))
+    }
+
     /// One line to stderr, past any progress bar, and to the log. That either
     /// cannot be written must not end the work.
     pub(crate) fn say(&self, line: fmt::Arguments<'_>) {
@@ -200,12 +215,13 @@ impl App {
     }
 }
 
-/// Messages may quote what strangers wrote: control characters, which a
-/// terminal would obey, are shown as escapes.
+/// Messages may quote what strangers wrote: control characters, and marks that reorder
+/// a line, which a terminal would obey, are shown as escapes.
 fn printable(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
-        if c.is_control() && c != '\n' && c != '\t' {
+        let reorders = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        if reorders || (c.is_control() && c != '\n' && c != '\t') {
             shown.extend(c.escape_unicode());
         } else {
             shown.push(c);

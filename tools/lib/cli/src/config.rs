@@ -10,6 +10,7 @@ use std::path::Path;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
+use settings::{DataSettings, EvalSettings, TrainSettings};
 
 use crate::{Failure, PrintConfig};
 
@@ -85,17 +86,17 @@ pub(crate) fn resolve<T>(
 where
     T: Default + Serialize + DeserializeOwned,
 {
-    let defaults = leaves(&to_tree(&T::default()));
+    let tree_of_defaults = to_tree(&T::default());
     let (from_file, written) = match file {
         None => (T::default(), Value::Null),
         Some(path) => read_yaml(path)?,
     };
     let mut tree = to_tree(&from_file);
     let written: BTreeMap<_, _> = leaves(&written).into_iter().collect();
-    let in_file: BTreeMap<_, _> = defaults.into_iter().collect();
+    let defaults: BTreeMap<_, _> = leaves(&tree_of_defaults).into_iter().collect();
     let mut sources: BTreeMap<String, String> = leaves(&tree)
         .into_iter()
-        .filter(|(path, value)| written.contains_key(path) || in_file.get(path) != Some(value))
+        .filter(|(path, value)| written.contains_key(path) || defaults.get(path) != Some(value))
         .filter_map(|(path, _)| Some((path, file?.display().to_string())))
         .collect();
 
@@ -112,11 +113,9 @@ where
     for (name, text) in variables {
         let path = name[ENV_PREFIX.len()..].to_lowercase().replace("__", ".");
         let top = path.split('.').next().unwrap_or_default();
-        // The three files share one environment: another tool's section is none of ours.
-        if !to_tree(&T::default())
-            .as_object()
-            .is_some_and(|t| t.contains_key(top))
-        {
+        if tree_of_defaults.get(top).is_none() {
+            another_files_section(top)
+                .map_err(|cause| Failure::Usage(format!("environment variable {name}: {cause}")))?;
             continue;
         }
         let value = serde_saphyr::from_str(&text).unwrap_or(Value::String(text));
@@ -148,6 +147,35 @@ where
         sections: sections.iter().map(|&s| s.to_owned()).collect(),
         leaves,
     })
+}
+
+/// The three files share one environment: a section of another one is none of ours, but
+/// one that none of them has is a slip.
+fn another_files_section(name: &str) -> Result<(), String> {
+    let trees = [
+        to_tree(&DataSettings::default()),
+        to_tree(&TrainSettings::default()),
+        to_tree(&EvalSettings::default()),
+    ];
+    let sections: Vec<&String> = trees
+        .iter()
+        .filter_map(Value::as_object)
+        .flat_map(Map::keys)
+        .collect();
+    if sections.iter().any(|section| *section == name) {
+        return Ok(());
+    }
+    let near = nearest(name, sections.into_iter().map(String::as_str));
+    Err(format!("no section `{name}`{near}"))
+}
+
+/// `; the nearest known one is …`, where any is known.
+fn nearest<'a>(unknown: &str, known: impl Iterator<Item = &'a str>) -> String {
+    known
+        .map(|known| (strsim::jaro_winkler(unknown, known), known))
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, known)| format!("; the nearest known one is `{known}`"))
+        .unwrap_or_default()
 }
 
 /// The settings of a YAML file, and the tree as it was written.
@@ -196,12 +224,7 @@ fn from_tree<T: DeserializeOwned>(tree: &Value) -> Result<T, (String, String)> {
                 format!("{path}.{unknown}")
             };
         }
-        let near = quoted
-            .map(|known| (strsim::jaro_winkler(unknown, known), known))
-            .max_by(|a, b| a.0.total_cmp(&b.0))
-            .map(|(_, known)| format!("; the nearest known one is `{known}`"))
-            .unwrap_or_default();
-        (path, format!("unknown key{near}"))
+        (path, format!("unknown key{}", nearest(unknown, quoted)))
     })
 }
 
@@ -256,7 +279,6 @@ fn set(tree: &mut Value, path: &str, value: Value) -> Result<(), String> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use settings::TrainSettings;
 
     fn resolve_train(
         yaml: &str,
@@ -353,6 +375,11 @@ mod tests {
         let error = resolve_train("", Flags::new(), &[("PAIRS__LORA__RNAK", "8")]).unwrap_err();
         assert!(
             error.contains("PAIRS__LORA__RNAK") && error.contains("`rank`"),
+            "{error}"
+        );
+        let error = resolve_train("", Flags::new(), &[("PAIRS__LOAR__RANK", "8")]).unwrap_err();
+        assert!(
+            error.contains("PAIRS__LOAR__RANK") && error.contains("`lora`"),
             "{error}"
         );
     }
