@@ -54,7 +54,7 @@ fetch   := --config $(CONFIG)/data.yaml --method $(METHOD) $(if $(INPUT),--input
 train   := --config $(CONFIG)/train.yaml $(model)
 adapters := --adapter lora=$(ADAPTER) $(if $(CONTROL),--adapter shuffled=$(SHUFFLED))
 
-.PHONY: help setup build models data train eval results demo test lint check test-parity tiny-model demo-data FORCE
+.PHONY: help setup build models data train eval results demo test lint check test-parity kernels tiny-model demo-data FORCE
 .DEFAULT_GOAL := help
 
 help: ## this page
@@ -163,5 +163,7 @@ test-parity: $(MINILM)/model.safetensors | build ## compare with the Python pack
 # What is generated and committed.
 demo-data: | build ## regenerate the demo's tweets
 	$(BIN)/tiny-model data --out tests/demo/tweets.jsonl
+kernels: ## compile the CUDA kernels, after one has changed (no GPU needed)
+	@tools/setup/compile-kernels
 tiny-model: | build ## regenerate the demo's model (minutes)
 	$(BIN)/tiny-model train --out tests/demo/model

@@ -222,3 +222,30 @@ fn recomputation_and_the_order_of_threads_change_no_bit() {
         assert_eq!(again.replies, first.replies, "{order:?} {keep:?}");
     }
 }
+
+#[test]
+fn a_failure_is_told_by_the_next_reading() {
+    let b = device(Order::Forward, true);
+    let x = b.upload_act(&[1.0; 16]).unwrap();
+    let index = b.upload_ids(&[0, 7]).unwrap();
+    let mut out = b.alloc_act(16).unwrap();
+    // Row 7 of two: queued without a word, as every operation is.
+    b.gather(&x, &index, [2, 8], &mut out);
+    b.gather(&x, &index, [1, 8], &mut out);
+    let error = b.read_act(&out, 16).unwrap_err().to_string();
+    assert!(
+        error.contains("gather: a read of 16 bytes outside every buffer"),
+        "{error}"
+    );
+    assert!(error.contains("checkpoint"), "{error}");
+    assert!(b.alloc_f32(1).is_err() && b.upload_ids(&[1]).is_err());
+}
+
+#[test]
+fn a_width_that_rows_cannot_move_in_is_refused() {
+    let b = device(Order::Forward, false);
+    let Err(error) = b.upload_matrix(HostMatrix::f32(3, 12, vec![0.0; 36])) else {
+        panic!("rows of 24 bytes");
+    };
+    assert!(error.to_string().contains("[3, 12]"), "{error}");
+}

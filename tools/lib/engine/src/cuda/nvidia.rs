@@ -275,12 +275,14 @@ impl Nvidia {
     /// The layouts and the algorithm of a product.
     fn plan(&self, product: &Product) -> Result<Plan, blas::CublasError> {
         let alignment = |address: Address| address.trailing_zeros().min(4);
+        let (to, _) = product.out;
+        let added = product.add.map_or(to, |(added, _)| added);
         let key = Shape {
             size: product.size,
             strides: [product.a.stride, product.b.stride, product.out.1],
             transposed: [product.a.transposed, product.b.transposed],
             precision: product.precision,
-            alignment: [product.a.address, product.b.address, product.out.0].map(alignment),
+            alignment: [product.a.address, product.b.address, to | added].map(alignment),
         };
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(plan) = plans.get(&key) {
