@@ -450,9 +450,15 @@ fn rows_without_a_side_are_all_taken_and_raw_texts_if_asked() {
         .replace(r#""split":"train","#, "")
         .replace(r#""split":"eval","#, "");
     let base = ["--model=model", "--max-new-tokens=2"];
+    // More than there is room for is as many as there are.
+    let most = [
+        "--model=model",
+        "--max-new-tokens=2",
+        "--batch-size=18446744073709551615",
+    ];
     let run = fixture
         .tool
-        .run(&base, &unsplit)
+        .run(&most, &unsplit)
         .exits(0)
         .says("no row has `split`: all 7 are taken");
     assert_eq!(run.records().len(), 8);

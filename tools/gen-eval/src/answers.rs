@@ -97,7 +97,7 @@ pub fn write_items<'a, B: Backend>(
     let progress = app.progress("replies", Some((items.len() * systems.len()) as u64));
     let (mut replies, mut first) = (0, 0);
     // Slots run empty at a block's end; a few of their fillings make that small.
-    for block in items.chunks(4 * settings.batch_size) {
+    for block in items.chunks(settings.batch_size.saturating_mul(4)) {
         let mut answers = Vec::new(); // [systems][items of the block]
         for system in &systems {
             let said = |done| progress.set_with(replies + done as u64, &system.name);

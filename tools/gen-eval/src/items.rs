@@ -30,10 +30,9 @@ impl Source {
     pub fn new(record: &Record, text: TextChoice) -> Result<Self, record::Error> {
         let pair = record.pair()?;
         let normalized = |key: &str| -> Result<String, record::Error> {
-            record.get(key)?.ok_or_else(|| {
-                record::Error::Missing(format!(
-                    "{key}` (run pair-dedup, or take the raw texts with --text raw), not `{key}"
-                ))
+            record.get(key)?.ok_or_else(|| record::Error::Field {
+                key: key.into(),
+                cause: "missing: run pair-dedup, or take the raw texts with --text raw".into(),
             })
         };
         let (tweet, reference) = match text {

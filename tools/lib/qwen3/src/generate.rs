@@ -165,7 +165,7 @@ impl<'a, B: Backend> Decoder<'a, B> {
         let longest = prompts.iter().map(|p| p.ids.len()).max().unwrap_or(0);
         let shape = Cache {
             slots: how.slots.min(prompts.len()),
-            capacity: config.max_positions.min(longest + how.max_new_tokens),
+            capacity: (config.max_positions).min(longest.saturating_add(how.max_new_tokens)),
         };
         let width = config.attention().k();
         let side = || backend.alloc_act(shape.slots * shape.capacity * width);
