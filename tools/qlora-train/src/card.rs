@@ -74,7 +74,7 @@ The prompt is the model's own chat template with `enable_thinking=False`.
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-base = \"{base}\"
+base = {base_quoted}
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), \"this folder\")
 tokenizer = AutoTokenizer.from_pretrained(base)
 ```
