@@ -268,6 +268,41 @@ fn kept_and_dropped_together_are_the_input_and_every_keeper_stays() {
 }
 
 #[test]
+fn a_second_run_follows_the_new_settings_without_a_trace_of_the_old() {
+    let (tool, (tweet, reply)) = (tool(), TOPICS[2]);
+    let input = [
+        pair("1", "1", tweet, reply, 9),
+        pair(
+            "2",
+            "2",
+            &tweet.replace('.', "!"),
+            &reply.replace('.', "!!"),
+            8,
+        ),
+    ];
+    let strict = ["--threshold", "1"];
+    assert_eq!(run(&tool, &strict, &text(&input)).records().len(), 2);
+    let kept = run(&tool, &[], &text(&input)).stdout;
+    let dropped = tool.read("dropped.jsonl");
+    assert!(lines(&dropped)[0]["dropped"].is_object());
+    let both = run(&tool, &strict, &(kept + &dropped)).stdout;
+    assert!(lines(&both).iter().all(|r| r.get("dropped").is_none()));
+    assert_eq!(lines(&both).len(), 2);
+    run(&tool, &[], &both);
+    assert!(lines(&tool.read("dropped.jsonl"))[0].get("split").is_none());
+}
+
+#[test]
+fn one_row_can_be_held_out() {
+    let (tool, input) = (tool(), text(&pairs()[..1]));
+    for (fraction, side) in [("1", "eval"), ("0.1", "train")] {
+        let arguments = ["--model", "nowhere", "--eval-fraction", fraction];
+        let run = tool.run(&arguments, &input).exits(0);
+        assert_eq!(run.records()[0]["split"], side, "{run}");
+    }
+}
+
+#[test]
 fn both_texts_must_be_near() {
     let (tweet, reply) = TOPICS[0];
     let input = [
@@ -439,8 +474,6 @@ fn wrong_use_names_the_remedy() {
     tool.run(&["--max-bad-lines", "1"], &input)
         .exits(2)
         .says("--dropped");
-    tool.run(&["--model", "nowhere"], &text(&pairs()[..1]))
-        .exits(0);
     tool.run(&["--model", &model()], &text(&pairs()))
         .exits(0)
         .says("--dropped FILE");

@@ -19,7 +19,7 @@ use std::sync::Mutex;
 use anyhow::Context;
 use clap::Parser;
 use cli::{App, Common, Counts, Failure, Flags, Tool};
-use embed::Embedder;
+use embed::{DIM, Embedder};
 use jsonl::{Lines, Output, Records, Rejects};
 use record::{Dropped, Duplicate, Pair, Record, Split, Validation, quality};
 use settings::{DataSettings, Deduplication};
@@ -129,22 +129,23 @@ impl Tool for PairDedup {
         let mut gone: Vec<(Row, Dropped)> = Vec::new();
         let rows = drop_exact(rows, &mut gone);
         let exact = gone.len();
-        let (rows, sides) = if rows.len() < 2 {
-            let sides = vec![Split::Train; rows.len()];
-            (rows, sides)
+        let threshold = settings.similarity_threshold;
+        let (texts, mut numbers) = number_texts(&rows);
+        // One row has nothing to be near to: no model is needed.
+        let vectors = if rows.len() < 2 {
+            Vectors(vec![0.0; texts.len() * DIM])
         } else {
-            let threshold = settings.similarity_threshold;
-            let (texts, mut numbers) = number_texts(&rows);
-            let vectors = embed(&texts, &settings.model, app)?;
-            let rows = drop_semantic(rows, &mut numbers, &vectors, threshold, &mut gone, app);
-            let groups = groups(&rows, &numbers, &vectors, threshold);
-            let sides = split(&groups, rows.len(), settings.eval_fraction, settings.seed);
-            (rows, sides)
+            embed(&texts, &settings.model, app)?
         };
+        let rows = drop_semantic(rows, &mut numbers, &vectors, threshold, &mut gone, app);
+        let groups = groups(&rows, &numbers, &vectors, threshold);
+        let sides = split(&groups, rows.len(), settings.eval_fraction, settings.seed);
 
         let mut out = Output::stdout();
         for (mut row, side) in rows.into_iter().zip(&sides) {
             add_texts(&mut row)?;
+            // A record may have been here before, under other settings.
+            row.record.remove("dropped");
             row.record.set("split", side)?;
             out.record(&row.record)?;
         }
@@ -153,6 +154,7 @@ impl Tool for PairDedup {
         if dropped.are_kept() {
             for (mut row, why) in gone.drain(..) {
                 add_texts(&mut row)?;
+                row.record.remove("split");
                 row.record.set("dropped", &why)?;
                 dropped.record(&row.record)?;
             }
