@@ -151,6 +151,12 @@ fn which_systems_are_compared_can_be_said() {
         json!({"lora": 1.0, "shuffled": 0.0})
     );
     assert_eq!(out[0]["verdicts"]["comparisons"][1]["winner"], "lora");
+    let mut tie = item(1, "It rains.", "Tomato.");
+    tie["systems"]["tie"] = json!({"prediction": "Tomato?"});
+    tool()
+        .run(&["--provider", "reference"], &lines(&[tie]))
+        .exits(3)
+        .says("-:1: key `systems`: a system may not be named `tie`");
     run(&["--compare", "base:other"])
         .exits(3)
         .says("-:1: ")
@@ -339,6 +345,26 @@ fn a_judge_that_likes_what_comes_first_decides_nothing() {
             json!({"base": 0.5, "lora": 0.5})
         );
     }
+}
+
+#[test]
+fn orders_that_disagree_are_counted_for_each_pair() {
+    // Consistent on whatever holds "Tomato"; else what comes first.
+    let server = claude(|shown, _| {
+        let plain = !shown.a.contains("Tomato") && !shown.b.contains("Tomato");
+        plain.then(|| answer("a"))
+    });
+    let mut three = item(1, "Rain.", "Tomato.");
+    three["systems"]["other"] = json!({"prediction": "Snow."});
+    let more = ["--compare", "base:lora", "--compare", "base:other"];
+    let more = [&more[..], &["--summary", "s.json"]].concat();
+    let tool = with_key();
+    ask(&tool, &server, &more, &lines(&[three]))
+        .exits(0)
+        .says("base:lora by claude-sonnet-5: base 0, lora 1, tie 0, no_verdict 0; orders that disagree 0")
+        .says("base:other by claude-sonnet-5: base 0, other 0, tie 1, no_verdict 0; orders that disagree 1");
+    let summary: Value = serde_json::from_str(&tool.read("s.json")).unwrap();
+    assert_eq!(summary["flipped"], json!({"base:lora": 0, "base:other": 1}));
 }
 
 #[test]

@@ -379,7 +379,7 @@ impl Judge {
             app.info(format_args!(
                 "{pair} by {judge}: {}; orders that disagree {}",
                 list.join(", "),
-                tally.flipped
+                tally.flipped[pair]
             ));
         }
         if let Some(path) = &self.summary {

@@ -26,9 +26,18 @@ struct System {
 
 impl Item {
     /// # Errors
-    /// Fields that are missing or hold something else.
+    /// Fields that are missing or hold something else; a system named like an outcome.
     pub fn of(record: &Record) -> Result<Self, record::Error> {
         let systems: IndexMap<String, System> = record.require("systems")?;
+        if let Some(name) = [TIE, NO_VERDICT]
+            .into_iter()
+            .find(|name| systems.contains_key(*name))
+        {
+            return Err(record::Error::Field {
+                key: "systems".into(),
+                cause: format!("a system may not be named `{name}`, which is an outcome"),
+            });
+        }
         Ok(Self {
             tweet: record.require("tweet")?,
             reference: record.require("reference")?,
@@ -195,6 +204,8 @@ impl Verdicts {
 
 /// The name of a tie.
 pub const TIE: &str = "tie";
+/// What is counted where there is no verdict.
+const NO_VERDICT: &str = "no_verdict";
 
 impl Comparison {
     /// Both replies are the same: a tie that needs no judge.
@@ -254,23 +265,24 @@ impl Comparison {
 pub struct Tally {
     /// `A:B` → outcome → how often; outcomes are the systems' names, `tie`, and `no_verdict`.
     pub outcomes: IndexMap<String, IndexMap<String, u64>>,
-    /// Orders that disagreed.
-    pub flipped: u64,
+    /// `A:B` → orders that disagreed.
+    pub flipped: IndexMap<String, u64>,
 }
 
 impl Tally {
     pub fn add(&mut self, comparison: &Comparison) {
         let Comparison { a, b, winner, .. } = comparison;
-        let counts = self.outcomes.entry(format!("{a}:{b}")).or_insert_with(|| {
-            [a, b, TIE, "no_verdict"]
+        let pair = format!("{a}:{b}");
+        *self.flipped.entry(pair.clone()).or_default() += u64::from(comparison.flipped);
+        let counts = self.outcomes.entry(pair).or_insert_with(|| {
+            [a, b, TIE, NO_VERDICT]
                 .map(|outcome| (outcome.to_owned(), 0))
                 .into_iter()
                 .collect()
         });
         *counts
-            .entry(winner.clone().unwrap_or_else(|| "no_verdict".into()))
+            .entry(winner.clone().unwrap_or_else(|| NO_VERDICT.into()))
             .or_default() += 1;
-        self.flipped += u64::from(comparison.flipped);
     }
 }
 
