@@ -83,6 +83,7 @@ impl Request<'_> {
     ) -> Result<(), Stop> {
         let mut response = self.ask(*at, attempt).await.map_err(Stop::Failure)?;
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
+        let patience = self.client.policy.timeout;
         match status {
             206 if starts_at(&headers, *at) => {}
             200 => {
@@ -92,12 +93,11 @@ impl Request<'_> {
                 }
             }
             _ => {
-                let body = response.bytes().await.unwrap_or_default();
-                let body = &body[..body.len().min(4096)];
-                return Err(Stop::Failure(self.refused(status, &headers, body, attempt)));
+                let body = beginning(&mut response, patience).await;
+                let failure = self.refused(status, &headers, &body, attempt);
+                return Err(Stop::Failure(failure));
             }
         }
-        let patience = self.client.policy.timeout;
         loop {
             let chunk = match tokio::time::timeout(patience, response.chunk()).await {
                 Ok(chunk) => chunk.map_err(|e| Stop::Failure(self.broken(e, attempt)))?,
@@ -159,6 +159,17 @@ impl Request<'_> {
             },
         }
     }
+}
+
+/// As much of a refusal's body as a message needs, and no more: it may be of any length.
+async fn beginning(response: &mut reqwest::Response, patience: Duration) -> Vec<u8> {
+    let mut body = Vec::new();
+    while body.len() < 4096
+        && let Ok(Ok(Some(chunk))) = tokio::time::timeout(patience, response.chunk()).await
+    {
+        body.extend_from_slice(&chunk);
+    }
+    body
 }
 
 /// Whether a partial answer begins where it was asked to: `bytes 100-199/200`.

@@ -107,13 +107,7 @@ impl Client {
     /// # Errors
     /// When `path` does not make a URL.
     pub fn get(&self, path: &str) -> Result<Request<'_>, ConfigError> {
-        Ok(Request {
-            client: self,
-            method: Method::GET,
-            url: self.url(path)?,
-            body: None,
-            once: false,
-        })
+        self.request(Method::GET, path)
     }
 
     /// `POST path` with no body; [`Request::json`] adds one.
@@ -121,9 +115,13 @@ impl Client {
     /// # Errors
     /// When `path` does not make a URL.
     pub fn post(&self, path: &str) -> Result<Request<'_>, ConfigError> {
+        self.request(Method::POST, path)
+    }
+
+    fn request(&self, method: Method, path: &str) -> Result<Request<'_>, ConfigError> {
         Ok(Request {
             client: self,
-            method: Method::POST,
+            method,
             url: self.url(path)?,
             body: None,
             once: false,
