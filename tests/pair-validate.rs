@@ -256,6 +256,13 @@ fn wrong_use_names_the_remedy() {
     tool.run::<&str>(&[], &format!("{}\n", good(0)).replace("150", "\"many\""))
         .exits(3)
         .says("-:1: key `tweet_likes`");
+    // What a stranger wrote reaches the terminal as escapes.
+    let odd = r#""\u001b[31m\u202e":1"#;
+    tool.run::<&str>(&[], &format!("{{{odd},{odd}}}\n"))
+        .exits(3)
+        .says("stands twice")
+        .never_says("\u{1b}")
+        .never_says("\u{202e}");
     tool.run::<&str>(&[], &mixed(9))
         .exits(0)
         .says("--rejects FILE");
