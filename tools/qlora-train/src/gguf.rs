@@ -2,7 +2,9 @@
 //! (Ollama, LM Studio): weights in 16 bits, tokenizer and chat template inside.
 //!
 //! The format is that of ggml's specification, version 3; keys and names are
-//! those that llama.cpp reads for the architecture `qwen3`.
+//! those that llama.cpp reads for the architecture `qwen3`. One thing is lost there:
+//! llama.cpp does not normalise text (NFC), so a letter typed as base and accent
+//! becomes other tokens than in transformers.
 
 use std::io::Write;
 use std::path::Path;

@@ -1,11 +1,11 @@
 //! Models by their name on the Hugging Face hub: `Qwen/Qwen3-8B` is downloaded
 //! once, to `data/cache/models/Qwen/Qwen3-8B`.
 //!
-//! A small client of our own: the hub's crate brings its storage backend's whole
-//! tree along (hf-xet), and of what it does we need two requests. What it does not
-//! is what matters here: a file appears under its name only after its SHA-256 was
-//! found right, an interrupted download goes on where it was, at the same commit,
-//! and the token goes to the hub and nowhere else.
+//! A small client of our own: the hub's crate (hf-hub 1.0) brings 284 others along,
+//! its storage backend and a second TLS library among them, and of what it does we
+//! need two requests. What matters here is the rest: a file appears under its name
+//! only after its SHA-256 was found right, an interrupted download goes on where it
+//! was, at the same commit, and the token goes to the hub and nowhere else.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
