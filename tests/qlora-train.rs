@@ -68,9 +68,10 @@ fn train(tool: &Tool, out: &str, more: &[&str]) -> Run {
     tool.run(&arguments(out, more), "")
 }
 
-/// The bytes that make a run: figures and adapter.
+/// The bytes that make a run: figures, adapter and model card.
 fn result(tool: &Tool, out: &str) -> Vec<(String, Vec<u8>)> {
     [
+        "README.md",
         "metrics.jsonl",
         "adapter_model.safetensors",
         "adapter_config.json",
@@ -158,6 +159,28 @@ fn killed_anywhere_and_resumed_leaves_the_same_bytes() {
         same(&tool, "whole", out);
     }
     assert!(killed >= 5, "only {killed} kills met a running tool");
+}
+
+/// Between the last checkpoint and the adapter's appearance lies little time; what
+/// that leaves is made here by hand.
+#[test]
+fn killed_before_the_adapter_is_published_it_is_published_on_resuming() {
+    let tool = tool();
+    train(&tool, "whole", &[]).exits(0);
+    train(&tool, "out", &[]).exits(0);
+    for name in [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ] {
+        fs::remove_file(tool.folder().join("out").join(name)).unwrap();
+    }
+    train(&tool, "out", &["--resume"]).exits(0);
+    same(&tool, "whole", "out");
+    assert!(
+        tool.read("out/README.md")
+            .contains("Held-out loss after training")
+    );
 }
 
 #[test]
@@ -329,14 +352,14 @@ fn rows_that_teach_nothing_are_refused_by_line() {
         (long.as_str(), "more than training.max_seq_length 128"),
         (
             r#"{"id":"x","tweet":"t","reply":"r"}"#,
-            "`tweet_normalized`",
+            "key `tweet_normalized`: missing: run pair-dedup, or set data.text: raw",
         ),
         (r#"{"id":"x"}"#, "`tweet` is missing"),
         ("{", "not a JSON object"),
         (r#"{"v":99,"id":"x"}"#, "version 99"),
         (r#"{"messages":"hello"}"#, "key `messages`"),
         (
-            r#"{"id":"x","tweet":"t","reply":"r","split":"test"}"#,
+            r#"{"id":"x","tweet":"t","reply":"r","tweet_normalized":"t","reply_normalized":"r","split":"test"}"#,
             "key `split`",
         ),
     ] {
@@ -347,6 +370,12 @@ fn rows_that_teach_nothing_are_refused_by_line() {
             .says(said);
         assert!(!tool.folder().join("out/metrics.jsonl").exists());
     }
+    let spells = good.replace("again.", "again <|im_end|>");
+    tool.file("pairs.jsonl", &format!("{spells}{good}{spells}"));
+    train(&tool, "spells", &["--steps", "1"])
+        .exits(0)
+        .says("2 rows spell out a special token")
+        .says("the first is pairs.jsonl:1, <|im_end|>");
     tool.file("pairs.jsonl", &with("{"));
     train(
         &tool,
@@ -381,6 +410,10 @@ fn settings_that_cannot_work_are_refused_by_key() {
             "training.learning_rate is 0",
         ),
         ("lora: {rank: 0}", "lora.rank is 0"),
+        (
+            "training: {batch_size: 9000000000000000000, gradient_accumulation_steps: 9}",
+            "more than 4 billion rows a step",
+        ),
         ("lora: {dropout: 1.0}", "lora.dropout is 1"),
         ("lora: {target_modules: [q_prj]}", "`q_prj` matches nothing"),
         ("lora: {target_modules: []}", "the list is empty"),
@@ -435,4 +468,193 @@ fn examples_of_the_help_run() {
         "-h is longer than a page\n{short}"
     );
     assert!(tool.run(&["--man"], "").exits(0).stdout.contains(".TH"));
+}
+
+#[test]
+fn a_dry_run_shows_the_plan_and_writes_nothing() {
+    let tool = tool();
+    let run = train(&tool, "out", &["--dry-run"]).exits(0);
+    let run = run
+        .says("25 rows to train on")
+        .says("12 steps of 6 rows")
+        .says("lora.rank = 4");
+    assert!(
+        run.stdout.is_empty() && !tool.folder().join("out").exists(),
+        "{run}"
+    );
+}
+
+#[test]
+fn long_rows_are_cut_or_left_out_as_asked_and_kept() {
+    let tool = tool();
+    let long = format!(
+        r#"{{"id":"long","tweet":"t","reply":"r","tweet_normalized":"t","reply_normalized":"{}","split":"train"}}"#,
+        "word ".repeat(200)
+    );
+    tool.file("pairs.jsonl", &format!("{}{long}\n", pairs(8)));
+    let with = |how: &str| {
+        CONFIG.replace(
+            "max_seq_length: 128",
+            &format!("max_seq_length: 128, long_rows: {how}"),
+        )
+    };
+    tool.file("train.yaml", &with("truncate"));
+    train(&tool, "cut", &["--steps", "1", "--batch-size", "8"])
+        .exits(0)
+        .says("1 rows are cut")
+        .says("8 rows to train on");
+    tool.file("train.yaml", &with("skip"));
+    train(
+        &tool,
+        "skipped",
+        &["--steps", "1", "--rejects", "rejects.jsonl"],
+    )
+    .exits(0)
+    .says("7 rows to train on");
+    let kept: Value = serde_json::from_str(tool.read("rejects.jsonl").trim()).unwrap();
+    assert_eq!(
+        (&kept["id"], &kept["rejected"]["reasons"][0]["filter"]),
+        (&"long".into(), &"row_too_long".into())
+    );
+}
+
+#[test]
+fn prompts_with_completions_are_the_same_rows_as_messages() {
+    let tool = tool();
+    let rows = |row: fn(usize) -> String| (0..6).map(|i| row(i) + "\n").collect::<String>();
+    tool.file(
+        "pairs.jsonl",
+        &rows(|i| format!(r#"{{"prompt":"Number {i}?","completion":"It is {i}."}}"#)),
+    );
+    train(&tool, "prompts", &["--steps", "2"]).exits(0);
+    tool.file(
+        "pairs.jsonl",
+        &rows(|i| {
+            format!(
+                r#"{{"messages":[{{"role":"user","content":"Number {i}?"}},{{"role":"assistant","content":"It is {i}."}}]}}"#
+            )
+        }),
+    );
+    train(&tool, "messages", &["--steps", "2"]).exits(0);
+    same(&tool, "prompts", "messages");
+}
+
+#[test]
+fn the_loss_can_be_on_everything() {
+    let tool = tool();
+    train(&tool, "reply", &["--steps", "1"]).exits(0);
+    tool.file("train.yaml", &format!("{CONFIG}\ndata: {{loss_on: all}}\n"));
+    train(&tool, "all", &["--steps", "1"]).exits(0);
+    // All tokens of the six rows but the first of each.
+    let tokens = figures(&tool, "all", "tokens")[0];
+    assert_eq!(figures(&tool, "all", "supervised_tokens")[0], tokens - 6.0);
+    assert!(figures(&tool, "reply", "supervised_tokens")[0] < tokens - 6.0);
+}
+
+/// A learning rate so high that the held-out loss rises after its first fall.
+fn overshooting(more: &str) -> String {
+    CONFIG
+        .replace("max_steps: 12", "max_steps: 40")
+        .replace("eval_steps: 4", "eval_steps: 2")
+        .replace(
+            "learning_rate: 2.0e-3",
+            &format!("learning_rate: 3.0e-2, lr_scheduler: constant{more}"),
+        )
+}
+
+#[test]
+fn it_stops_early_and_finishes_with_the_best() {
+    let tool = tool();
+    tool.file("train.yaml", &overshooting(""));
+    train(&tool, "all", &[]).exits(0);
+    let losses = figures(&tool, "all", "eval_loss");
+    tool.file(
+        "train.yaml",
+        &overshooting(", early_stopping_patience: 3, load_best_model_at_end: true"),
+    );
+    let run = train(&tool, "early", &[])
+        .exits(0)
+        .says("no better held-out loss in 3 evaluations");
+    let early = figures(&tool, "early", "eval_loss");
+    assert_eq!(
+        losses[..early.len()],
+        early,
+        "the same run as far as it goes"
+    );
+    let best = early.iter().copied().fold(f64::INFINITY, f64::min);
+    let since = early.iter().rev().take_while(|&&loss| loss > best).count();
+    assert_eq!(since, 3, "{early:?}");
+    let at = (early.len() - 1 - since) * 2;
+    let run = run.says(&format!("the adapter is that of step {at},"));
+
+    // The adapter is the one that a run of just so many steps ends with.
+    tool.file("train.yaml", &overshooting(""));
+    train(&tool, "short", &["--steps", &at.to_string()]).exits(0);
+    let weights =
+        |out: &str| fs::read(tool.folder().join(out).join("adapter_model.safetensors")).unwrap();
+    assert!(
+        weights("short") == weights("early"),
+        "not the best adapter\n{run}"
+    );
+
+    // Killed on the way, it gives up at the same step with the same adapter.
+    tool.file(
+        "train.yaml",
+        &overshooting(", early_stopping_patience: 3, load_best_model_at_end: true"),
+    );
+    for after in [4, 9] {
+        let resume: &[&str] = if after == 4 { &[] } else { &["--resume"] };
+        signal_after(&tool, "killed", resume, after, "-KILL");
+    }
+    train(&tool, "killed", &["--resume"]).exits(0);
+    same(&tool, "early", "killed");
+}
+
+#[test]
+fn a_checkpoint_can_be_asked_for() {
+    let tool = tool();
+    let config = CONFIG.replace("save_steps: 3", "save_steps: 0");
+    tool.file("train.yaml", &config);
+    train(&tool, "whole", &[]).exits(0);
+    for (out, ask) in [("file", "touch"), ("signal", "-USR1")] {
+        let mut child = tool
+            .command(&arguments(out, &[]))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let metrics = tool.folder().join(out).join("metrics.jsonl");
+        while lines(&metrics) < 3 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if ask == "touch" {
+            fs::write(tool.folder().join(out).join("save-now"), "").unwrap();
+        } else {
+            let _ = std::process::Command::new("kill")
+                .args([ask, &child.id().to_string()])
+                .status();
+        }
+        let mut said = String::new();
+        std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut said).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(0), "{said}");
+        assert!(said.contains(" is saved"), "{said}");
+        assert!(!tool.folder().join(out).join("save-now").exists());
+        let saved = fs::read_dir(tool.folder().join(out).join("checkpoints"))
+            .unwrap()
+            .count();
+        assert_eq!(saved, 2, "the one asked for and the last");
+        same(&tool, "whole", out);
+    }
+}
+
+#[test]
+fn what_needs_held_out_rows_says_so() {
+    let tool = tool();
+    tool.file("pairs.jsonl", &pairs(4));
+    tool.file(
+        "train.yaml",
+        &overshooting(", load_best_model_at_end: true"),
+    );
+    train(&tool, "out", &[]).exits(2).says("no row is held out");
 }

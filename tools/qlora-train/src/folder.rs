@@ -3,12 +3,15 @@
 //!     run.json                     settings, data and model of the run
 //!     metrics.jsonl timing.jsonl   a line a step; timing is what no re-run repeats
 //!     checkpoints/step-N/          adapter, moments, and how long the files were
+//!     checkpoints/best.safetensors the parameters of the best held-out loss, if asked for
+//!     save-now                     put there by hand: save a checkpoint at the next step
 //!     adapter_model.safetensors    last: with it the run is finished
 //!
 //! A checkpoint appears whole: written as `step-N.tmp`, synced, renamed. On
 //! resuming, the figures are cut back to what the checkpoint knew, so that an
 //! interrupted run leaves the same bytes as one that was not.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -186,6 +189,68 @@ impl Folder {
         &self.path
     }
 
+    /// The evaluations in the figures: step and held-out loss.
+    pub fn eval_losses(&self) -> Result<Vec<(u64, f64)>> {
+        #[derive(Deserialize)]
+        struct Line {
+            step: u64,
+            eval_loss: Option<f64>,
+        }
+        let path = self.path.join("metrics.jsonl");
+        let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let mut seen = Vec::new();
+        for (at, line) in text.lines().enumerate() {
+            let line: Line = serde_json::from_str(line)
+                .with_context(|| format!("{}:{}", path.display(), at + 1))?;
+            seen.extend(line.eval_loss.map(|loss| (line.step, loss)));
+        }
+        Ok(seen)
+    }
+
+    /// Keeps the parameters with the best held-out loss so far.
+    pub fn save_best(&self, step: u64, params: &[f32]) -> Result<()> {
+        let bytes = bytes(params);
+        let view = TensorView::new(Dtype::F32, vec![params.len()], &bytes)?;
+        let step = HashMap::from([("step".to_owned(), step.to_string())]);
+        let file = safetensors::serialize([("params", view)], Some(step))?;
+        Ok(jsonl::write_atomically(&self.best(), &file)?)
+    }
+
+    /// The parameters that [`save_best`](Self::save_best) kept at that step.
+    pub fn read_best(&self, step: u64) -> Result<Vec<f32>> {
+        let path = self.best();
+        let name = || path.display().to_string();
+        let bytes = fs::read(&path).with_context(name)?;
+        let (_, metadata) = SafeTensors::read_metadata(&bytes).with_context(name)?;
+        let kept = metadata.metadata().as_ref().and_then(|m| m.get("step"));
+        if kept != Some(&step.to_string()) {
+            let cause = format!(
+                "{} is not of step {step}, the best by metrics.jsonl",
+                name()
+            );
+            return Err(Failure::World(cause).into());
+        }
+        floats(
+            &SafeTensors::deserialize(&bytes).with_context(name)?,
+            "params",
+        )
+        .with_context(name)
+    }
+
+    fn best(&self) -> PathBuf {
+        self.checkpoints().join("best.safetensors")
+    }
+
+    /// Whether someone put a file `save-now` into the folder; it is taken away.
+    pub fn asked_to_save(&self) -> Result<bool> {
+        let path = self.path.join("save-now");
+        match fs::remove_file(&path) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error).with_context(|| path.display().to_string()),
+        }
+    }
+
     /// Appends a line of figures.
     pub fn metric(&mut self, line: &str) -> Result<()> {
         writeln!(self.metrics, "{line}")
@@ -253,6 +318,9 @@ impl Folder {
     /// Saves a checkpoint and drops the oldest above `keep` (0 keeps all).
     pub fn save(&mut self, state: &State, keep: usize) -> Result<()> {
         let target = self.checkpoints().join(format!("step-{}", state.step));
+        if target.exists() {
+            return Ok(()); // the same step of the same run is the same state
+        }
         let part = self.checkpoints().join(format!("step-{}.tmp", state.step));
         let write = || -> Result<()> {
             if part.exists() {
@@ -282,9 +350,6 @@ impl Folder {
                 timing_bytes: self.timing.metadata()?.len(),
             };
             synced(&part.join("state.json"), &serde_json::to_vec(&cut)?)?;
-            if target.exists() {
-                fs::remove_dir_all(&target)?;
-            }
             fs::rename(&part, &target)?;
             File::open(self.path.join("checkpoints"))?.sync_all()?;
             Ok(())
@@ -309,26 +374,35 @@ fn read_checkpoint(path: &Path) -> Result<(State, Cut)> {
     let cut: Cut = serde_json::from_slice(&fs::read(path.join("state.json"))?)?;
     let bytes = fs::read(path.join("state.safetensors"))?;
     let tensors = SafeTensors::deserialize(&bytes)?;
-    let read = |name: &str| -> Result<Vec<f32>> {
-        let tensor = tensors.tensor(name)?;
-        anyhow::ensure!(
-            tensor.dtype() == Dtype::F32,
-            "{name} is {:?}, not F32",
-            tensor.dtype()
-        );
-        Ok(tensor
-            .data()
-            .chunks_exact(4)
-            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-            .collect())
+    let read = |name: &str| floats(&tensors, name);
+    let state = State {
+        step: cut.step,
+        params: read("params")?,
+        m: read("m")?,
+        v: read("v")?,
     };
-    Ok((
-        State {
-            step: cut.step,
-            params: read("params")?,
-            m: read("m")?,
-            v: read("v")?,
-        },
-        cut,
-    ))
+    let length = state.params.len();
+    anyhow::ensure!(
+        state.m.len() == length && state.v.len() == length,
+        "parameters and moments differ in length"
+    );
+    Ok((state, cut))
+}
+
+fn bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+fn floats(tensors: &SafeTensors, name: &str) -> Result<Vec<f32>> {
+    let tensor = tensors.tensor(name)?;
+    anyhow::ensure!(
+        tensor.dtype() == Dtype::F32,
+        "{name} is {:?}, not F32",
+        tensor.dtype()
+    );
+    Ok(tensor
+        .data()
+        .chunks_exact(4)
+        .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+        .collect())
 }

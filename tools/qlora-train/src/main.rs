@@ -87,7 +87,10 @@ struct QloraTrain {
     /// Decides the initial adapter, the order of rows and dropout
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Where malformed lines go (see --max-bad-lines)
+    /// Show settings, counts and plan, and stop before anything is written
+    #[arg(long)]
+    dry_run: bool,
+    /// Where malformed lines and skipped rows go
     #[arg(long, value_name = "FILE")]
     rejects: Option<PathBuf>,
     #[command(flatten)]
@@ -183,6 +186,19 @@ impl Tool for QloraTrain {
             .map(|folder| Adapter::load(folder, config))
             .transpose()?;
         let plan = train::Plan::new(settings, config, &rows, initial.as_ref())?;
+        let t = &settings.training;
+        if rows.eval.is_empty() && (t.early_stopping_patience > 0 || t.load_best_model_at_end) {
+            let cause = "no row is held out, so there is no best: set data.eval_fraction, or give rows `split: eval`";
+            return Err(Failure::Usage(cause.into()).into());
+        }
+
+        for line in resolved.show(PrintConfig::Full).lines() {
+            app.info(line);
+        }
+        app.info(plan.describe(&rows));
+        if self.dry_run {
+            return Ok(());
+        }
 
         app.info(format_args!(
             "hashing the base model {}",
@@ -221,10 +237,6 @@ impl Tool for QloraTrain {
                 (folder, Some(*state))
             }
         };
-        for line in resolved.show(PrintConfig::Full).lines() {
-            app.info(line);
-        }
-        app.info(plan.describe(&rows));
         let storage = match settings.model.quantization {
             Quantization::Nf4 => Storage::Nf4,
             Quantization::None => Storage::AsStored,
@@ -255,6 +267,7 @@ fn check(app: &App, settings: &TrainSettings) -> Result<()> {
     let positive = [
         ("lora.rank", settings.lora.rank as f64),
         ("lora.alpha", settings.lora.alpha),
+        ("lora.lr_ratio", settings.lora.lr_ratio),
         ("training.learning_rate", t.learning_rate),
         ("training.batch_size", t.batch_size as f64),
         (
@@ -266,6 +279,12 @@ fn check(app: &App, settings: &TrainSettings) -> Result<()> {
         ("training.max_seq_length", t.max_seq_length as f64),
         ("training.max_steps", t.max_steps.map_or(1.0, |n| n as f64)),
     ];
+    let watched = t.early_stopping_patience > 0 || t.load_best_model_at_end;
+    if watched && t.eval_steps == 0 {
+        let cause =
+            "training.early_stopping_patience and load_best_model_at_end need eval_steps above 0";
+        return Err(Failure::Usage(cause.into()).into());
+    }
     for (key, value) in positive {
         if !(value.is_finite() && value > 0.0) {
             return Err(Failure::Usage(format!("{key} is {value}; it must be above 0")).into());
@@ -274,6 +293,7 @@ fn check(app: &App, settings: &TrainSettings) -> Result<()> {
     for (key, value, below) in [
         ("lora.dropout", settings.lora.dropout, 1.0),
         ("data.eval_fraction", settings.data.eval_fraction, 1.0),
+        ("training.warmup_ratio", t.warmup_ratio.unwrap_or(0.0), 1.0),
         ("training.weight_decay", t.weight_decay, f64::INFINITY),
     ] {
         if !(0.0..below).contains(&value) {

@@ -1,19 +1,19 @@
 //! From JSON lines to tokens and labels.
 //!
-//! A line is a tweet→reply pair, or a conversation under `messages`. Whatever
-//! it is, it must teach something: a row without a labelled token, or longer
-//! than the model is trained for, is refused by name instead of being skipped
-//! or cut in silence.
+//! A line is a tweet→reply pair, a conversation under `messages`, or a
+//! `prompt` with its `completion`. Whatever it is, it must teach something: a
+//! row without a labelled token, or longer than the model is trained for, is
+//! refused by name instead of being skipped or cut in silence.
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use cli::{App, Failure};
 use engine::rng::{Purpose, Stream};
-use jsonl::{Lines, Records};
-use qwen3::{Chat, LossOn, Message};
-use record::{Record, Split};
-use settings::{TextChoice, TrainSettings};
+use jsonl::{Lines, Records, Rejects};
+use qwen3::{Chat, Message};
+use record::{Reason, Record, Rejected, Split};
+use settings::{LongRows, LossOn, TextChoice, TrainSettings};
 
 /// One conversation as the model sees it.
 #[derive(Clone, Debug)]
@@ -39,6 +39,7 @@ pub struct Rows {
 
 /// A line before it is put into tokens.
 struct Source {
+    record: Record,
     position: String,
     group: String,
     split: Option<Split>,
@@ -54,7 +55,8 @@ pub fn load(
     settings: &TrainSettings,
     chat: &Chat,
 ) -> Result<Rows> {
-    let mut sources = read(app, data, rejects, settings)?;
+    let mut kept = app.rejects("--rejects", rejects)?;
+    let mut sources = read(app, data, &mut kept, settings)?;
     if sources.is_empty() {
         return Err(Failure::Input(format!(
             "{}: empty: there is nothing to train on",
@@ -67,6 +69,8 @@ pub fn load(
         shuffle_replies(&mut sources, settings.training.seed)?;
     }
 
+    warn_of_special_tokens(app, chat, &sources);
+
     let progress = app.progress("tokenising", Some(sources.len() as u64));
     let mut rows = Rows {
         train: Vec::new(),
@@ -74,22 +78,60 @@ pub fn load(
         sha256: String::new(),
     };
     let mut fingerprint = Vec::new();
-    for source in sources {
+    let (mut cut, mut left_out) = (0, 0);
+    for mut source in sources {
+        progress.add(1);
         let side = source.split.unwrap_or(Split::Train);
-        let set = if side == Split::Train {
-            &mut rows.train
-        } else {
-            &mut rows.eval
+        let set = match side {
+            Split::Train => &mut rows.train,
+            Split::Eval => &mut rows.eval,
         };
-        let row = encode(&source, set.len(), settings.training.max_seq_length, chat)?;
+        let row = match encode(&source, set.len(), settings, chat)? {
+            Fit::Whole(row) => row,
+            Fit::Cut(row) => {
+                cut += 1;
+                row
+            }
+            Fit::TooLong(tokens) => {
+                left_out += 1;
+                let limit = settings.training.max_seq_length;
+                let reason = Reason {
+                    filter: "row_too_long".into(),
+                    detail: format!("{tokens} tokens, at most {limit}"),
+                };
+                let rejected = Rejected {
+                    by: app.name().into(),
+                    reasons: vec![reason],
+                };
+                source.record.set("rejected", &rejected)?;
+                kept.record(&source.record)?;
+                continue;
+            }
+        };
         fingerprint.push(side as u8);
         for (id, labelled) in row.ids.iter().zip(&row.labelled) {
             fingerprint.extend_from_slice(&(id << 1 | u32::from(*labelled)).to_le_bytes());
         }
         fingerprint.extend_from_slice(&u32::MAX.to_le_bytes());
         set.push(row);
-        progress.add(1);
     }
+    drop(progress);
+    if cut > 0 {
+        app.warn(format_args!(
+            "{cut} rows are cut to training.max_seq_length"
+        ));
+    }
+    if left_out > 0 {
+        let hint = if kept.are_kept() {
+            ""
+        } else {
+            "; --rejects FILE keeps them"
+        };
+        app.warn(format_args!(
+            "{left_out} rows longer than training.max_seq_length are left out{hint}"
+        ));
+    }
+    kept.commit()?;
     if rows.train.is_empty() {
         let cause = "every row is held out (`split: eval`): there is nothing to train on";
         return Err(Failure::Input(format!("{}: {cause}", data.display())).into());
@@ -101,14 +143,13 @@ pub fn load(
 fn read(
     app: &App,
     data: &Path,
-    rejects: Option<&Path>,
+    kept: &mut Rejects,
     settings: &TrainSettings,
 ) -> Result<Vec<Source>> {
-    let mut kept = app.rejects("--rejects", rejects)?;
     let mut records = Records::new(Lines::open(data)?, app.common().max_bad_lines);
     let mut sources = Vec::new();
     while let Some((position, mut source)) =
-        records.next_with(&mut kept, |record| source(&record, settings))?
+        records.next_with(kept, |record| source(record, settings))?
     {
         source.position = position.to_string();
         if source.group.is_empty() {
@@ -122,51 +163,61 @@ fn read(
             records.bad()
         ));
     }
-    kept.commit()?;
     Ok(sources)
 }
 
 /// The conversation that a record holds.
-fn source(record: &Record, settings: &TrainSettings) -> Result<Source, record::Error> {
+fn source(record: Record, settings: &TrainSettings) -> Result<Source, record::Error> {
     let split = record.get("split")?;
-    if record.contains("messages") {
-        let messages: Vec<Message> = record.require("messages")?;
-        let group = record.get("conversation_id")?.unwrap_or_default();
-        return Ok(Source {
-            position: String::new(),
+    let group: Option<String> = record.get("conversation_id")?;
+    let (group, messages) = if record.contains("messages") {
+        (group, record.require("messages")?)
+    } else if record.contains("prompt") {
+        (
             group,
-            split,
-            messages,
-        });
-    }
-    let [tweet, reply] = match settings.data.text {
-        TextChoice::Normalized => ["tweet_normalized", "reply_normalized"],
-        TextChoice::Raw => ["tweet", "reply"],
+            turns(
+                settings,
+                record.require("prompt")?,
+                record.require("completion")?,
+            ),
+        )
+    } else {
+        let [tweet, reply] = match settings.data.text {
+            TextChoice::Normalized => ["tweet_normalized", "reply_normalized"],
+            TextChoice::Raw => ["tweet", "reply"],
+        };
+        let text = |key: &str| -> Result<String, record::Error> {
+            record.get(key)?.ok_or_else(|| record::Error::Field {
+                key: key.into(),
+                cause: "missing: run pair-dedup, or set data.text: raw; rows with `messages`, or `prompt` and \
+                        `completion`, are taken too"
+                    .into(),
+            })
+        };
+        let pair = record.pair()?;
+        (
+            Some(pair.conversation_id),
+            turns(settings, text(tweet)?, text(reply)?),
+        )
     };
-    let text = |key: &str| -> Result<String, record::Error> {
-        record.get(key)?.ok_or_else(|| {
-            let remedy = match settings.data.text {
-                TextChoice::Normalized => " (run pair-dedup, or set data.text: raw",
-                TextChoice::Raw => " (or `messages`",
-            };
-            record::Error::Missing(
-                format!("{key}`{remedy}; `messages` rows are taken too)").replace("`)", ")"),
-            )
-        })
-    };
-    let pair = record.pair()?;
-    let mut messages = Vec::new();
-    if !settings.data.system_prompt.is_empty() {
-        messages.push(Message::system(&settings.data.system_prompt));
-    }
-    messages.push(Message::user(text(tweet)?));
-    messages.push(Message::assistant(text(reply)?));
     Ok(Source {
-        position: String::new(),
-        group: pair.conversation_id,
         split,
+        position: String::new(),
+        group: group.unwrap_or_default(),
         messages,
+        record,
     })
+}
+
+/// One question and its answer, under the system prompt if there is one.
+fn turns(settings: &TrainSettings, user: String, assistant: String) -> Vec<Message> {
+    let system = &settings.data.system_prompt;
+    let mut messages = Vec::new();
+    if !system.is_empty() {
+        messages.push(Message::system(system));
+    }
+    messages.extend([Message::user(user), Message::assistant(assistant)]);
+    messages
 }
 
 /// Rows that say nothing of their side: all are trained on, unless
@@ -237,30 +288,77 @@ pub fn permutation(n: usize, seed: u64, epoch: u32) -> Vec<usize> {
     order
 }
 
-fn encode(source: &Source, number: usize, max_tokens: usize, chat: &Chat) -> Result<Row> {
+/// A text that spells out `<|im_end|>` ends its own turn; the rest of it is read
+/// as markup, or taught as such.
+fn warn_of_special_tokens(app: &App, chat: &Chat, sources: &[Source]) {
+    let special = |source: &Source| {
+        let mut texts = source.messages.iter().map(|message| &message.content);
+        let token = texts.find_map(|text| chat.special_in(text))?.to_owned();
+        Some((source.position.clone(), token))
+    };
+    let mut found = sources.iter().filter_map(special);
+    if let Some((position, token)) = found.next() {
+        app.warn(format_args!(
+            "{} rows spell out a special token, which the model reads as such; the first is {position}, {token}",
+            1 + found.count()
+        ));
+    }
+}
+
+/// How a row fits into `training.max_seq_length`.
+enum Fit {
+    Whole(Row),
+    Cut(Row),
+    /// With its number of tokens.
+    TooLong(usize),
+}
+
+fn encode(source: &Source, number: usize, settings: &TrainSettings, chat: &Chat) -> Result<Fit> {
     let position = &source.position;
     let refuse =
         |cause: String| anyhow::Error::from(Failure::Input(format!("{position}: {cause}")));
-    let encoded = chat
-        .encode_training(&source.messages, LossOn::Reply)
+    let loss_on = match settings.data.loss_on {
+        LossOn::Reply => qwen3::LossOn::Reply,
+        LossOn::All => qwen3::LossOn::All,
+    };
+    let mut encoded = chat
+        .encode_training(&source.messages, loss_on)
         .map_err(|error| refuse(error.to_string()))?;
-    if encoded.ids.len() > max_tokens {
-        return Err(refuse(format!(
-            "{} tokens, more than training.max_seq_length {max_tokens}: raise it or leave the row out",
-            encoded.ids.len()
-        )));
+    let (tokens, limit) = (encoded.ids.len(), settings.training.max_seq_length);
+    let too_long = tokens > limit;
+    match settings.training.long_rows {
+        LongRows::Refuse if too_long => {
+            return Err(refuse(format!(
+                "{tokens} tokens, more than training.max_seq_length {limit}: raise it, or set \
+                 training.long_rows to truncate or skip"
+            )));
+        }
+        LongRows::Skip if too_long => return Ok(Fit::TooLong(tokens)),
+        _ => {
+            encoded.ids.truncate(limit);
+            encoded.labelled.truncate(limit);
+        }
     }
     // The first token has nothing before it to be predicted from.
     if !encoded.labelled.iter().skip(1).any(|&labelled| labelled) {
-        return Err(refuse(
-            "no token to learn from: the row has no reply".into(),
-        ));
+        let cause = if too_long {
+            "what is left of the row after cutting"
+        } else {
+            "the row"
+        };
+        return Err(refuse(format!(
+            "no token to learn from: {cause} has no reply"
+        )));
     }
-    let number = u32::try_from(number).context("more than 4 billion rows")?;
-    Ok(Row {
-        number,
+    let row = Row {
+        number: u32::try_from(number).context("more than 4 billion rows")?,
         ids: encoded.ids,
         labelled: encoded.labelled,
+    };
+    Ok(if too_long {
+        Fit::Cut(row)
+    } else {
+        Fit::Whole(row)
     })
 }
 

@@ -6,7 +6,9 @@ use settings::{Scheduler, Training};
 /// the first update has rate 0: the rate is that of the updates done so far.
 pub fn learning_rate(training: &Training, step: u64, steps: u64) -> f64 {
     let done = step - 1;
-    let warmup = training.warmup_steps;
+    let warmup = training.warmup_ratio.map_or(training.warmup_steps, |part| {
+        (part * steps as f64).ceil() as u64
+    });
     if done < warmup {
         return training.learning_rate * done as f64 / warmup as f64;
     }
@@ -22,6 +24,24 @@ pub fn learning_rate(training: &Training, step: u64, steps: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_ratio_of_all_steps_is_rounded_up_as_transformers_does() {
+        let training = Training {
+            warmup_ratio: Some(0.21),
+            warmup_steps: 0,
+            ..Training::default()
+        };
+        let by_ratio = |step| learning_rate(&training, step, 10);
+        let training = Training {
+            warmup_ratio: None,
+            warmup_steps: 3,
+            ..Training::default()
+        };
+        for step in 1..=10 {
+            assert_eq!(by_ratio(step), learning_rate(&training, step, 10));
+        }
+    }
 
     #[test]
     fn schedules_are_those_of_transformers() {

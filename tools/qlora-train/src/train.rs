@@ -18,7 +18,7 @@ use qwen3::{
     Optimiser, Pass, StepDropout, Update,
 };
 use serde::Serialize;
-use settings::{TargetModules, TrainSettings};
+use settings::{TargetModules, TrainSettings, Training};
 
 use crate::folder::{Folder, Identity, State};
 use crate::rows::{Row, Rows, permutation};
@@ -46,7 +46,14 @@ impl Plan {
         initial: Option<&Adapter>,
     ) -> Result<Self> {
         let t = &settings.training;
-        let rows_per_step = t.batch_size * t.gradient_accumulation_steps;
+        let rows_per_step = (t.batch_size.checked_mul(t.gradient_accumulation_steps))
+            .filter(|&rows| u32::try_from(rows).is_ok())
+            .ok_or_else(|| {
+                Failure::Usage(format!(
+                    "training.batch_size × training.gradient_accumulation_steps is {} × {}: more than 4 billion rows a step",
+                    t.batch_size, t.gradient_accumulation_steps
+                ))
+            })?;
         let epochs = (t.num_epochs * rows.train.len() as f64 / rows_per_step as f64).ceil() as u64;
         let lora = &settings.lora;
         let adapter = AdapterConfig {
@@ -55,7 +62,7 @@ impl Plan {
             alpha: lora.alpha,
             dropout: lora.dropout,
             targets: targets(&lora.target_modules)?,
-            rslora: false,
+            rslora: lora.use_rslora,
         };
         let layout = LoraLayout::new(config, &adapter.targets, adapter.rank, adapter.scale());
         let initial = match initial {
@@ -267,18 +274,20 @@ pub fn run<B: Backend>(
     let backend = model.backend();
     let t = &settings.training;
     let layout = &plan.layout;
+    let fresh = state.is_none();
     let (done, mut params, mut optimiser) = match &state {
         None => (
             0,
             backend.upload_f32(&plan.initial)?,
-            Optimiser::new(backend, layout.len())?,
+            Optimiser::new(backend, layout.len())?.with_lr_ratio(layout, settings.lora.lr_ratio),
         ),
         Some(state) => {
             anyhow::ensure!(
                 state.params.len() == layout.len(),
                 "the checkpoint is of another adapter"
             );
-            let optimiser = Optimiser::restore(backend, &state.m, &state.v, state.step)?;
+            let optimiser = Optimiser::restore(backend, &state.m, &state.v, state.step)?
+                .with_lr_ratio(layout, settings.lora.lr_ratio);
             (state.step, backend.upload_f32(&state.params)?, optimiser)
         }
     };
@@ -290,9 +299,23 @@ pub fn run<B: Backend>(
         folder,
         stdout: Some(Output::stdout()),
     };
+    let mut watch = Watch::new(t, lines.folder.eval_losses()?);
     let mut last_eval = None;
-    if done == 0 {
-        last_eval = evaluate(app, model, layout, &params, rows, 0, &mut lines)?;
+    let mut evaluate_at =
+        |step: u64, params: &B::F32, lines: &mut Lines, watch: &mut Watch| -> Result<()> {
+            last_eval = evaluate(app, model, layout, params, rows, step)?;
+            let Some(line) = &last_eval else {
+                return Ok(());
+            };
+            lines.metric(line)?;
+            if watch.see(step, line.eval_loss) && t.load_best_model_at_end {
+                let params = backend.read_f32(params, 0..layout.len()).wait()?;
+                lines.folder.save_best(step, &params)?;
+            }
+            Ok(())
+        };
+    if fresh {
+        evaluate_at(0, &params, &mut lines, &mut watch)?;
     }
 
     let progress = app.progress("training", Some(plan.steps));
@@ -319,7 +342,8 @@ pub fn run<B: Backend>(
         line.loss = sum / line.supervised_tokens as f64;
         line.grad_norm = f64::from(norm.wait()?[0]);
         if !(line.loss.is_finite() && line.grad_norm.is_finite()) {
-            let cause = "lower training.learning_rate; --resume goes back to the last checkpoint";
+            // To resume would repeat every step to the same end.
+            let cause = "lower training.learning_rate and train in another folder (make: RUN=new)";
             return Err(Failure::World(format!(
                 "step {}: the loss is no longer a number: {cause}",
                 line.step
@@ -353,7 +377,16 @@ pub fn run<B: Backend>(
         };
     let due = |step: u64, every: u64| every > 0 && step.is_multiple_of(every);
 
+    let mut last_step = done;
     for step in done + 1..=plan.steps {
+        if watch.gave_up() {
+            break;
+        }
+        if app.asked_to_save()? || lines.folder.asked_to_save()? {
+            finish(pending.take(), &mut lines)?;
+            save(step - 1, &params, &optimiser, &mut lines)?;
+            app.info(format_args!("step {} is saved", step - 1));
+        }
         if app.interrupted()? {
             finish(pending.take(), &mut lines)?;
             save(step - 1, &params, &optimiser, &mut lines)?;
@@ -404,29 +437,47 @@ pub fn run<B: Backend>(
         };
         // The figures of the step before are read while this one is under way.
         finish(pending.replace(Pending { line, losses, norm }), &mut lines)?;
-        let (save_now, evaluate_now) = (
-            due(step, t.save_steps),
-            due(step, t.eval_steps) || step == plan.steps,
-        );
-        if save_now || evaluate_now || step == plan.steps {
+        let last = step == plan.steps;
+        let (save_now, evaluate_now) = (due(step, t.save_steps), due(step, t.eval_steps) || last);
+        if save_now || evaluate_now {
             finish(pending.take(), &mut lines)?;
         }
         if evaluate_now {
-            last_eval =
-                evaluate(app, model, layout, &params, rows, step, &mut lines)?.or(last_eval);
+            evaluate_at(step, &params, &mut lines, &mut watch)?;
         }
-        if save_now || step == plan.steps {
+        if save_now || last || watch.gave_up() {
             save(step, &params, &optimiser, &mut lines)?;
         }
+        last_step = step;
     }
     drop(progress);
+    if watch.gave_up() {
+        app.info(format_args!(
+            "stopped after step {last_step}: no better held-out loss in {} evaluations",
+            t.early_stopping_patience
+        ));
+    }
+    // A run that was killed after its last checkpoint has its line already.
+    if last_eval.is_none() {
+        last_eval = evaluate(app, model, layout, &params, rows, last_step)?;
+    }
 
-    let values = backend.read_f32(&params, 0..layout.len()).wait()?;
+    let mut values = backend.read_f32(&params, 0..layout.len()).wait()?;
+    let mut eval_loss = last_eval.map(|line| line.eval_loss);
+    if t.load_best_model_at_end
+        && let Some((step, loss)) = watch.best
+    {
+        values = lines.folder.read_best(step)?;
+        eval_loss = Some(loss);
+        app.info(format_args!(
+            "the adapter is that of step {step}, held-out loss {loss:.4}"
+        ));
+    }
     let adapter = Adapter {
         config: plan.adapter.clone(),
         pairs: layout.split(&values),
     };
-    let card = crate::card::render(settings, identity, plan.steps, rows, last_eval);
+    let card = crate::card::render(settings, identity, last_step, rows, eval_loss);
     publish(
         lines.folder.path(),
         settings,
@@ -440,7 +491,7 @@ pub fn run<B: Backend>(
     ));
     app.count(Counts {
         read: (rows.train.len() + rows.eval.len()) as u64,
-        written: plan.steps,
+        written: last_step,
         rejected: 0,
     });
     match lines.stdout.take().map(Output::finish) {
@@ -449,7 +500,47 @@ pub fn run<B: Backend>(
     }
 }
 
-/// Mean loss of the held-out rows, if there are any.
+/// The held-out losses so far: which was the best, and for how long none was better.
+struct Watch {
+    patience: u64,
+    /// Step and loss.
+    best: Option<(u64, f64)>,
+    worse: u64,
+}
+
+impl Watch {
+    /// From the evaluations that a resumed run has behind it.
+    fn new(training: &Training, seen: Vec<(u64, f64)>) -> Self {
+        let mut watch = Self {
+            patience: training.early_stopping_patience,
+            best: None,
+            worse: 0,
+        };
+        for (step, loss) in seen {
+            watch.see(step, loss);
+        }
+        watch
+    }
+
+    /// Takes note of an evaluation; whether it is the best so far.
+    fn see(&mut self, step: u64, loss: f64) -> bool {
+        let better = self.best.is_none_or(|(_, best)| loss < best);
+        if better {
+            self.best = Some((step, loss));
+            self.worse = 0;
+        } else {
+            self.worse += 1;
+        }
+        better
+    }
+
+    /// Whether patience has run out.
+    fn gave_up(&self) -> bool {
+        self.patience > 0 && self.worse >= self.patience
+    }
+}
+
+/// The loss of the held-out rows after `step`, if there are any.
 fn evaluate<B: Backend>(
     app: &App,
     model: &Model<B>,
@@ -457,8 +548,7 @@ fn evaluate<B: Backend>(
     params: &B::F32,
     rows: &Rows,
     step: u64,
-    lines: &mut Lines,
-) -> Result<Option<f64>> {
+) -> Result<Option<EvalLine>> {
     if rows.eval.is_empty() {
         return Ok(None);
     }
@@ -476,13 +566,12 @@ fn evaluate<B: Backend>(
         progress.add(rows.len() as u64);
     }
     let eval_loss = sum / tokens as f64;
-    lines.metric(&EvalLine {
+    Ok(Some(EvalLine {
         step,
         eval_loss,
         eval_perplexity: eval_loss.exp(),
         eval_tokens: tokens,
-    })?;
-    Ok(Some(eval_loss))
+    }))
 }
 
 /// Puts the finished adapter into the folder; its weights come last, for their

@@ -143,6 +143,12 @@ impl LoraLayout {
         self.iter().map(pair).collect()
     }
 
+    /// Where the factors `(A, B)` of each adapter lie.
+    pub(crate) fn factors(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+        self.iter()
+            .filter_map(|(layer, module, _)| self.ranges(layer, module))
+    }
+
     /// All adapters, layer by layer.
     fn iter(&self) -> impl Iterator<Item = (usize, Module, engine::Adapter)> {
         self.adapters.iter().enumerate().flat_map(|(layer, all)| {

@@ -1,6 +1,10 @@
 //! AdamW over the flat parameter buffer, with moments that can be saved.
 
+use std::ops::Range;
+
 use engine::{AdamW, Backend, Reading, Result, Stretch};
+
+use crate::LoraLayout;
 
 /// What one update is done with.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -20,6 +24,8 @@ pub struct Optimiser<B: Backend> {
     norm: B::F32,
     len: usize,
     steps: u64,
+    /// Stretches of the parameters in order, each with its rate over the update's.
+    rates: Vec<(Range<usize>, f64)>,
 }
 
 impl<B: Backend> Optimiser<B> {
@@ -34,6 +40,7 @@ impl<B: Backend> Optimiser<B> {
             norm: backend.alloc_f32(1)?,
             len,
             steps: 0,
+            rates: vec![(0..len, 1.0)],
         })
     }
 
@@ -52,7 +59,21 @@ impl<B: Backend> Optimiser<B> {
             norm: backend.alloc_f32(1)?,
             len: m.len(),
             steps,
+            rates: vec![(0..m.len(), 1.0)],
         })
+    }
+
+    /// Lets the B factors learn `ratio` times as fast as the A factors (LoRA+,
+    /// Hayou et al., arXiv 2402.12354).
+    #[must_use]
+    pub fn with_lr_ratio(mut self, layout: &LoraLayout, ratio: f64) -> Self {
+        if ratio != 1.0 {
+            self.rates = layout
+                .factors()
+                .flat_map(|(a, b)| [(a, 1.0), (b, ratio)])
+                .collect();
+        }
+        self
     }
 
     /// First and second moments, to be saved.
@@ -86,14 +107,15 @@ impl<B: Backend> Optimiser<B> {
             step: self.steps,
             max_norm: with.max_norm,
         };
-        let all = Stretch {
-            range: 0..self.len,
-            lr: with.lr,
+        let stretch = |(range, rate): &(Range<usize>, f64)| Stretch {
+            range: range.clone(),
+            lr: with.lr * rate,
             decay: with.weight_decay,
         };
+        let stretches: Vec<_> = self.rates.iter().map(stretch).collect();
         backend.global_norm(grads, self.len, &mut self.norm);
         let moments = (&mut self.m, &mut self.v);
-        backend.adamw(&settings, &[all], (grads, &self.norm), params, moments);
+        backend.adamw(&settings, &stretches, (grads, &self.norm), params, moments);
         backend.zero(grads, self.len);
         backend.read_f32(&self.norm, 0..1)
     }

@@ -164,6 +164,12 @@ pub struct Lora {
     /// The product of the adapter is scaled by `alpha / rank`.
     #[serde(alias = "lora_alpha")]
     pub alpha: f64,
+    /// Scale by `alpha / √rank` instead (rsLoRA, arXiv 2312.03732).
+    pub use_rslora: bool,
+    /// Learning rate of the B factors over that of the A factors (LoRA+, arXiv
+    /// 2402.12354); 1 trains both alike.
+    #[serde(alias = "loraplus_lr_ratio")]
+    pub lr_ratio: f64,
     /// Part of the adapter's inputs set to zero in training, 0 to below 1.
     #[serde(alias = "lora_dropout")]
     pub dropout: f64,
@@ -176,6 +182,8 @@ impl Default for Lora {
         Self {
             rank: 16,
             alpha: 32.0,
+            use_rslora: false,
+            lr_ratio: 1.0,
             dropout: 0.05,
             target_modules: TargetModules::List(
                 [
@@ -228,6 +236,8 @@ pub struct Training {
     pub weight_decay: f64,
     /// Steps in which the learning rate climbs from 0.
     pub warmup_steps: u64,
+    /// The same as a part of all steps, rounded up; given, it overrides `warmup_steps`.
+    pub warmup_ratio: Option<f64>,
     /// How it goes afterwards.
     #[serde(alias = "lr_scheduler_type")]
     pub lr_scheduler: Scheduler,
@@ -235,12 +245,18 @@ pub struct Training {
     pub max_grad_norm: f64,
     /// Longest row, in tokens.
     pub max_seq_length: usize,
+    /// What to do with a longer one.
+    pub long_rows: LongRows,
     /// A checkpoint every so many steps; 0 saves at the end only.
     pub save_steps: u64,
     /// Checkpoints kept, the newest; 0 keeps all.
     pub save_total_limit: usize,
     /// An evaluation every so many steps; 0 evaluates at the end only.
     pub eval_steps: u64,
+    /// Stop after so many evaluations in a row without a better held-out loss; 0 never does.
+    pub early_stopping_patience: u64,
+    /// Finish with the adapter of the best held-out loss instead of the last.
+    pub load_best_model_at_end: bool,
     /// Decides the initial adapter, the order of rows and dropout.
     pub seed: u64,
     /// Several rows in one pass; off, each row is a pass of its own.
@@ -259,17 +275,45 @@ impl Default for Training {
             gradient_accumulation_steps: 4,
             weight_decay: 0.01,
             warmup_steps: 20,
+            warmup_ratio: None,
             lr_scheduler: Scheduler::Cosine,
             max_grad_norm: 1.0,
             max_seq_length: 512,
+            long_rows: LongRows::Refuse,
             save_steps: 50,
             save_total_limit: 3,
             eval_steps: 50,
+            early_stopping_patience: 0,
+            load_best_model_at_end: false,
             seed: 42,
             packing: true,
             shuffle: true,
         }
     }
+}
+
+/// What to do with a row that is longer than `max_seq_length`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LongRows {
+    /// Stop, naming the row.
+    #[default]
+    Refuse,
+    /// Cut its end off; how many were cut is said.
+    Truncate,
+    /// Leave it out; how many were left out is said.
+    Skip,
+}
+
+/// Which tokens are learnt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LossOn {
+    /// Those of the assistant's turns, and the end of each turn.
+    #[default]
+    Reply,
+    /// All, the prompt's too.
+    All,
 }
 
 /// What of the data is used.
@@ -280,6 +324,8 @@ pub struct TrainData {
     pub text: TextChoice,
     /// Put before every conversation of a pair; empty for none.
     pub system_prompt: String,
+    /// Which tokens are learnt.
+    pub loss_on: LossOn,
     /// For rows without `split`: the part that is held out, 0 to 1.
     pub eval_fraction: f64,
     /// A control: each training tweet gets another one's reply. An adapter
