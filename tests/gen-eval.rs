@@ -524,6 +524,20 @@ fn prompts_come_from_the_training_settings() {
         .says("adapter lora has no train.yaml");
 }
 
+/// A base that was given to qlora-train by its name on the hub is found by it.
+#[test]
+fn a_downloaded_base_goes_by_its_name() {
+    let fixture = Fixture::new();
+    let cache = fixture.folder("data/cache/models/someone");
+    std::fs::create_dir_all(&cache).unwrap();
+    std::fs::rename(fixture.folder("model"), cache.join("tiny")).unwrap();
+    let trained = "model: {path: someone/tiny, quantization: none}\n";
+    fixture.tool.file("run1/train.yaml", trained);
+    let arguments = ["--adapter=run1", "--max-new-tokens=2"];
+    let run = fixture.tool.run(&arguments, &fixture.pairs()).exits(0);
+    assert_eq!(run.records().len(), 5);
+}
+
 #[test]
 fn several_adapters_stand_side_by_side() {
     let fixture = Fixture::new();

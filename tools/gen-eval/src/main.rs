@@ -41,7 +41,8 @@ use crate::systems::Named;
 #[derive(Parser)]
 #[command(version, after_long_help = cli::after_help(EXAMPLES))]
 struct GenEval {
-    /// Folder of the base model, Hugging Face layout [default: the adapter's own]
+    /// Base model: a folder in Hugging Face layout, or the name of one that qlora-train
+    /// downloaded [default: the adapter's own]
     #[arg(long, value_name = "DIR")]
     model: Option<String>,
     /// An adapter, PEFT format; DIR alone is called `lora`; may be given again

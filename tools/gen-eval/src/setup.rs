@@ -1,7 +1,7 @@
 //! What is known before the weights are loaded: whether model, adapters and
 //! prompts go together.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cli::{App, Failure, PrintConfig, Resolved, Signature};
@@ -33,6 +33,22 @@ pub fn check(settings: &Generation) -> Result<(), Failure> {
         );
     }
     Ok(())
+}
+
+/// Where qlora-train keeps the models that it downloaded, by their name.
+const DOWNLOADED: &str = "data/cache/models";
+
+/// The folder of a model: of that path, or downloaded under that name.
+fn find(model: &str) -> Result<PathBuf, Failure> {
+    [PathBuf::from(model), Path::new(DOWNLOADED).join(model)]
+        .into_iter()
+        .find(|folder| folder.join("config.json").exists())
+        .ok_or_else(|| {
+            let remedy = "name the folder of the base model with --model DIR";
+            Failure::Usage(format!(
+                "no model in {model}, nor in {DOWNLOADED}: {remedy}"
+            ))
+        })
 }
 
 /// Everything but the weights.
@@ -68,17 +84,12 @@ impl Setup {
             .model
             .clone()
             .or_else(|| of_training.map(|t| t.model.path.clone()));
-        let folder = PathBuf::from(folder.ok_or_else(|| {
+        let folder = folder.ok_or_else(|| {
             Failure::Usage(
                 "--model DIR is needed: no adapter says which base it was trained on".into(),
             )
-        })?);
-        if !folder.join("config.json").exists() {
-            let remedy = "name the folder of the base model with --model DIR";
-            return Err(
-                Failure::Usage(format!("no model in {}: {remedy}", folder.display())).into(),
-            );
-        }
+        })?;
+        let folder = find(&folder)?;
         let defaults = TrainSettings::default();
         let like = of_training.unwrap_or(&defaults);
         let wording = Wording {
