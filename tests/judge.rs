@@ -2,7 +2,6 @@
 //! that speaks the documented Messages API.
 #![allow(clippy::unwrap_used)]
 
-use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -559,31 +558,16 @@ fn an_interruption_lets_what_was_asked_be_answered() {
         "--concurrency",
         "2",
     ];
-    let mut child = tool
-        .command(&arguments)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    std::io::Write::write_all(&mut child.stdin.take().unwrap(), many(20).as_bytes()).unwrap();
-    while server.requests().len() < 2 {
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    std::process::Command::new("kill")
-        .args(["-INT", &child.id().to_string()])
-        .status()
-        .unwrap();
-    let output = child.wait_with_output().unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(130), "{stderr}");
+    let run = tool
+        .interrupt(&arguments, &many(20), || server.requests().len() >= 2)
+        .exits(130);
     let kept = tool.read("state/answers.jsonl").lines().count();
     assert_eq!(
         kept,
         server.requests().len(),
         "every answer asked for is kept"
     );
-    assert!(kept < 40, "{stderr}");
+    assert!(kept < 40, "{run}");
 }
 
 #[test]

@@ -3,7 +3,6 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::HashSet;
-use std::process::Stdio;
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -549,13 +548,34 @@ const CONFIG: &str = "collection:
 
 fn fetch(tool: &Tool, server: &Server, more: &[&str]) -> Run {
     let config = tool.file("data.yaml", CONFIG);
+    let arguments = collecting(server, &config);
+    let arguments = arguments
+        .iter()
+        .map(String::as_str)
+        .chain(more.iter().copied());
+    tool.run(&arguments.collect::<Vec<_>>(), "")
+        .never_says(TOKEN)
+}
+
+/// The arguments of a collection from `server`.
+fn collecting(server: &Server, config: &str) -> Vec<String> {
     let (url, host) = (server.url(), server.host());
-    let mut arguments = vec![
-        "--method", "apify", "--config", &config, "--state", "state", "--query", "soup",
-    ];
-    arguments.extend(["--apify-url", &url, "--send-key-to", &host]);
-    arguments.extend(more);
-    tool.run(&arguments, "").never_says(TOKEN)
+    [
+        "--method",
+        "apify",
+        "--config",
+        config,
+        "--state",
+        "state",
+        "--query",
+        "soup",
+        "--apify-url",
+        &url,
+        "--send-key-to",
+        &host,
+    ]
+    .map(String::from)
+    .to_vec()
 }
 
 #[test]
@@ -888,24 +908,9 @@ fn the_budget_is_kept() {
             "apify: {max_cost_usd: 0.01, price_per_1000_usd: 1.0, ",
         ),
     );
-    let (url, host) = (server.url(), server.host());
-    let arguments = [
-        "--method",
-        "apify",
-        "--config",
-        &dear,
-        "--state",
-        "state",
-        "--query",
-        "soup",
-        "--apify-url",
-        &url,
-        "--send-key-to",
-        &host,
-    ];
     // Ten items can be paid for: five found, and the run itself is booked at a cent.
     let run = tool
-        .run(&arguments, "")
+        .run(&collecting(&server, &dear), "")
         .exits(0)
         .says("not reached within collection.apify.max_cost_usd");
     assert!(run.records().is_empty());
@@ -1004,63 +1009,18 @@ fn an_interrupted_collection_stops_its_run_and_goes_on() {
     });
     let tool = with_token();
     let config = tool.file("data.yaml", CONFIG);
-    let (url, host) = (server.url(), server.host());
-    let arguments = [
-        "--method",
-        "apify",
-        "--config",
-        &config,
-        "--state",
-        "state",
-        "--query",
-        "soup",
-        "--apify-url",
-        &url,
-        "--send-key-to",
-        &host,
-        "--target",
-        "1",
-    ];
-    let child = tool
-        .command(&arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    while !server
-        .requests()
-        .iter()
-        .any(|r| r.path == "/actor-runs/run0")
-    {
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    std::process::Command::new("kill")
-        .args(["-INT", &child.id().to_string()])
-        .status()
-        .unwrap();
-    let output = child.wait_with_output().unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(130), "{stderr}");
-    assert!(
-        stderr.contains("the run run0 was asked to stop"),
-        "{stderr}"
-    );
-    assert!(output.stdout.is_empty());
-    assert!(
-        server
-            .requests()
-            .iter()
-            .any(|r| r.path == "/actor-runs/run0/abort")
-    );
+    let mut arguments = collecting(&server, &config);
+    arguments.extend(["--target".into(), "1".into()]);
+    let asked = |path: &str| server.requests().iter().any(|r| r.path == path);
+    let run = tool
+        .interrupt(&arguments, "", || asked("/actor-runs/run0"))
+        .exits(130)
+        .says("the run run0 was asked to stop");
+    assert!(run.stdout.is_empty(), "{run}");
+    assert!(asked("/actor-runs/run0/abort"));
 
     let run = tool.run(&arguments, "").exits(0).says("it goes on");
     assert_eq!(run.records().len(), 6);
-    assert!(
-        server
-            .requests()
-            .iter()
-            .any(|r| r.path == "/actor-runs/run0/resurrect")
-    );
+    assert!(asked("/actor-runs/run0/resurrect"));
     assert_eq!(starts(&server).len(), 2, "the search is not paid for twice");
 }

@@ -1,7 +1,7 @@
 //! The conventions that hold for every tool that reads and writes records.
 
 use std::fs::File;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use crate::{Run, Tool};
 
@@ -32,56 +32,22 @@ impl Conventions {
 
     /// The reader of standard output goes away: exit 0 and not a word of it.
     pub fn reader_gone(&self, tool: &Tool) {
-        let mut child = tool
-            .command(&self.with(&["--quiet"]))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the tool starts");
-        drop(child.stdout.take());
-        let mut stdin = child.stdin.take().expect("stdin was piped");
-        let input = self.input.clone();
-        let feeder = std::thread::spawn(move || {
-            drop(std::io::Write::write_all(&mut stdin, input.as_bytes()))
-        });
-        let output = child.wait_with_output().expect("the tool ends");
-        let _ = feeder.join();
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(0), "{stderr}");
-        assert!(
-            !stderr.contains("pipe") && !stderr.contains("panicked"),
-            "{stderr}"
-        );
-        assert!(
-            !stderr.contains(": in "),
-            "no summary where the reader went away: {stderr}"
-        );
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let run = tool.run_to(writer, &self.with(&["--quiet"]), &self.input);
+        run.exits(0)
+            .never_says("pipe")
+            .never_says("panicked")
+            // Nor a summary, where nobody takes what it counts.
+            .never_says(": in ");
     }
 
     /// Standard output is full: exit 4, and the message says so.
     pub fn disk_full(&self, tool: &Tool) {
-        let full = File::options()
-            .write(true)
-            .open("/dev/full")
-            .expect("/dev/full");
-        let mut child = tool
-            .command(&self.arguments)
-            .stdin(Stdio::piped())
-            .stdout(full)
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the tool starts");
-        let mut stdin = child.stdin.take().expect("stdin was piped");
-        let input = self.input.clone();
-        let feeder = std::thread::spawn(move || {
-            drop(std::io::Write::write_all(&mut stdin, input.as_bytes()))
-        });
-        let output = child.wait_with_output().expect("the tool ends");
-        let _ = feeder.join();
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(4), "{stderr}");
-        assert!(stderr.contains("No space left"), "{stderr}");
+        let full = File::options().write(true).open("/dev/full");
+        tool.run_to(full.expect("/dev/full"), &self.arguments, &self.input)
+            .exits(4)
+            .says("No space left");
     }
 
     /// A malformed line: exit 3, naming file and line. `--max-bad-lines 1` lets it

@@ -91,6 +91,39 @@ impl Tool {
         Run::of(&mut command, input)
     }
 
+    /// Runs with `input` on standard input, and standard output going to `stdout`.
+    #[track_caller]
+    pub fn run_to<A: AsRef<OsStr>>(
+        &self,
+        stdout: impl Into<Stdio>,
+        arguments: &[A],
+        input: &str,
+    ) -> Run {
+        let mut command = self.command(arguments);
+        command.stdout(stdout);
+        Run::until_end(&mut command, input.as_bytes(), |_| ())
+    }
+
+    /// Runs with `input` on standard input and interrupts it (SIGINT) once it is `ready`.
+    #[track_caller]
+    pub fn interrupt<A: AsRef<OsStr>>(
+        &self,
+        arguments: &[A],
+        input: &str,
+        ready: impl Fn() -> bool,
+    ) -> Run {
+        let mut command = self.command(arguments);
+        command.stdout(Stdio::piped());
+        Run::until_end(&mut command, input.as_bytes(), |pid| {
+            let started = Instant::now();
+            while !ready() {
+                assert!(started.elapsed() < LIMIT, "never ready to be interrupted");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            signal(pid, "-INT");
+        })
+    }
+
     pub(crate) fn binary(&self) -> &Path {
         &self.binary
     }
@@ -113,10 +146,15 @@ impl Run {
     /// Runs any command with `input` on standard input.
     #[track_caller]
     pub fn of(command: &mut Command, input: &[u8]) -> Self {
+        Self::until_end(command.stdout(Stdio::piped()), input, |_| ())
+    }
+
+    /// Runs a command whose standard output is settled; `meanwhile` is told its process id.
+    #[track_caller]
+    fn until_end(command: &mut Command, input: &[u8], meanwhile: impl FnOnce(u32)) -> Self {
         let shown = format!("{command:?}");
         let mut child = command
             .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap_or_else(|e| panic!("{shown}: {e}"));
@@ -130,13 +168,12 @@ impl Run {
             let late =
                 waiting.recv_timeout(LIMIT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout);
             if late {
-                let _ = Command::new("kill")
-                    .args(["-KILL", &pid.to_string()])
-                    .status();
+                signal(pid, "-KILL");
             }
             late
         });
         let started = Instant::now();
+        meanwhile(pid);
         let output = child
             .wait_with_output()
             .unwrap_or_else(|e| panic!("{shown}: {e}"));
@@ -198,6 +235,11 @@ impl Run {
             })
             .collect()
     }
+}
+
+/// Sends a signal; a process that has gone meanwhile does not mind.
+fn signal(pid: u32, name: &str) {
+    let _ = Command::new("kill").args([name, &pid.to_string()]).status();
 }
 
 impl std::fmt::Display for Run {
