@@ -44,6 +44,8 @@ pub struct Response {
     body: Vec<u8>,
     request: String,
     attempts: u32,
+    /// Kept so that it can be taken out of what an error shows of the body.
+    secret: Option<Secret>,
 }
 
 /// One request before it is sent. Made by [`Client::get`] and [`Client::post`].
@@ -241,6 +243,7 @@ impl Request<'_> {
                 body,
                 request: name,
                 attempts: attempt,
+                secret: client.secret.clone(),
             });
         }
         Err(self.refused(status, &headers, &body, attempt))
@@ -358,8 +361,8 @@ impl Response {
     pub fn json<T: DeserializeOwned>(&self) -> Result<T, Error> {
         serde_json::from_slice(&self.body).map_err(|e| Error::Json {
             request: self.request.clone(),
-            cause: e.to_string(),
-            starts: error::printable(&String::from_utf8_lossy(&self.body), None)
+            cause: error::printable(&e.to_string(), self.secret.as_ref()),
+            starts: error::printable(&String::from_utf8_lossy(&self.body), self.secret.as_ref())
                 .chars()
                 .take(60)
                 .collect(),

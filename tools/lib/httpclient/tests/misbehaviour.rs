@@ -247,4 +247,14 @@ fn the_key_goes_to_its_host_only_and_is_never_repeated_back() {
         shown.contains("bad key [THE_KEY]; check THE_KEY"),
         "{shown}"
     );
+
+    let echo =
+        Server::start(|r, _| Reply::json(200, &json!({"n": r.header("x-api-key").unwrap()})));
+    let response = ask(&echo, policy(), false).unwrap();
+    let error = response.json::<std::collections::HashMap<String, u64>>();
+    let shown = format!("{0} {0:?}", error.unwrap_err());
+    assert!(
+        !shown.contains(KEY) && shown.contains("[THE_KEY]"),
+        "{shown}"
+    );
 }
