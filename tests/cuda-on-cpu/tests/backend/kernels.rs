@@ -376,6 +376,61 @@ fn products_of_a_mixed_group_with_dropout() {
 }
 
 #[test]
+fn dropout_drops_the_same_values() {
+    // Ones through an A that is the identity: `x Aᵀ` is the mask, times two.
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        let inputs = 264;
+        let rows = Ragged::new(b, &[(9, 4), (1 << 20, 7)]).unwrap();
+        let tokens = rows.tokens();
+        let weight = HostMatrix::f32(8, inputs, vec![0.0; 8 * inputs]);
+        let weight = b.upload_matrix(weight).unwrap();
+        let mut params = vec![0.0; inputs * inputs + 8 * inputs];
+        (0..inputs).for_each(|i| params[i * inputs + i] = 1.0);
+        let params = b.upload_f32(&params).unwrap();
+        let adapter = Adapter {
+            rank: inputs,
+            scale: 1.0,
+            a: 0,
+            b: inputs * inputs,
+            module: 6,
+        };
+        let members = [Member {
+            weight: &weight,
+            adapter: Some(adapter),
+        }];
+        let group = Group {
+            layer: 35,
+            members: &members,
+        };
+        let dropout = Dropout {
+            p: 0.5,
+            seed: u64::MAX - 3,
+            step: 1000,
+            rows: &rows,
+        };
+        let x = b.act(&vec![1.0; tokens * inputs]);
+        let (mut out, mut xa) = (b.poisoned(tokens * 8), b.poisoned(tokens * inputs));
+        let bytes = b.linear_scratch(&[&weight], [tokens, inputs]);
+        let mut scratch = b.alloc_workspace(bytes).unwrap();
+        b.linear(
+            &group,
+            Some(&params),
+            Some(dropout),
+            (&x, tokens),
+            None,
+            &mut out,
+            &mut xa,
+            &mut scratch,
+        );
+        vec![b.read_act(&xa, tokens * inputs).unwrap()]
+    }
+    let reference = run(&Cpu);
+    let dropped = reference[0].iter().filter(|&&x| x == 0.0).count();
+    assert!((1200..1700).contains(&dropped), "{dropped} of 2904");
+    compare("dropout", &[0.0], reference, run);
+}
+
+#[test]
 fn decoding_is_the_rounded_value() {
     // With one-hot rows a product hands out the weights themselves.
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {

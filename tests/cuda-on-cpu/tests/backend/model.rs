@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use crate::support::{Draw, distance, gpu, only_gpu};
 use cuda_on_cpu::{Emulated, Order};
 use engine::nf4::Nf4Tensor;
-use engine::{Backend, Cpu, Cuda, HostMatrix, Reading, Sampling};
+use engine::{Backend, Cpu, Cuda, Heads, HostMatrix, Reading, Sampling};
 use half::bf16;
 use qwen3::{
     Batch, Completion, Config, Ends, Generation, Keep, LayerWeights, Lora, LoraLayout, Model,
@@ -242,8 +242,19 @@ fn a_failure_is_told_by_the_next_reading() {
 }
 
 #[test]
-fn a_width_that_rows_cannot_move_in_is_refused() {
+fn a_shape_that_there_are_no_kernels_for_is_refused() {
     let b = device(Order::Forward, false);
+    let heads = |dim| Heads {
+        query: 4,
+        kv: 2,
+        dim,
+    };
+    assert!(b.accepts(heads(128)).is_ok());
+    let error = b.accepts(heads(96)).unwrap_err().to_string();
+    assert!(
+        error.contains("96") && error.contains("--device cpu"),
+        "{error}"
+    );
     let Err(error) = b.upload_matrix(HostMatrix::f32(3, 12, vec![0.0; 36])) else {
         panic!("rows of 24 bytes");
     };

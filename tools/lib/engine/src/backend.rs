@@ -208,6 +208,14 @@ pub trait Backend: Sized + Send + Sync {
     /// The device in words, for logs.
     fn describe(&self) -> String;
 
+    /// Whether it can attend with heads of this shape: asked before a model is loaded.
+    ///
+    /// # Errors
+    /// If it cannot, with what to do about it.
+    fn accepts(&self, _heads: Heads) -> Result<()> {
+        Ok(())
+    }
+
     /// A zeroed buffer of activations.
     ///
     /// # Errors

@@ -3,7 +3,8 @@
 //! The model (crate `qwen3`) writes its forward and backward pass once, over
 //! the two dozen fused operations of [`Backend`]; a backend decides how each is
 //! computed. [`Cpu`] is plain and right: it trains small models, and it is what
-//! every kernel of a faster backend is checked against, operation by operation.
+//! every kernel of the faster [`Cuda`] is checked against, operation by operation.
+//! [`Device`] finds out at run time which of the two there is.
 //!
 //! Three decisions shape the trait. The caller owns every buffer, scratch
 //! included, so that a device can plan its memory and queue its work without

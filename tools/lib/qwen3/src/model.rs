@@ -125,13 +125,14 @@ impl<B: Backend> Model<B> {
     /// Takes over weights, layer by layer.
     ///
     /// # Errors
-    /// The first error of `layers`, or of the device.
+    /// The first error of `layers`, or of the device, which may not have such heads.
     pub fn new<E: From<engine::Error>>(
         backend: B,
         config: Config,
         ends: Ends,
         layers: impl Iterator<Item = Result<LayerWeights, E>>,
     ) -> Result<Self, E> {
+        backend.accepts(config.attention())?;
         let upload = |weights: LayerWeights| -> Result<Layer<B>> {
             let mut products = weights.products.into_iter();
             let mut group = |members: &[_]| -> Result<Vec<_>> {

@@ -19,11 +19,11 @@ fn decoded_len<'a>(weights: impl Iterator<Item = &'a Matrix>) -> usize {
 /// Bytes for a group of these weights; the order of [`Run::new`]'s pieces.
 pub(super) fn scratch(weights: &[&Matrix], [tokens, ranks]: [usize; 2]) -> usize {
     let inputs = weights.first().map_or(0, |w| w.cols);
-    let tallest = weights.iter().map(|w| w.rows).max().unwrap_or(0);
+    let outputs: usize = weights.iter().map(|w| w.rows).sum();
     let mut bytes = piece::<bf16>(decoded_len(weights.iter().copied()));
     if ranks > 0 {
-        bytes += piece::<bf16>(ranks * inputs)
-            + piece::<bf16>(tallest * ranks)
+        // A member's own rank is not known here, only that it is at most all.
+        bytes += piece::<bf16>(ranks * (inputs + outputs))
             + piece::<bf16>(tokens * ranks)
             + piece::<bf16>(tokens * inputs);
     }
@@ -39,16 +39,16 @@ struct Place<'a> {
     out: usize,
     /// First column of its `x Aᵀ`, and first row of its `A` in the stack.
     rank: usize,
+    /// Where its `B` starts behind the stack of every `A`.
+    b: usize,
 }
 
 /// Scratch, in pieces.
 struct Scratch {
     /// The quantised weights, one below the other.
     weights: Address,
-    /// `[Σ rank, inputs]`: every `A`, rounded.
-    a: Address,
-    /// `[outputs, rank]`: one `B` at a time, rounded.
-    b: Address,
+    /// The factors, rounded: every `A` `[Σ rank, inputs]`, then every `B`.
+    factors: Address,
     /// `[tokens, Σ rank]`: the gradient by `x Aᵀ`.
     dxa: Address,
     /// `[tokens, inputs]`: an input after dropout, or a gradient before it.
@@ -83,7 +83,7 @@ impl<'a> Run<'a> {
         scratch: &Buffer<u8>,
     ) -> Self {
         let inputs = group.members[0].weight.cols;
-        let (mut width, mut ranks, mut tallest) = (0, 0, 0);
+        let (mut width, mut ranks, mut b) = (0, 0, 0);
         let mut places = Vec::with_capacity(group.members.len());
         for member in group.members {
             let weight = member.weight;
@@ -96,10 +96,12 @@ impl<'a> Run<'a> {
                 adapter: member.adapter,
                 out: width,
                 rank: ranks,
+                b,
             });
+            let rank = member.adapter.map_or(0, |a| a.rank);
             width += weight.rows;
-            ranks += member.adapter.map_or(0, |a| a.rank);
-            tallest = tallest.max(weight.rows);
+            ranks += rank;
+            b += weight.rows * rank;
         }
         assert!(
             ranks == 0 || params.is_some(),
@@ -114,8 +116,7 @@ impl<'a> Run<'a> {
         Self {
             scratch: Scratch {
                 weights,
-                a: adapters_take(ranks * inputs),
-                b: adapters_take(tallest * ranks),
+                factors: adapters_take(ranks * inputs + b),
                 dxa: adapters_take(tokens * ranks),
                 dropped: adapters_take(tokens * inputs),
             },
@@ -160,32 +161,41 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// The members that have an adapter, with the parameters.
-    fn adapters(&self) -> impl Iterator<Item = (Place<'a>, Adapter, &'a Buffer<f32>)> {
-        let params = self.params;
-        let adapted = self.places.iter().filter_map(|&p| Some((p, p.adapter?)));
-        adapted.filter_map(move |(p, a)| Some((p, a, params?)))
+    /// The members that have an adapter.
+    fn adapters(&self) -> impl Iterator<Item = (Place<'a>, Adapter)> {
+        self.places.iter().filter_map(|&p| Some((p, p.adapter?)))
     }
 
-    /// Rounds every `A` to bf16, one below the other.
-    fn stack_a(&self) {
-        for (p, a, params) in self.adapters() {
-            let from = params.at(a.a..a.a + a.rank * self.inputs);
-            self.cuda.round(from, a.rank * self.inputs, self.a_of(p));
+    /// Rounds every `A`, then every `B`, to bf16. What follows each other here does
+    /// so in the parameters as well, as a rule: then it is one launch.
+    fn round_factors(&self, params: &Buffer<f32>) {
+        let a = |(p, a): (Place<'a>, Adapter)| (a.a, a.rank * self.inputs, self.a_of(p));
+        let b = |(p, a): (Place<'a>, Adapter)| (a.b, p.weight.rows * a.rank, self.b_of(p));
+        let round = |(from, len, to): (usize, usize, Address)| {
+            self.cuda.round(params.at(from..from + len), len, to);
+        };
+        let mut pending: Option<(usize, usize, Address)> = None;
+        for (from, len, to) in self.adapters().map(a).chain(self.adapters().map(b)) {
+            match &mut pending {
+                Some((first, count, start))
+                    if *first + *count == from && *start + *count as u64 * BF16 == to =>
+                {
+                    *count += len;
+                }
+                _ => pending.replace((from, len, to)).into_iter().for_each(round),
+            }
         }
+        pending.into_iter().for_each(round);
     }
 
-    /// One member's rows of the stack.
+    /// One member's rows of the stack of every `A`.
     fn a_of(&self, p: Place<'_>) -> Address {
-        self.scratch.a + (p.rank * self.inputs) as u64 * BF16
+        self.scratch.factors + (p.rank * self.inputs) as u64 * BF16
     }
 
-    /// Rounds one `B [outputs, rank]` to bf16.
-    fn round_b(&self, p: Place<'_>, a: Adapter, params: &Buffer<f32>) -> Operand {
-        let len = p.weight.rows * a.rank;
-        self.cuda
-            .round(params.at(a.b..a.b + len), len, self.scratch.b);
-        Operand::new(self.scratch.b, a.rank)
+    /// One member's `B`.
+    fn b_of(&self, p: Place<'_>) -> Address {
+        self.scratch.factors + (self.ranks * self.inputs + p.b) as u64 * BF16
     }
 
     /// A member's columns of a buffer `[tokens, Σ rank]`.
@@ -238,7 +248,9 @@ impl<'a> Run<'a> {
     pub fn forward(&self, residual: Option<&Buffer<bf16>>, out: &Buffer<bf16>) {
         let (tokens, width) = (self.tokens, self.width);
         let out = out.first(tokens * width);
-        self.stack_a();
+        if let Some(params) = self.params {
+            self.round_factors(params);
+        }
         let xa = |x: Address, a: Address, ranks: usize, to: Address| {
             self.product(Product {
                 size: [tokens, ranks, self.inputs],
@@ -251,9 +263,9 @@ impl<'a> Run<'a> {
             });
         };
         if self.dropout.is_none() && self.ranks > 0 {
-            xa(self.x, self.scratch.a, self.ranks, self.xa);
+            xa(self.x, self.scratch.factors, self.ranks, self.xa);
         } else {
-            for (p, a, _) in self.adapters() {
+            for (p, a) in self.adapters() {
                 let x = self.dropped_input(a.module);
                 xa(x, self.a_of(p), a.rank, self.ranks_of(p, self.xa));
             }
@@ -271,8 +283,8 @@ impl<'a> Run<'a> {
                 scale: 1.0,
             });
         });
-        for (p, a, params) in self.adapters() {
-            let b = self.round_b(p, a, params);
+        for (p, a) in self.adapters() {
+            let b = Operand::new(self.b_of(p), a.rank);
             let to = (out + p.out as u64 * BF16, width);
             self.product(Product {
                 size: [tokens, p.weight.rows, a.rank],
@@ -322,15 +334,15 @@ impl<'a> Run<'a> {
                 scale,
             });
         };
-        if dx.is_some() {
-            self.stack_a();
+        if let Some(params) = self.params {
+            self.round_factors(params);
         }
-        for (p, a, params) in self.adapters() {
+        for (p, a) in self.adapters() {
             let rows = p.weight.rows;
             let d = Operand::new(dout + p.out as u64 * BF16, width);
             let xa = Operand::new(self.ranks_of(p, self.xa), self.ranks);
             let dxa = Operand::new(self.ranks_of(p, self.scratch.dxa), self.ranks);
-            let b = self.round_b(p, a, params);
+            let b = Operand::new(self.b_of(p), a.rank);
             self.product(Product {
                 size: [tokens, a.rank, rows],
                 a: d,
@@ -364,11 +376,11 @@ impl<'a> Run<'a> {
         };
         match &self.dropout {
             None if self.ranks > 0 => {
-                through_a(self.scratch.dxa, self.scratch.a, self.ranks, dx, true);
+                through_a(self.scratch.dxa, self.scratch.factors, self.ranks, dx, true);
             }
             None => {}
             Some(dropout) => {
-                for (p, a, _) in self.adapters() {
+                for (p, a) in self.adapters() {
                     let (dxa, raw) = (self.ranks_of(p, self.scratch.dxa), self.scratch.dropped);
                     through_a(dxa, self.a_of(p), a.rank, raw, false);
                     self.drop(dropout, a.module, raw, true, dx);

@@ -36,6 +36,9 @@ pub(crate) const PTX: &str = include_str!("../../cuda/kernels.ptx");
 /// Blocks of the first pass of the global norm: the shape of its sum.
 const NORM_BLOCKS: usize = 256;
 
+/// Features of a head for which `attention.cu` makes kernels.
+const WIDTHS: [usize; 3] = [32, 64, 128];
+
 /// Queries, and keys, of a tile of the attention.
 const TILE: usize = 64;
 
@@ -169,14 +172,8 @@ impl Cuda {
         names: [&'static str; 3],
         tiles: usize,
     ) -> (&'static str, usize) {
-        let name = match heads.dim {
-            32 => names[0],
-            64 => names[1],
-            128 => names[2],
-            dim => {
-                panic!("the CUDA backend attends with heads of 32, 64 or 128 features, not {dim}")
-            }
-        };
+        let width = WIDTHS.iter().position(|&width| width == heads.dim);
+        let name = names[width.expect("the model was accepted")];
         (name, tiles * TILE * (heads.dim + 8) * size_of::<bf16>())
     }
 
@@ -229,6 +226,19 @@ impl Backend for Cuda {
 
     fn describe(&self) -> String {
         self.queue.describe()
+    }
+
+    fn accepts(&self, heads: Heads) -> Result<()> {
+        if WIDTHS.contains(&heads.dim) {
+            return Ok(());
+        }
+        Err(Error::Device {
+            problem: format!(
+                "heads of {} features: there are kernels for {WIDTHS:?}",
+                heads.dim
+            ),
+            remedy: "use --device cpu for this model",
+        })
     }
 
     fn alloc_act(&self, len: usize) -> Result<Buffer<bf16>> {
