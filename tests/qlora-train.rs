@@ -209,19 +209,26 @@ fn the_number_of_threads_and_a_second_run_change_no_byte() {
     assert_ne!(result(&tool, "one"), result(&tool, "other"));
 }
 
+/// f32 sums in another order: over twelve updates and four evaluations the largest
+/// relative difference is 1.2e-7 (the test prints it); ten times that, and room for
+/// other products.
+const LAYOUT: f64 = 2e-6;
+
 #[test]
 fn packing_changes_the_layout_and_nothing_else() {
     let tool = tool();
     train(&tool, "packed", &[]).exits(0);
     train(&tool, "single", &["--no-packing"]).exits(0);
+    let mut worst = 0.0_f64;
     for key in ["loss", "grad_norm", "eval_loss"] {
         let (a, b) = (figures(&tool, "packed", key), figures(&tool, "single", key));
         assert!(!a.is_empty() && a.len() == b.len());
         for (a, b) in a.iter().zip(&b) {
-            // House limit for another layout of the same rows.
-            assert!((a - b).abs() <= 1e-5 * a.abs(), "{key}: {a} {b}");
+            worst = worst.max((a - b).abs() / a.abs());
         }
     }
+    println!("worst relative difference: {worst:e}");
+    assert!(worst <= LAYOUT, "{worst:e}");
     assert_eq!(
         figures(&tool, "packed", "supervised_tokens"),
         figures(&tool, "single", "supervised_tokens")
