@@ -457,4 +457,10 @@ fn the_table_fits_a_terminal() {
     for text in ["nll", "rouge1", "every difference is zero", "95% interval"] {
         assert!(run.stdout.contains(text), "{text}\n{run}");
     }
+    let named = records().replace("rouge1", "\\u001b[2Jr\\n1");
+    let run = tool()
+        .run(&[&PATHS[..], &["--table"]].concat(), &named)
+        .exits(0);
+    assert!(run.stdout.contains("\u{fffd}[2Jr\u{fffd}1"), "{run}");
+    assert!(!run.stdout.contains('\u{1b}'), "{run}");
 }

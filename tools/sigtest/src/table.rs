@@ -84,11 +84,13 @@ fn shortened(text: &str, width: usize) -> String {
     text.chars().take(width - 1).chain(['…']).collect()
 }
 
-/// The end of a dotted name, which tells more than its beginning.
+/// The end of a dotted name, which tells more than its beginning. Names come with the
+/// records: what a terminal would obey is not shown.
 fn ending(text: &str, width: usize) -> String {
+    let text = text.replace(char::is_control, "\u{fffd}");
     let length = text.chars().count();
     if length <= width {
-        return text.to_owned();
+        return text;
     }
     std::iter::once('…')
         .chain(text.chars().skip(length + 1 - width))
