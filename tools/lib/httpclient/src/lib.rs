@@ -17,13 +17,13 @@ use std::sync::Once;
 use std::time::{Duration, SystemTime};
 
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
+use reqwest::{Method, Url};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use download::{Chunk, DownloadError};
 pub use error::{ConfigError, Error};
 pub use policy::Policy;
-pub use reqwest::{Method, Url};
 pub use secret::{Scheme, Secret, confirm_host};
 
 /// One service: where it is, how patiently it is asked, and what opens it.
@@ -39,7 +39,6 @@ pub struct Client {
 /// A successful answer, read to its end.
 #[derive(Debug, Clone)]
 pub struct Response {
-    status: u16,
     headers: HeaderMap,
     body: Vec<u8>,
     request: String,
@@ -238,7 +237,6 @@ impl Request<'_> {
         }
         if (200..300).contains(&status) {
             return Ok(Response {
-                status,
                 headers,
                 body,
                 request: name,
@@ -330,12 +328,6 @@ impl Request<'_> {
 }
 
 impl Response {
-    /// The status, 200 to 299.
-    #[must_use]
-    pub fn status(&self) -> u16 {
-        self.status
-    }
-
     /// How many requests it took.
     #[must_use]
     pub fn attempts(&self) -> u32 {

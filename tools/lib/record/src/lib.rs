@@ -96,11 +96,6 @@ impl Record {
         Ok(self.get::<pair::Count>(key)?.map(|count| count.0))
     }
 
-    /// A field's value as the text it came in.
-    pub fn raw(&self, key: &str) -> Option<&str> {
-        self.fields.get(key).map(|raw| raw.get())
-    }
-
     /// Sets a field: in its place where it exists, else at the end.
     pub fn set<T: Serialize + ?Sized>(&mut self, key: &str, value: &T) -> Result<(), Error> {
         let raw = serde_json::value::to_raw_value(value).map_err(|e| Error::Field {
@@ -112,7 +107,7 @@ impl Record {
     }
 
     /// Sets a field only where it is missing.
-    pub fn set_default<T: Serialize + ?Sized>(
+    pub(crate) fn set_default<T: Serialize + ?Sized>(
         &mut self,
         key: &str,
         value: &T,
