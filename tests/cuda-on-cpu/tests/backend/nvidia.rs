@@ -3,6 +3,7 @@
 use std::process::{Command, Output};
 
 use cuda_on_cpu::STAND_IN;
+use engine::{Choice, Device};
 
 use crate::support::{ONLY_GPU, gpu, only_gpu};
 
@@ -18,18 +19,39 @@ fn with(mut command: Command, folders: &[&str], unfit: &str) -> Output {
         .unwrap()
 }
 
+/// Names the device that a child shall open.
+const OPEN: &str = "CUDA_TESTS_OPEN";
+
+/// In a child: opens a device as the tools do, and says what came of it.
+#[test]
+fn the_child_opens_a_device() {
+    let Ok(choice) = std::env::var(OPEN) else {
+        return;
+    };
+    let opened = choice
+        .parse::<Choice>()
+        .and_then(|choice| Device::open(choice).map_err(|e| e.to_string()));
+    match opened {
+        Ok((_, words)) => println!("opened: {words}"),
+        Err(problem) => println!("refused: {problem}"),
+    }
+}
+
 /// Whether a device opens, and what is said.
 fn open(choice: &str, folders: &[&str], unfit: &str) -> (bool, String) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_open-device"));
-    command.arg(choice);
-    let output = with(command, folders, unfit);
-    let words = String::from_utf8_lossy(&output.stdout).into_owned();
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    child
+        .args(["--exact", "nvidia::the_child_opens_a_device", "--nocapture"])
+        .env(OPEN, choice);
+    let output = with(child, folders, unfit);
     assert!(
-        output.stderr.is_empty(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
+        output.status.success() && output.stderr.is_empty(),
+        "{output:?}"
     );
-    (output.status.success(), words)
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let (opened, refused) = (text.contains("opened: "), text.contains("refused: "));
+    assert!(opened != refused, "{text}");
+    (opened, text)
 }
 
 #[test]
