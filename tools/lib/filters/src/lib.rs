@@ -21,10 +21,9 @@ use record::{Pair, Reason, Record, Validation, quality};
 use serde_json::Value;
 use settings::{Collection, UnknownFigures};
 
-pub use text::bare;
-pub use toxicity::toxicity;
-
 use language::{Detector, Verdict};
+use text::bare;
+use toxicity::toxicity;
 
 /// Settings that no filter can work with.
 #[derive(Debug, thiserror::Error)]

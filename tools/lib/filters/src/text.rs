@@ -86,15 +86,15 @@ const TAGS: [&str; 6] = [
 ];
 
 /// A token that would end the turn, or open another, if the text were trained
-/// on: `<|…|>` or one of the tags, also where white space or invisible
-/// characters, which normalisation takes out, hide it.
+/// on: `<|…|>` or one of the tags, also where it is hidden by what pair-dedup's
+/// normalisation takes out later: white space, invisible characters, styled letters,
+/// letters drawn out, the mark of a hashtag.
 pub(crate) fn special_token(text: &str) -> Option<String> {
-    let visible: String = text
-        .chars()
-        .filter(|&c| !c.is_whitespace() && !c.is_control() && !is_invisible(c))
-        .collect::<String>()
-        .to_lowercase();
-    if let Some(tag) = TAGS.iter().find(|&&tag| visible.contains(tag)) {
+    let hides = |c: &char| c.is_whitespace() || c.is_control() || is_invisible(*c) || *c == '#';
+    let visible: String = text.nfkc().filter(|c| !hides(c)).collect();
+    let visible = visible.to_lowercase();
+    let squeezed = squeeze(&visible);
+    if let Some(tag) = TAGS.iter().find(|tag| squeezed.contains(&squeeze(tag))) {
         return Some((*tag).to_owned());
     }
     visible.match_indices("<|").find_map(|(at, _)| {
@@ -102,6 +102,13 @@ pub(crate) fn special_token(text: &str) -> Option<String> {
         let end = name.find("|>").filter(|&end| (1..=32).contains(&end))?;
         Some(format!("<|{}|>", &name[..end]))
     })
+}
+
+/// Each character once where it is repeated.
+fn squeeze(text: &str) -> String {
+    let mut chars: Vec<char> = text.chars().collect();
+    chars.dedup();
+    chars.into_iter().collect()
 }
 
 /// Characters that show nothing: zero-width spaces and marks of direction. The
@@ -171,6 +178,10 @@ mod tests {
             "<|im_\u{200b}end|>",
             "<think>hm",
             "< /tool_call>",
+            "<#think>",
+            "<𝐭𝐡𝐢𝐧𝐤>",
+            "<|𝐞𝐧𝐝𝐨𝐟𝐭𝐞𝐱𝐭|>",
+            "<toooool_call>",
         ] {
             assert!(special_token(text).is_some(), "{text}");
         }
