@@ -24,6 +24,7 @@ JUDGE  ?=
 CONFIG ?= config
 CONTROL ?=
 TARGET ?=
+DEVICE ?= auto
 
 # The demo is the real pipeline with other inputs.
 ifneq ($(filter demo,$(MAKECMDGOALS)),)
@@ -35,7 +36,14 @@ MODEL   := tests/demo/model
 JUDGE   := reference
 CONFIG  := tests/demo
 CONTROL := shuffled
+DEVICE  := cpu
 endif
+
+# A name becomes a folder's: letters, digits, and . _ - inside it.
+allowed := A B C D E F G H I J K L M N O P Q R S T U V W X Y Z a b c d e f g h i j k l m n o p q r s t u v w x y z 0 1 2 3 4 5 6 7 8 9 . _ -
+without = $(if $(1),$(call without,$(wordlist 2,99,$(1)),$(subst $(firstword $(1)),,$(2))),$(2))
+bad_name = $(if $(1),$(call without,$(allowed),$(1))$(filter .% -%,$(1)),it is empty)
+$(foreach name,RUN DATA,$(if $(call bad_name,$($(name))),$(error $(name)=$($(name)) is no name: use letters, digits, . _ and -)))
 
 BIN     := target/release
 RAW     := data/raw/$(DATA)
@@ -46,6 +54,19 @@ EVAL    := output/eval/$(RUN)
 MINILM  := data/cache/models/all-MiniLM-L6-v2
 STAMP   := $(shell date +%Y%m%d_%H%M%S)
 log      = --log output/logs/$(1)_$(STAMP).log
+
+# Data that is there is used as it is, unless `make data` or a source is asked for.
+given   := $(strip $(filter data demo,$(MAKECMDGOALS)) $(foreach v,METHOD INPUT TARGET,$(filter command environment override,$(origin $(v)))))
+ifneq ($(given)$(if $(wildcard $(RAW)/pairs.jsonl),,missing),)
+sources := $(RAW)/fetch.key $(if $(filter file,$(METHOD)),$(INPUT))
+endif
+ifneq ($(filter data train eval $(RAW)/% $(PAIRS)/%,$(MAKECMDGOALS)),)
+ifeq ($(METHOD)$(INPUT),file)
+ifneq ($(sources),)
+$(error METHOD=file needs INPUT=path: an Apify or twscrape export, or pairs)
+endif
+endif
+endif
 
 # Settings given by variable go to a tool as flags.
 model   := $(if $(MODEL),--model $(MODEL))
@@ -58,9 +79,19 @@ adapters := --adapter lora=$(ADAPTER) $(if $(CONTROL),--adapter shuffled=$(SHUFF
 .DEFAULT_GOAL := help
 
 help: ## this page
-	@echo "usage: make PHASE [RUN=name] [DATA=name] [METHOD=file|apify] [INPUT=path] [MODEL=dir] [JUDGE=anthropic|reference]"
+	@echo 'usage: make PHASE [VARIABLE=value]...'
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo
+	@echo '  RUN=name        of what is trained and evaluated [main]'
+	@echo '  DATA=name       of its data [that of RUN]'
+	@echo '  METHOD=apify    collect; or METHOD=file INPUT=path: import'
+	@echo '  TARGET=number   of pairs to collect [that of data.yaml]'
+	@echo '  MODEL=folder    of the base model [that of train.yaml]'
+	@echo '  JUDGE=anthropic or JUDGE=reference, offline [that of eval.yaml]'
+	@echo '  CONTROL=shuffled trains and evaluates the control too'
+	@echo '  DEVICE=auto     or cpu, cuda:N'
+	@echo '  CONFIG=folder   of data.yaml, train.yaml, eval.yaml [config]'
 
 setup: ## check what is installed, and say how to get what is missing
 	@tools/setup/check
@@ -82,10 +113,10 @@ demo: $(EVAL)/tests.jsonl ## the whole pipeline on bundled data and a tiny model
 	@$(BIN)/report --run $(RUN) --data $(DATA)
 
 # A key file is looked at in every run and changes only with its content; `+`
-# lets `make -n` see the truth as well.
+# lets `make -n` see the truth as well, once the tools are built.
 FORCE:
 define key
-+@mkdir -p $(@D) && { $(1); } > $@.new && if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
++@[ -x $(BIN)/sigtest ] || exit 0; mkdir -p $(@D) && { $(1); } > $@.new && if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 endef
 
 $(RAW)/fetch.key: FORCE | build
@@ -104,20 +135,23 @@ $(EVAL)/judge.key: FORCE | build
 $(EVAL)/statistics.key: FORCE | build
 	$(call key,$(BIN)/sigtest --config $(CONFIG)/eval.yaml --a systems.base --b systems.lora --print-config=key)
 
-# Data. What a run has paid for is never fetched again: changed settings stop.
-$(RAW)/pairs.jsonl: $(RAW)/fetch.key $(if $(filter file,$(METHOD)),$(INPUT))
-	@if [ "$(METHOD)" != file ] && [ -s $@ ]; then \
-	  echo "make: $@ was paid for and its settings have changed:" >&2; diff $(RAW)/fetched.key $< >&2 || true; \
-	  echo "make: keep it with the old settings, or collect under another name: make data RUN=new" >&2; exit 2; fi
-	$(BIN)/tw-fetch $(fetch) --state $(RAW)/state --unpaired $(RAW)/unpaired.jsonl $(call log,fetch) > $@.part
+# Two makes that write the same files would spoil each other's.
+lock = . tools/setup/locked $(@D);
+
+# Data. Only an import from a file is done again; what was collected is kept.
+$(RAW)/pairs.jsonl: $(sources)
+	@if [ -s $@ ] && ! { [ $(METHOD) = file ] && grep -qsx 'method = file' $(RAW)/fetched.key; }; then \
+	  echo "make: $@ was collected with other settings (< those, > these):" >&2; diff $(RAW)/fetched.key $< >&2 || true; \
+	  echo "make: keep them, or collect under another name: make data RUN=new" >&2; exit 2; fi
+	$(lock) $(BIN)/tw-fetch $(fetch) --state $(RAW)/state --unpaired $(RAW)/unpaired.jsonl $(call log,fetch) > $@.part
 	@mv $@.part $@ && cp $< $(RAW)/fetched.key
 
 $(PAIRS)/valid.jsonl: $(RAW)/pairs.jsonl $(PAIRS)/validate.key
-	$(BIN)/pair-validate --config $(CONFIG)/data.yaml --rejects $(PAIRS)/rejects.jsonl --summary $(PAIRS)/validate-summary.json $(call log,validate) < $< > $@.part
+	$(lock) $(BIN)/pair-validate --config $(CONFIG)/data.yaml --rejects $(PAIRS)/rejects.jsonl --summary $(PAIRS)/validate-summary.json $(call log,validate) < $< > $@.part
 	@mv $@.part $@
 
 $(PAIRS)/pairs.jsonl: $(PAIRS)/valid.jsonl $(PAIRS)/dedup.key | $(MINILM)/model.safetensors
-	$(BIN)/pair-dedup --config $(CONFIG)/data.yaml --dropped $(PAIRS)/dropped.jsonl $(call log,dedup) < $< > $@.part
+	$(lock) $(BIN)/pair-dedup --config $(CONFIG)/data.yaml --dropped $(PAIRS)/dropped.jsonl $(call log,dedup) < $< > $@.part
 	@mv $@.part $@
 
 $(MINILM)/model.safetensors:
@@ -127,23 +161,23 @@ $(MINILM)/model.safetensors:
 # and refuses (2) where settings or data are no longer those of the run. The
 # control, RUN-shuffled, is trained alike, but each tweet has another's reply.
 %/adapter_model.safetensors: $(PAIRS)/pairs.jsonl %/train.key
-	$(BIN)/qlora-train $(train) --data $< --out $(@D) --resume $(call log,$(@D:output/models/%=train-%)) > /dev/null
+	$(BIN)/qlora-train $(train) --data $< --out $(@D) --resume --device $(DEVICE) $(call log,$(@D:output/models/%=train-%)) > /dev/null
 	@touch $@
 
 # Evaluation. The judge's key is asked for before anything is generated.
 $(EVAL)/items.jsonl: $(PAIRS)/pairs.jsonl $(ADAPTER)/adapter_model.safetensors $(if $(CONTROL),$(SHUFFLED)/adapter_model.safetensors) $(EVAL)/generate.key
 	@$(BIN)/judge --config $(CONFIG)/eval.yaml $(judge) --check
-	$(BIN)/gen-eval --config $(CONFIG)/eval.yaml $(model) $(adapters) $(call log,generate) < $< > $@.part
+	$(lock) $(BIN)/gen-eval --config $(CONFIG)/eval.yaml $(model) $(adapters) --device $(DEVICE) $(call log,generate) < $< > $@.part
 	@mv $@.part $@
 
 $(EVAL)/judged.jsonl: $(EVAL)/items.jsonl $(EVAL)/judge.key
-	$(BIN)/judge --config $(CONFIG)/eval.yaml $(judge) --state $(EVAL)/judge-state $(call log,judge) < $< > $@.part
+	$(lock) $(BIN)/judge --config $(CONFIG)/eval.yaml $(judge) --state $(EVAL)/judge-state $(call log,judge) < $< > $@.part
 	@mv $@.part $@
 
 $(EVAL)/tests.jsonl: $(EVAL)/judged.jsonl $(EVAL)/statistics.key
-	$(BIN)/sigtest --config $(CONFIG)/eval.yaml --a systems.base --b systems.lora --cluster conversation_id $(call log,sigtest) < $< > $@.part
-	$(if $(CONTROL),$(BIN)/sigtest --config $(CONFIG)/eval.yaml --a systems.shuffled --b systems.lora --cluster conversation_id $(call log,sigtest) < $< >> $@.part)
-	$(BIN)/sigtest --config $(CONFIG)/eval.yaml --a verdicts.score.base --b verdicts.score.lora --cluster conversation_id $(call log,sigtest) < $< >> $@.part
+	$(lock) compare() { $(BIN)/sigtest --config $(CONFIG)/eval.yaml --a $$1 --b $$2 --cluster conversation_id $(call log,sigtest) < $< >> $@.part; }; \
+	rm -f $@.part; compare systems.base systems.lora; \
+	$(if $(CONTROL),compare systems.shuffled systems.lora;) compare verdicts.score.base verdicts.score.lora
 	@mv $@.part $@
 
 # Checks.
