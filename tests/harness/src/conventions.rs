@@ -1,7 +1,7 @@
 //! The conventions that hold for every tool that reads and writes records.
 
 use std::fs::File;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use crate::{Run, Tool};
 
@@ -78,6 +78,35 @@ impl Conventions {
                 .says("-:1: ")
                 .says("99");
         }
+    }
+
+    /// A file to write that is the input's, the output's or a folder: exit 2, and
+    /// nothing is lost.
+    pub fn files_apart(&self, tool: &Tool) {
+        let input = tool.file("self.jsonl", &self.input);
+        let arguments = self.with(&[self.rejects, &input]);
+        let from_itself = File::open(&input).expect("the input");
+        let onto_itself = File::options()
+            .append(true)
+            .open(&input)
+            .expect("the input");
+        for (stdin, stdout) in [
+            (Stdio::from(from_itself), Stdio::null()),
+            (Stdio::null(), Stdio::from(onto_itself)),
+        ] {
+            let status = tool
+                .command(&arguments)
+                .stdin(stdin)
+                .stdout(stdout)
+                .stderr(Stdio::null())
+                .status();
+            assert_eq!(status.expect("the tool runs").code(), Some(2));
+            assert_eq!(tool.read("self.jsonl"), self.input, "the input changed");
+        }
+        let folder = tool.folder().display().to_string();
+        tool.run(&self.with(&[self.rejects, &folder]), &self.input)
+            .exits(2)
+            .says("is a folder");
     }
 
     /// A key that does not exist: exit 2, naming the nearest; nothing written.
@@ -209,6 +238,7 @@ pub fn check_examples(tool: &Tool) {
         shell
             .args(["-eu", "-o", "pipefail", "-c", example])
             .current_dir(tool.folder())
+            .env("CUDA_VISIBLE_DEVICES", "")
             .env("PATH", &path);
         Run::of(&mut shell, b"").exits(0);
     }
@@ -224,7 +254,7 @@ macro_rules! conventions {
     ($setup:expr) => {
         mod conventions {
             use super::*;
-            $crate::conventions!(@each $setup; reader_gone disk_full bad_line bad_key unknown_field empty_input same_bytes help);
+            $crate::conventions!(@each $setup; reader_gone disk_full bad_line files_apart bad_key unknown_field empty_input same_bytes help);
         }
     };
     (@each $setup:expr; $($check:ident)*) => {

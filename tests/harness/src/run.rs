@@ -68,7 +68,9 @@ impl Tool {
         command
             .args(arguments)
             .current_dir(self.folder.path())
-            .env_clear();
+            .env_clear()
+            // What a tool writes must not depend on the machine having a GPU.
+            .env("CUDA_VISIBLE_DEVICES", "");
         for name in ["PATH", "HOME", "TMPDIR", "LANG"] {
             if let Some(value) = std::env::var_os(name) {
                 command.env(name, value);

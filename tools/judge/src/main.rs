@@ -210,6 +210,9 @@ impl Judge {
     /// Reads all of standard input first: what is malformed is found before anything is paid for.
     fn read(&self, app: &App, pairs: &[(String, String)]) -> anyhow::Result<(Vec<Entry>, Counts)> {
         let mut rejects = app.rejects("--rejects", self.rejects.as_deref())?;
+        if let Some(path) = &self.summary {
+            app.claim("--summary", path)?;
+        }
         let mut records = Records::new(Lines::open("-".as_ref())?, self.common.max_bad_lines);
         let mut entries = Vec::new();
         let understand = |record: Record| {

@@ -69,6 +69,9 @@ impl Tool for PairValidate {
             .map_err(|e| Failure::Usage(e.to_string()))?;
 
         let mut rejects = app.rejects("--rejects", self.rejects.as_deref())?;
+        if let Some(path) = &self.summary {
+            app.claim("--summary", path)?;
+        }
         let mut out = Output::stdout();
         let mut records = Records::new(Lines::open(Path::new("-"))?, self.common.max_bad_lines);
         let (mut passed, mut refused) = (0, 0);

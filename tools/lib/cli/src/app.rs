@@ -1,9 +1,10 @@
 //! A running tool: its name, its messages, its log, its counts.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{IsTerminal, Write};
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -36,6 +37,8 @@ pub struct App {
     counts: Mutex<Option<Counts>>,
     interrupted: OnceLock<Arc<AtomicBool>>,
     save: OnceLock<Arc<AtomicBool>>,
+    /// Flags and the files that they write.
+    claimed: Mutex<Vec<(String, PathBuf)>>,
 }
 
 impl App {
@@ -68,6 +71,7 @@ impl App {
             counts: Mutex::new(None),
             interrupted: OnceLock::new(),
             save: OnceLock::new(),
+            claimed: Mutex::default(),
         })
     }
 
@@ -114,7 +118,37 @@ impl App {
             let cause = format!("--max-bad-lines needs {flag} FILE to keep the lines in");
             return Err(Failure::Usage(cause).into());
         }
+        if let Some(path) = path {
+            self.claim(flag, path)?;
+        }
         Ok(jsonl::Rejects::create(path)?)
+    }
+
+    /// Refuses a path to write to that is a folder, standard input's or output's
+    /// own file, or another flag's: it would be overwritten while it is used.
+    pub fn claim(&self, flag: &str, path: &Path) -> anyhow::Result<()> {
+        let refuse = |cause: String| {
+            let cause = format!("{flag} {}: {cause}", path.display());
+            Err(Failure::Usage(cause).into())
+        };
+        if let Ok(found) = path.metadata() {
+            if found.is_dir() {
+                return refuse("is a folder".into());
+            }
+            for (stream, name) in [("/dev/stdin", "input"), ("/dev/stdout", "output")] {
+                let same = |open: Metadata| (open.dev(), open.ino()) == (found.dev(), found.ino());
+                if found.is_file() && std::fs::metadata(stream).is_ok_and(same) {
+                    return refuse(format!("is the file that is standard {name}"));
+                }
+            }
+        }
+        let mut claimed = self.claimed.lock().unwrap_or_else(|e| e.into_inner());
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        if let Some((other, _)) = claimed.iter().find(|(_, other)| *other == path) {
+            return refuse(format!("is the file of {other} too"));
+        }
+        claimed.push((flag.to_owned(), path));
+        Ok(())
     }
 
     /// A message for the user.
