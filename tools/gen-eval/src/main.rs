@@ -18,7 +18,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use cli::{App, Common, Counts, Flags, Resolved, Tool};
-use engine::Cpu;
+use engine::{Choice, Device};
 use jsonl::{Lines, Output, Position, Records};
 use qwen3::Model;
 use record::Record;
@@ -48,8 +48,11 @@ struct GenEval {
     /// An adapter, PEFT format; DIR alone is called `lora`; may be given again
     #[arg(long = "adapter", value_name = "[NAME=]DIR")]
     adapters: Vec<Named>,
+    /// Go on where an adapter was trained on a base with other files than --model's
+    #[arg(long)]
+    any_base: bool,
     /// Score lines {"prediction","reference"}; no model is needed
-    #[arg(long, conflicts_with_all = ["model", "adapters"])]
+    #[arg(long, conflicts_with_all = ["model", "adapters", "any_base"])]
     score_only: bool,
     /// Longest reply, in tokens
     #[arg(long, value_name = "N")]
@@ -72,6 +75,9 @@ struct GenEval {
     /// Which text of a pair [default: what the adapter was trained on]
     #[arg(long, value_name = "KIND")]
     text: Option<TextFlag>,
+    /// Where to compute: auto (the first GPU, else the processor), cpu or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    device: Choice,
     /// How the base's weights are held [default: as the adapter was trained]
     #[arg(long, value_name = "KIND")]
     quantization: Option<QuantizationFlag>,
@@ -195,7 +201,9 @@ impl GenEval {
     fn generate(&self, app: &App, resolved: &Resolved<EvalSettings>) -> Result<()> {
         let settings = &resolved.settings.generation;
         setup::check(settings)?;
-        let setup = Setup::new(app, settings, &self.adapters)?;
+        let setup = Setup::new(app, settings, &self.adapters, self.any_base)?;
+        let (device, which) = Device::open(self.device)?;
+        app.info(format_args!("computing on {which}"));
 
         let mut sources = Vec::new();
         let mut counts = self.each_record(
@@ -220,10 +228,20 @@ impl GenEval {
         items::warn_of_special_tokens(app, &setup.chat, &items);
         let mut out = Output::stdout();
         if !items.is_empty() {
-            let model = Model::load(Cpu, &setup.checkpoint, setup.storage)
-                .context("loading the base model")?;
-            let corpus = answers::write_items(app, settings, &setup, &model, &items, &mut out)?;
-            let signature = setup.signature(resolved, &items)?;
+            let loading = "loading the base model";
+            let corpus = match device {
+                Device::Cpu(cpu) => {
+                    let model =
+                        Model::load(cpu, &setup.checkpoint, setup.storage).context(loading)?;
+                    answers::write_items(app, settings, &setup, &model, &items, &mut out)?
+                }
+                Device::Cuda(cuda) => {
+                    let model =
+                        Model::load(cuda, &setup.checkpoint, setup.storage).context(loading)?;
+                    answers::write_items(app, settings, &setup, &model, &items, &mut out)?
+                }
+            };
+            let signature = setup.signature(resolved, &items);
             let systems = Systems {
                 systems: Ordered(corpus),
                 signature,

@@ -34,6 +34,8 @@ pub struct Identity {
     pub data: String,
     /// SHA-256 over the base model's files.
     pub model: String,
+    /// `cpu` or `cuda`: their last bits differ.
+    pub device: String,
     /// SHA-256 over the adapter that the run started from, if any.
     pub init_adapter: Option<String>,
 }
@@ -69,6 +71,9 @@ impl Identity {
         );
         if self.init_adapter != old.init_adapter {
             changes.push("the adapter to start from changed".into());
+        }
+        if self.device != old.device {
+            changes.push(format!("device {}, was {}", self.device, old.device));
         }
         if self.version != old.version {
             changes.push(format!("version {}, was {}", self.version, old.version));

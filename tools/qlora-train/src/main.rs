@@ -24,7 +24,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use cli::{App, Common, Failure, Flags, PrintConfig, Tool};
-use engine::Cpu;
+use engine::{Choice, Device};
 use qwen3::{Adapter, Chat, Checkpoint, GenerationConfig, Model, Storage};
 use settings::{Quantization, TrainSettings};
 
@@ -65,6 +65,9 @@ struct QloraTrain {
     /// Highest learning rate
     #[arg(long, value_name = "RATE")]
     learning_rate: Option<f64>,
+    /// Where to compute: auto (the first GPU, else the processor), cpu or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    device: Choice,
     /// How the layers' weights are held
     #[arg(long, value_name = "KIND")]
     quantization: Option<QuantizationFlag>,
@@ -170,9 +173,13 @@ impl Tool for QloraTrain {
             return Err(Failure::Usage(cause).into());
         }
 
+        let device = match to_train {
+            Some(_) => Some(Device::open(self.device)?),
+            None => None,
+        };
         let model_path = hub::fetch(app, &settings.model.path)?;
         let checkpoint = Checkpoint::open(&model_path)?;
-        let Some((data, out)) = to_train else {
+        let (Some((data, out)), Some((device, which))) = (to_train, device) else {
             return to_save.map_or(Ok(()), |folder| quantized::save(app, &checkpoint, folder));
         };
         let config = checkpoint.config();
@@ -196,6 +203,7 @@ impl Tool for QloraTrain {
             app.info(line);
         }
         app.info(plan.describe(&rows));
+        app.info(format_args!("computing on {which}"));
         if self.dry_run {
             return Ok(());
         }
@@ -220,6 +228,10 @@ impl Tool for QloraTrain {
                 .collect(),
             data: rows.sha256.clone(),
             model: checkpoint.fingerprint()?,
+            device: match device {
+                Device::Cpu(_) => "cpu".into(),
+                Device::Cuda(_) => "cuda".into(),
+            },
             init_adapter: initial.as_ref().map(Adapter::fingerprint),
         };
         let (folder, state) = match Folder::open(out, self.resume, &identity)? {
@@ -254,10 +266,21 @@ impl Tool for QloraTrain {
             }
             None => checkpoint,
         };
-        let model = Model::load(Cpu, &checkpoint, storage).context("loading the base model")?;
-        train::run(
-            app, settings, &identity, &model, &plan, &rows, folder, state,
-        )
+        let loading = "loading the base model";
+        match device {
+            Device::Cpu(cpu) => {
+                let model = Model::load(cpu, &checkpoint, storage).context(loading)?;
+                train::run(
+                    app, settings, &identity, &model, &plan, &rows, folder, state,
+                )
+            }
+            Device::Cuda(cuda) => {
+                let model = Model::load(cuda, &checkpoint, storage).context(loading)?;
+                train::run(
+                    app, settings, &identity, &model, &plan, &rows, folder, state,
+                )
+            }
+        }
     }
 }
 
