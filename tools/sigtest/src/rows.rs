@@ -14,11 +14,24 @@ use crate::figures;
 /// What is compared.
 #[derive(Args)]
 pub struct Question {
+    // The empty default stands for none where --print-config asks for neither.
     /// Dotted path to a number, or to an object of numbers
-    #[arg(long, value_name = "FIELD")]
+    #[arg(
+        long,
+        value_name = "FIELD",
+        required_unless_present = "print_config",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub a: String,
     /// The same for the other side
-    #[arg(long, value_name = "FIELD")]
+    #[arg(
+        long,
+        value_name = "FIELD",
+        required_unless_present = "print_config",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub b: String,
     /// Compare only these metrics of an object
     #[arg(long, value_name = "NAME", value_delimiter = ',')]

@@ -123,6 +123,11 @@ where
     }
     for (path, value) in flags.0 {
         let flag = path.rsplit('.').next().unwrap_or(&path).replace('_', "-");
+        if value.is_null() {
+            // JSON has neither: they came as null.
+            let cause = format!("flag for {flag}: NaN and infinity are not a number to work with");
+            return Err(Failure::Usage(cause));
+        }
         overlay(&path, value, format!("flag for {flag}"))?;
     }
     let settings: T = from_tree(&tree).map_err(|(path, cause)| {
@@ -130,6 +135,11 @@ where
             .get(&path)
             .cloned()
             .unwrap_or_else(|| "settings".into());
+        let cause = if cause.starts_with("invalid type: null") {
+            "is empty: give it a value, or leave it out".into()
+        } else {
+            cause
+        };
         Failure::Usage(format!("{source}: {path}: {cause}"))
     })?;
     let leaves = leaves(&to_tree(&settings))
@@ -179,15 +189,20 @@ fn nearest<'a>(unknown: &str, known: impl Iterator<Item = &'a str>) -> String {
 }
 
 /// The settings of a YAML file, and the tree as it was written.
-fn read_yaml<T: Default + DeserializeOwned>(path: &Path) -> Result<(T, Value), Failure> {
+fn read_yaml<T: Default + Serialize + DeserializeOwned>(
+    path: &Path,
+) -> Result<(T, Value), Failure> {
     let name = path.display();
     let text = std::fs::read_to_string(path)
         .map_err(|e| Failure::Usage(format!("--config {name}: {e}")))?;
-    let tree: Value = serde_saphyr::from_str(&text)
-        .map_err(|e| Failure::Usage(format!("{name}: not valid YAML: {e}")))?;
+    let mut tree: Value = serde_saphyr::from_str(&text).map_err(|error| {
+        let line = (error.location()).map_or_else(String::new, |at| format!(":{}", at.line()));
+        Failure::Usage(format!("{name}{line}: {}", yaml_error(&error)))
+    })?;
     if tree.is_null() {
         return Ok((T::default(), tree));
     }
+    drop_empty_sections(&mut tree, &to_tree(&T::default()));
     match from_tree(&tree) {
         Ok(settings) => Ok((settings, tree)),
         Err((key, cause)) => {
@@ -206,6 +221,55 @@ fn read_yaml<T: Default + DeserializeOwned>(path: &Path) -> Result<(T, Value), F
     }
 }
 
+/// What is wrong with a YAML, for someone who writes YAML and not programs: the library
+/// answers some errors with advice on how to call it.
+fn yaml_error(error: &serde_saphyr::Error) -> String {
+    use serde_saphyr::{Error, MessageFormatter, UserMessageFormatter};
+    match error.without_snippet() {
+        Error::DuplicateMappingKey { key: Some(key), .. } => {
+            format!("{key}: this key is there twice")
+        }
+        Error::MultipleDocuments { .. } => {
+            "a second document begins here; settings are one: remove the `---`".into()
+        }
+        Error::NonFiniteFloat { value, .. } => {
+            format!("{value}: NaN and infinity are not a number to work with")
+        }
+        other => format!(
+            "not valid YAML: {}",
+            UserMessageFormatter.format_message(other)
+        ),
+    }
+}
+
+/// A section whose keys are all commented out is null, and means its defaults.
+fn drop_empty_sections(tree: &mut Value, defaults: &Value) {
+    if let Some(sections) = tree.as_object_mut() {
+        sections.retain(|name, section| {
+            let known = defaults.get(name).filter(|known| known.is_object());
+            known.is_none_or(|known| {
+                drop_empty_sections(section, known);
+                !section.is_null()
+            })
+        });
+    }
+}
+
+/// serde's account of a wrong type, without Rust's names of types.
+fn in_words(message: &str) -> String {
+    let Some((found, expected)) = message.split_once(", expected ") else {
+        return message.to_owned();
+    };
+    let expected = match expected {
+        "f32" | "f64" => "a number",
+        "u16" | "u32" | "u64" | "usize" => "a whole number, 0 or more",
+        "i64" => "a whole number",
+        name if name.starts_with("struct ") => "a section of keys",
+        other => other,
+    };
+    format!("{found}, expected {expected}")
+}
+
 /// Reads settings from a tree; the error names the key and, for one that does
 /// not exist, the nearest that does.
 fn from_tree<T: DeserializeOwned>(tree: &Value) -> Result<T, (String, String)> {
@@ -214,7 +278,7 @@ fn from_tree<T: DeserializeOwned>(tree: &Value) -> Result<T, (String, String)> {
         let message = error.inner().to_string();
         let mut quoted = message.split('`').skip(1).step_by(2);
         if !message.starts_with("unknown field") {
-            return (path, message);
+            return (path, in_words(&message));
         }
         let unknown = quoted.next().unwrap_or_default();
         if !path.ends_with(unknown) {
@@ -362,15 +426,33 @@ mod tests {
                 "trainin: {}\n",
                 ":1: trainin: unknown key; the nearest known one is `training`",
             ),
-            ("lora: {rank: many}\n", "lora.rank: invalid type"),
+            (
+                "lora: {rank: many}\n",
+                "lora.rank: invalid type: string \"many\", expected a whole number",
+            ),
+            ("lora: 3\n", "expected a section of keys"),
+            ("lorra:\n", ":1: lorra: unknown key"),
             (
                 "model:\n  bnb_4bit_quant: nf4\n",
                 "model.bnb_4bit_quant: unknown key",
             ),
-            ("lora: [1\n", "not valid YAML"),
+            (
+                "lora:\n  rank: [1\n",
+                ":2: not valid YAML: unclosed bracket",
+            ),
+            (
+                "lora: {rank: 1}\nlora: {rank: 2}\n",
+                ":2: lora: this key is there twice",
+            ),
+            (
+                "lora: {rank: 1}\n---\nlora: {rank: 2}\n",
+                "a second document begins here",
+            ),
+            ("training:\n  learning_rate: .nan\n", ":2: .nan: NaN"),
         ] {
             let error = resolve_train(yaml, Flags::new(), &[]).unwrap_err();
             assert!(error.contains(said), "{yaml}: {error}");
+            assert_eq!(error.lines().count(), 1, "{yaml}: {error}");
         }
         let error = resolve_train("", Flags::new(), &[("PAIRS__LORA__RNAK", "8")]).unwrap_err();
         assert!(
@@ -382,6 +464,37 @@ mod tests {
             error.contains("PAIRS__LOAR__RANK") && error.contains("`lora`"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_section_without_keys_means_its_defaults() {
+        let none = resolve_train(
+            "training:\n  # seed: 1\nlora: {rank: 8}\n",
+            Flags::new(),
+            &[],
+        );
+        let none = none.unwrap();
+        assert_eq!(none.settings.training, TrainSettings::default().training);
+        assert_eq!(none.settings.lora.rank, 8);
+    }
+
+    #[test]
+    fn what_is_no_value_names_the_flag_or_the_variable() {
+        for rate in [f64::NAN, f64::INFINITY] {
+            let flags = Flags::new().set("training.learning_rate", &Some(rate));
+            let error = resolve_train("", flags, &[]).unwrap_err();
+            assert!(
+                error.contains("flag for learning-rate: ") && error.contains("not a number"),
+                "{error}"
+            );
+        }
+        for name in ["PAIRS__TRAINING__SEED", "PAIRS__TRAINING"] {
+            let error = resolve_train("", Flags::new(), &[(name, "")]).unwrap_err();
+            assert!(
+                error.contains(name) && error.contains("is empty"),
+                "{error}"
+            );
+        }
     }
 
     #[test]
