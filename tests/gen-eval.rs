@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, IndexOp};
 use harness::{Conventions, Run, Tool};
-use qwen3::{Chat, LossOn, Message};
+use qwen3::{Chat, Checkpoint, LossOn, Message};
 use serde_json::{Value, json};
 use tiny_model::autograd::{Batch, Config, Lora, Model, TARGETS};
 
@@ -640,6 +640,53 @@ fn what_does_not_fit_together_is_named() {
         .exits(0)
         .says("pair p4")
         .says("<|im_end|>");
+}
+
+/// The weights differ, the shape does not: nothing else would tell.
+#[test]
+fn an_adapter_of_another_base_is_refused() {
+    let fixture = Fixture::new();
+    let of_a_run = |model: &str| {
+        let run =
+            json!({ "v": 1, "version": "0.1.0", "settings": [], "data": "0", "model": model });
+        fixture.tool.file("run1/run.json", &run.to_string());
+    };
+    let base = Checkpoint::open(&fixture.folder("model")).unwrap();
+    of_a_run(&base.fingerprint().unwrap());
+    let same = fixture
+        .run(&["--adapter=run1"])
+        .exits(0)
+        .never_says("other files");
+
+    of_a_run(&"ab".repeat(32));
+    let other = fixture.run(&["--adapter=run1"]).exits(2);
+    assert!(other.stdout.is_empty(), "{other}");
+    other
+        .says("run1 was trained on other files than those of the base model")
+        .says("abababababab")
+        .says("4-bit")
+        .says("--any-base");
+    let anyway = fixture
+        .run(&["--adapter=run1", "--any-base"])
+        .exits(0)
+        .says("warning: adapter lora: run1 was trained on other files");
+    assert_eq!(anyway.stdout, same.stdout);
+}
+
+#[test]
+fn a_damaged_adapter_says_what_to_do() {
+    let fixture = Fixture::new();
+    let weights = fixture.folder("run1/adapter_model.safetensors");
+    let whole = std::fs::read(&weights).unwrap();
+    for damaged in [&whole[..whole.len() / 2], b""] {
+        std::fs::write(&weights, damaged).unwrap();
+        fixture
+            .run(&["--adapter=run1"])
+            .exits(4)
+            .says("--adapter lora=run1 is damaged")
+            .says("RUN=new")
+            .says("run1/adapter_model.safetensors");
+    }
 }
 
 #[test]

@@ -54,6 +54,8 @@ fn find(model: &str) -> Result<PathBuf, Failure> {
 /// Everything but the weights.
 pub struct Setup {
     pub checkpoint: Checkpoint,
+    /// SHA-256 over the base model's files.
+    fingerprint: String,
     pub chat: Chat,
     pub stop_ids: Vec<u32>,
     pub adapters: Vec<(String, Adapter)>,
@@ -63,7 +65,9 @@ pub struct Setup {
 
 impl Setup {
     /// Opens everything, checks it and warns where an adapter was trained otherwise.
-    pub fn new(app: &App, settings: &Generation, named: &[Named]) -> Result<Self> {
+    /// An adapter that was trained on other files than the base's is refused, unless
+    /// `any_base`.
+    pub fn new(app: &App, settings: &Generation, named: &[Named], any_base: bool) -> Result<Self> {
         for (i, adapter) in named.iter().enumerate() {
             adapter.check()?;
             if named[..i].iter().any(|other| other.name == adapter.name) {
@@ -124,6 +128,30 @@ impl Setup {
         }
 
         let checkpoint = Checkpoint::open(&folder)?;
+        let fingerprint = checkpoint.fingerprint().context("hashing the base model")?;
+        for adapter in named {
+            let Some(was) = adapter.trained_on()? else {
+                continue;
+            };
+            if was == fingerprint {
+                continue;
+            }
+            let other = format!(
+                "adapter {}: {} was trained on other files than those of the base {} \
+                 (SHA-256 {was:.12}, here {fingerprint:.12})",
+                adapter.name,
+                adapter.folder.display(),
+                folder.display()
+            );
+            if !any_base {
+                return Err(Failure::Usage(format!(
+                    "{other}: name its base with --model; a 4-bit or merged copy has another \
+                     SHA-256 as well: --any-base goes on with it"
+                ))
+                .into());
+            }
+            app.warn(other);
+        }
         let config = checkpoint.config();
         let generation = GenerationConfig::load(&folder)?;
         let chat = Chat::load(&folder)?;
@@ -139,6 +167,7 @@ impl Setup {
         Ok(Self {
             stop_ids: generation.stop_ids,
             checkpoint,
+            fingerprint,
             chat,
             adapters,
             wording,
@@ -147,7 +176,7 @@ impl Setup {
     }
 
     /// What the figures depend on.
-    pub fn signature(&self, resolved: &Resolved<EvalSettings>, items: &[Item]) -> Result<String> {
+    pub fn signature(&self, resolved: &Resolved<EvalSettings>, items: &[Item]) -> String {
         // Where the model lies changes no figure; what it is has a hash of its own.
         let shown = resolved.show(PrintConfig::Key);
         let config: String = shown
@@ -163,13 +192,7 @@ impl Setup {
             .with("seed", resolved.settings.generation.seed)
             .with_hash("config", &cli::sha256_hex(config.as_bytes()))
             .with_hash("data", &cli::sha256_hex(&data))
-            .with_hash(
-                "model",
-                &self
-                    .checkpoint
-                    .fingerprint()
-                    .context("hashing the base model")?,
-            )
+            .with_hash("model", &self.fingerprint)
             .with(
                 "quantization",
                 if self.storage == Storage::Nf4 {
@@ -182,6 +205,6 @@ impl Setup {
         for (name, adapter) in &self.adapters {
             signature = signature.with_hash(name, &adapter.fingerprint());
         }
-        Ok(signature.to_string())
+        signature.to_string()
     }
 }

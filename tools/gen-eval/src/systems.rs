@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use cli::Failure;
 use engine::{Backend, Sampling};
 use qwen3::{Adapter, Batch, Completion, Config, Keep, Lora, LoraLayout, Model, Pass, Prompt, Row};
+use serde::Deserialize;
 use settings::TrainSettings;
 
 use crate::items::Item;
@@ -59,6 +60,23 @@ impl Named {
         Ok(Some(settings))
     }
 
+    /// The fingerprint of the base that the adapter was trained on, where qlora-train
+    /// left it.
+    pub fn trained_on(&self) -> Result<Option<String>> {
+        #[derive(Deserialize)]
+        struct Run {
+            model: String,
+        }
+        let path = self.folder.join("run.json");
+        if !path.exists() {
+            return Ok(None);
+        }
+        let shown = || path.display().to_string();
+        let text = std::fs::read_to_string(&path).with_context(shown)?;
+        let run: Run = serde_json::from_str(&text).with_context(shown)?;
+        Ok(Some(run.model))
+    }
+
     /// Fails before anything is read where there is no adapter, or a half-trained one.
     pub fn check(&self) -> Result<(), Failure> {
         let has = |file: &str| self.folder.join(file).exists();
@@ -78,13 +96,19 @@ impl Named {
 
     /// Reads the adapter for a base of that shape.
     pub fn load(&self, base: &Path, config: &Config) -> Result<Adapter> {
-        Adapter::load(&self.folder, config).with_context(|| {
-            format!(
-                "--adapter {}={} does not go with the base {}",
-                self.name,
-                self.folder.display(),
-                base.display()
-            )
+        Adapter::load(&self.folder, config).map_err(|error| {
+            let (name, folder) = (&self.name, self.folder.display());
+            let what = match &error {
+                qwen3::Error::File { .. } | qwen3::Error::Json { .. } => format!(
+                    "--adapter {name}={folder} is damaged; train it again in another folder \
+                     (make: RUN=new), or delete this one first"
+                ),
+                _ => format!(
+                    "--adapter {name}={folder} does not go with the base {}",
+                    base.display()
+                ),
+            };
+            anyhow::Error::new(error).context(what)
         })
     }
 }
