@@ -43,10 +43,7 @@ fn the_settings_are_shown_without_a_question() {
     let shown = tool()
         .run(&["--print-config", "--alpha", "0.01"], "")
         .exits(0);
-    assert!(
-        shown.stdout.contains("statistics.alpha = 0.01"),
-        "{shown}"
-    );
+    assert!(shown.stdout.contains("statistics.alpha = 0.01"), "{shown}");
     for given in [&["--a", "x"][..], &["--b", "x"], &[]] {
         tool().run(given, "").exits(2).says("required");
     }
