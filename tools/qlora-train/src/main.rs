@@ -25,7 +25,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use cli::{App, Common, Failure, Flags, PrintConfig, Tool};
 use engine::{Choice, Device};
-use qwen3::{Adapter, Chat, Checkpoint, GenerationConfig, Model, Storage};
+use qwen3::{Adapter, Chat, Checkpoint, Config, GenerationConfig, Model, Storage};
 use settings::{Quantization, TrainSettings};
 
 use crate::folder::{Folder, Found, Identity};
@@ -183,6 +183,7 @@ impl Tool for QloraTrain {
             return to_save.map_or(Ok(()), |folder| quantized::save(app, &checkpoint, folder));
         };
         let config = checkpoint.config();
+        check_fits(settings, config)?;
         let chat = Chat::load(&model_path)?;
         chat.check(config, &GenerationConfig::load(&model_path)?)?;
 
@@ -266,19 +267,22 @@ impl Tool for QloraTrain {
             }
             None => checkpoint,
         };
+        let job = train::Job {
+            app,
+            settings,
+            identity: &identity,
+            plan: &plan,
+            rows: &rows,
+        };
         let loading = "loading the base model";
         match device {
             Device::Cpu(cpu) => {
                 let model = Model::load(cpu, &checkpoint, storage).context(loading)?;
-                train::run(
-                    app, settings, &identity, &model, &plan, &rows, folder, state,
-                )
+                train::run(&job, &model, folder, state)
             }
             Device::Cuda(cuda) => {
                 let model = Model::load(cuda, &checkpoint, storage).context(loading)?;
-                train::run(
-                    app, settings, &identity, &model, &plan, &rows, folder, state,
-                )
+                train::run(&job, &model, folder, state)
             }
         }
     }
@@ -331,6 +335,23 @@ fn check(app: &App, settings: &TrainSettings) -> Result<()> {
             "training.learning_rate is {}: usual is 1e-5 to 1e-3",
             t.learning_rate
         ));
+    }
+    Ok(())
+}
+
+/// Settings that no row and no memory would show to be wrong for this model.
+fn check_fits(settings: &TrainSettings, config: &Config) -> Result<(), Failure> {
+    let (rank, length) = (settings.lora.rank, settings.training.max_seq_length);
+    let (width, longest) = (config.hidden_size, config.max_positions);
+    if rank > width {
+        return Err(Failure::Usage(format!(
+            "lora.rank is {rank}, more than the model is wide ({width}); usual is 8 to 64"
+        )));
+    }
+    if length > longest {
+        return Err(Failure::Usage(format!(
+            "training.max_seq_length is {length}, more than the model's {longest} positions"
+        )));
     }
     Ok(())
 }

@@ -7,10 +7,10 @@
 //! tokens of the whole step.
 
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use cli::{App, Counts, Failure};
+use cli::{App, Counts, Failure, Progress};
 use engine::{Backend, Reading};
 use jsonl::{Output, WriteError};
 use qwen3::{
@@ -230,6 +230,8 @@ struct Pending<B: Backend> {
     line: StepLine,
     losses: Vec<Losses<B>>,
     norm: B::Reading,
+    started: Instant,
+    queued: Instant,
 }
 
 /// Where lines go: the folder, and standard output as long as someone reads it.
@@ -256,91 +258,192 @@ impl Lines {
     }
 }
 
+/// What a run is made of, beside the model.
+pub struct Job<'a> {
+    /// Messages, progress and signals.
+    pub app: &'a App,
+    /// All settings.
+    pub settings: &'a TrainSettings,
+    /// What the run is.
+    pub identity: &'a Identity,
+    /// Steps and adapter.
+    pub plan: &'a Plan,
+    /// What is learnt, and what is held out.
+    pub rows: &'a Rows,
+}
+
 /// Trains from `state`, or from the start, to the finished adapter.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "everything that a run is made of"
-)]
 pub fn run<B: Backend>(
-    app: &App,
-    settings: &TrainSettings,
-    identity: &Identity,
+    job: &Job<'_>,
     model: &Model<B>,
-    plan: &Plan,
-    rows: &Rows,
     folder: Folder,
     state: Option<State>,
 ) -> Result<()> {
-    let backend = model.backend();
-    let t = &settings.training;
-    let layout = &plan.layout;
     let fresh = state.is_none();
-    let (done, mut params, mut optimiser) = match &state {
-        None => (
-            0,
-            backend.upload_f32(&plan.initial)?,
-            Optimiser::new(backend, layout.len())?.with_lr_ratio(layout, settings.lora.lr_ratio),
-        ),
-        Some(state) => {
-            anyhow::ensure!(
-                state.params.len() == layout.len(),
-                "the checkpoint is of another adapter"
-            );
-            let optimiser = Optimiser::restore(backend, &state.m, &state.v, state.step)?
-                .with_lr_ratio(layout, settings.lora.lr_ratio);
-            (state.step, backend.upload_f32(&state.params)?, optimiser)
-        }
-    };
-    drop(state);
-    let mut grads = backend.alloc_f32(layout.len())?;
-    let mut pass = Pass::new(Keep::All);
-    let mut stream = Stream::new(&rows.train, t.seed, t.shuffle);
-    let mut lines = Lines {
-        folder,
-        stdout: Some(Output::stdout()),
-    };
-    let mut watch = Watch::new(t, lines.folder.eval_losses()?);
-    let mut last_eval = None;
-    let mut evaluate_at =
-        |step: u64, params: &B::F32, lines: &mut Lines, watch: &mut Watch| -> Result<()> {
-            last_eval = evaluate(app, model, layout, params, rows, step)?;
-            let Some(line) = &last_eval else {
-                return Ok(());
-            };
-            lines.metric(line)?;
-            if watch.see(step, line.eval_loss) && t.load_best_model_at_end {
-                let params = backend.read_f32(params, 0..layout.len()).wait()?;
-                lines.folder.save_best(step, &params)?;
-            }
-            Ok(())
-        };
+    let mut trainer = Trainer::new(job, model, folder, state)?;
     if fresh {
-        evaluate_at(0, &params, &mut lines, &mut watch)?;
+        trainer.evaluate()?;
+    }
+    let t = &job.settings.training;
+    let due = |step: u64, every: u64| every > 0 && step.is_multiple_of(every);
+    while trainer.step < job.plan.steps && !trainer.watch.gave_up() {
+        trainer.heed_requests()?;
+        trainer.update()?;
+        let (step, last) = (trainer.step, trainer.step == job.plan.steps);
+        if due(step, t.eval_steps) || last {
+            trainer.evaluate()?;
+        }
+        if due(step, t.save_steps) || last || trainer.watch.gave_up() {
+            trainer.save()?;
+        }
+    }
+    trainer.publish()
+}
+
+/// A run under way.
+struct Trainer<'a, B: Backend> {
+    job: &'a Job<'a>,
+    model: &'a Model<B>,
+    lines: Lines,
+    progress: Progress<'a>,
+    stream: Stream<'a>,
+    pass: Pass<B>,
+    params: B::F32,
+    grads: B::F32,
+    optimiser: Optimiser<B>,
+    /// Updates done.
+    step: u64,
+    pending: Option<Pending<B>>,
+    /// When the last step's figures were there.
+    ready: Instant,
+    watch: Watch,
+    /// Step and held-out loss of this process's last evaluation.
+    last_eval: Option<(u64, f64)>,
+}
+
+impl<'a, B: Backend> Trainer<'a, B> {
+    fn new(
+        job: &'a Job<'a>,
+        model: &'a Model<B>,
+        folder: Folder,
+        state: Option<State>,
+    ) -> Result<Self> {
+        let (backend, layout) = (model.backend(), &job.plan.layout);
+        let (step, params, optimiser) = match state {
+            None => {
+                let params = backend.upload_f32(&job.plan.initial)?;
+                (0, params, Optimiser::new(backend, layout.len())?)
+            }
+            Some(State { step, params, m, v }) => {
+                anyhow::ensure!(
+                    params.len() == layout.len(),
+                    "the checkpoint is of another adapter"
+                );
+                let optimiser = Optimiser::restore(backend, &m, &v, step)?;
+                (step, backend.upload_f32(&params)?, optimiser)
+            }
+        };
+        let t = &job.settings.training;
+        let progress = job.app.progress("training", Some(job.plan.steps));
+        progress.set(step);
+        Ok(Self {
+            optimiser: optimiser.with_lr_ratio(layout, job.settings.lora.lr_ratio),
+            grads: backend.alloc_f32(layout.len())?,
+            pass: Pass::new(Keep::All),
+            stream: Stream::new(&job.rows.train, t.seed, t.shuffle),
+            watch: Watch::new(t, folder.eval_losses()?),
+            lines: Lines {
+                folder,
+                stdout: Some(Output::stdout()),
+            },
+            pending: None,
+            ready: Instant::now(),
+            last_eval: None,
+            job,
+            model,
+            progress,
+            params,
+            step,
+        })
     }
 
-    let progress = app.progress("training", Some(plan.steps));
-    progress.set(done);
-    let mut pending: Option<Pending<B>> = None;
-    let mut clock = Instant::now();
-    let mut finish = |pending: Option<Pending<B>>, lines: &mut Lines| -> Result<()> {
-        let Some(Pending {
-            mut line,
+    /// One optimiser step over exactly its rows. Its figures are read while the
+    /// next one is under way.
+    fn update(&mut self) -> Result<()> {
+        let started = Instant::now();
+        let (t, plan) = (&self.job.settings.training, self.job.plan);
+        let first = self.step * plan.rows_per_step as u64;
+        self.step += 1;
+        let rows: Vec<&Row> = (0..plan.rows_per_step as u64)
+            .map(|i| self.stream.row(first + i))
+            .collect();
+        let supervised_tokens: usize = rows.iter().map(|row| labels(row)).sum();
+        let dropout = StepDropout {
+            p: self.job.settings.lora.dropout as f32,
+            seed: t.seed,
+            step: self.step as u32,
+        };
+        let scale = (1.0 / supervised_tokens as f64) as f32;
+        let mut losses = Vec::new();
+        for rows in passes(&rows, t.packing) {
+            let batch = Batch::new(self.model.backend(), &rows)?;
+            let lora = Lora {
+                layout: &plan.layout,
+                params: &self.params,
+            };
+            losses.push(self.model.losses_and_gradients(
+                &mut self.pass,
+                &batch,
+                lora,
+                Some(dropout),
+                (&mut self.grads, scale),
+            )?);
+        }
+        let with = Update {
+            lr: learning_rate(t, self.step, plan.steps),
+            weight_decay: t.weight_decay,
+            max_norm: Some(t.max_grad_norm as f32),
+        };
+        let backend = self.model.backend();
+        let norm = self
+            .optimiser
+            .update(backend, with, &mut self.grads, &mut self.params);
+        let line = StepLine {
+            step: self.step,
+            epoch: (self.step * plan.rows_per_step as u64) as f64
+                / self.job.rows.train.len() as f64,
+            loss: f64::NAN,
+            grad_norm: f64::NAN,
+            learning_rate: with.lr,
+            tokens: rows.iter().map(|row| row.ids.len()).sum(),
+            supervised_tokens,
+        };
+        let before = self.pending.replace(Pending {
+            line,
             losses,
             norm,
-        }) = pending
-        else {
-            return Ok(());
-        };
+            started,
+            queued: Instant::now(),
+        });
+        before.map_or(Ok(()), |step| self.report(step))
+    }
+
+    /// Waits for the figures of what is queued.
+    fn catch_up(&mut self) -> Result<()> {
+        self.pending.take().map_or(Ok(()), |step| self.report(step))
+    }
+
+    /// Reads a step's figures and writes its lines.
+    fn report(&mut self, step: Pending<B>) -> Result<()> {
+        let waiting = Instant::now();
+        let mut line = step.line;
         let mut sum = 0.0;
-        for losses in losses {
-            sum += losses
-                .wait()?
-                .iter()
-                .map(|&nll| f64::from(nll))
-                .sum::<f64>();
+        for losses in step.losses {
+            let nll = losses.wait()?;
+            sum += nll.iter().map(|&nll| f64::from(nll)).sum::<f64>();
         }
         line.loss = sum / line.supervised_tokens as f64;
-        line.grad_norm = f64::from(norm.wait()?[0]);
+        line.grad_norm = f64::from(step.norm.wait()?[0]);
         if !(line.loss.is_finite() && line.grad_norm.is_finite()) {
             // To resume would repeat every step to the same end.
             let cause = "lower training.learning_rate and train in another folder (make: RUN=new)";
@@ -350,153 +453,154 @@ pub fn run<B: Backend>(
             ))
             .into());
         }
-        lines.metric(&line)?;
-        let seconds = clock.elapsed().as_secs_f64();
-        clock = Instant::now();
-        let tokens_per_second = line.tokens as f64 / seconds;
+        self.lines.metric(&line)?;
+
+        // A step is done when its figures are there: if they had to be waited for,
+        // now; if not, when it was queued. It began when the one before was done.
+        let ready = match waiting.elapsed() < Duration::from_micros(200) {
+            true => step.queued,
+            false => Instant::now(),
+        };
+        let seconds = ready
+            .duration_since(step.started.max(self.ready))
+            .as_secs_f64();
+        self.ready = ready;
+        let tokens_per_second = line.tokens as f64 / seconds.max(1e-9);
         let time = TimeLine {
             step: line.step,
             seconds,
             tokens_per_second,
             peak_memory_mb: peak_memory_mb(),
         };
-        lines.folder.timing(&serde_json::to_string(&time)?)?;
-        progress.set_with(
-            line.step,
-            &format!("loss {:.4}, {tokens_per_second:.0} tokens/s", line.loss),
-        );
+        self.lines.folder.timing(&serde_json::to_string(&time)?)?;
+        let message = format!("loss {:.4}, {tokens_per_second:.0} tokens/s", line.loss);
+        self.progress.set_with(line.step, &message);
         Ok(())
-    };
-    let save =
-        |step: u64, params: &B::F32, optimiser: &Optimiser<B>, lines: &mut Lines| -> Result<()> {
-            let (m, v) = optimiser.moments(backend)?;
-            let params = backend.read_f32(params, 0..layout.len()).wait()?;
-            lines
-                .folder
-                .save(&State { step, params, m, v }, t.save_total_limit)
-        };
-    let due = |step: u64, every: u64| every > 0 && step.is_multiple_of(every);
+    }
 
-    let mut last_step = done;
-    for step in done + 1..=plan.steps {
-        if watch.gave_up() {
-            break;
-        }
-        if app.asked_to_save()? || lines.folder.asked_to_save()? {
-            finish(pending.take(), &mut lines)?;
-            save(step - 1, &params, &optimiser, &mut lines)?;
-            app.info(format_args!("step {} is saved", step - 1));
+    /// A checkpoint that someone asked for, and the end where a signal did.
+    fn heed_requests(&mut self) -> Result<()> {
+        let (app, step) = (self.job.app, self.step);
+        if app.asked_to_save()? || self.lines.folder.asked_to_save()? {
+            self.save()?;
+            app.info(format_args!("step {step} is saved"));
         }
         if app.interrupted()? {
-            finish(pending.take(), &mut lines)?;
-            save(step - 1, &params, &optimiser, &mut lines)?;
-            let cause = format!("interrupted; step {} is saved, --resume goes on", step - 1);
+            self.save()?;
+            let cause = format!("interrupted; step {step} is saved, --resume goes on");
             return Err(Failure::Interrupted(cause).into());
         }
-        let first = (step - 1) * plan.rows_per_step as u64;
-        let step_rows: Vec<&Row> = (0..plan.rows_per_step as u64)
-            .map(|i| stream.row(first + i))
-            .collect();
-        let supervised_tokens: usize = step_rows.iter().map(|row| labels(row)).sum();
-        let rate = learning_rate(t, step, plan.steps);
-        let dropout = StepDropout {
-            p: settings.lora.dropout as f32,
-            seed: t.seed,
-            step: step as u32,
-        };
-        let mut losses = Vec::new();
-        for rows in passes(&step_rows, t.packing) {
-            let batch = Batch::new(backend, &rows)?;
-            let lora = Lora {
-                layout,
-                params: &params,
-            };
-            let scale = (1.0 / supervised_tokens as f64) as f32;
-            losses.push(model.losses_and_gradients(
-                &mut pass,
-                &batch,
-                lora,
-                Some(dropout),
-                (&mut grads, scale),
-            )?);
-        }
-        let with = Update {
-            lr: rate,
-            weight_decay: t.weight_decay,
-            max_norm: Some(t.max_grad_norm as f32),
-        };
-        let norm = optimiser.update(backend, with, &mut grads, &mut params);
-        let line = StepLine {
-            step,
-            epoch: (step * plan.rows_per_step as u64) as f64 / rows.train.len() as f64,
-            loss: f64::NAN,
-            grad_norm: f64::NAN,
-            learning_rate: rate,
-            tokens: step_rows.iter().map(|row| row.ids.len()).sum(),
-            supervised_tokens,
-        };
-        // The figures of the step before are read while this one is under way.
-        finish(pending.replace(Pending { line, losses, norm }), &mut lines)?;
-        let last = step == plan.steps;
-        let (save_now, evaluate_now) = (due(step, t.save_steps), due(step, t.eval_steps) || last);
-        if save_now || evaluate_now {
-            finish(pending.take(), &mut lines)?;
-        }
-        if evaluate_now {
-            evaluate_at(step, &params, &mut lines, &mut watch)?;
-        }
-        if save_now || last || watch.gave_up() {
-            save(step, &params, &optimiser, &mut lines)?;
-        }
-        last_step = step;
-    }
-    drop(progress);
-    if watch.gave_up() {
-        app.info(format_args!(
-            "stopped after step {last_step}: no better held-out loss in {} evaluations",
-            t.early_stopping_patience
-        ));
-    }
-    // A run that was killed after its last checkpoint has its line already.
-    if last_eval.is_none() {
-        last_eval = evaluate(app, model, layout, &params, rows, last_step)?;
+        Ok(())
     }
 
-    let mut values = backend.read_f32(&params, 0..layout.len()).wait()?;
-    let mut eval_loss = last_eval.map(|line| line.eval_loss);
-    if t.load_best_model_at_end
-        && let Some((step, loss)) = watch.best
-    {
-        values = lines.folder.read_best(step)?;
-        eval_loss = Some(loss);
-        app.info(format_args!(
-            "the adapter is that of step {step}, held-out loss {loss:.4}"
-        ));
+    fn save(&mut self) -> Result<()> {
+        self.catch_up()?;
+        let (m, v) = self.optimiser.moments(self.model.backend())?;
+        let state = State {
+            step: self.step,
+            params: self.values()?,
+            m,
+            v,
+        };
+        let keep = self.job.settings.training.save_total_limit;
+        self.lines.folder.save(&state, keep)
     }
-    let adapter = Adapter {
-        config: plan.adapter.clone(),
-        pairs: layout.split(&values),
-    };
-    let card = crate::card::render(settings, identity, last_step, rows, eval_loss);
-    publish(
-        lines.folder.path(),
-        settings,
-        &adapter,
-        model.config(),
-        &card,
-    )?;
-    app.info(format_args!(
-        "the adapter is in {}",
-        lines.folder.path().display()
-    ));
-    app.count(Counts {
-        read: (rows.train.len() + rows.eval.len()) as u64,
-        written: last_step,
-        rejected: 0,
-    });
-    match lines.stdout.take().map(Output::finish) {
-        None | Some(Ok(()) | Err(WriteError::ReaderGone)) => Ok(()),
-        Some(Err(error)) => Err(error.into()),
+
+    /// All adapter parameters as they are now.
+    fn values(&self) -> Result<Vec<f32>> {
+        let all = 0..self.job.plan.layout.len();
+        Ok(self.model.backend().read_f32(&self.params, all).wait()?)
+    }
+
+    /// Evaluates on the held-out rows, if there are any, and takes note of it.
+    fn evaluate(&mut self) -> Result<()> {
+        self.catch_up()?;
+        let Some(line) = self.held_out_loss()? else {
+            return Ok(());
+        };
+        self.lines.metric(&line)?;
+        self.last_eval = Some((line.step, line.eval_loss));
+        let better = self.watch.see(line.step, line.eval_loss);
+        if better && self.job.settings.training.load_best_model_at_end {
+            self.lines.folder.save_best(line.step, &self.values()?)?;
+        }
+        Ok(())
+    }
+
+    fn held_out_loss(&self) -> Result<Option<EvalLine>> {
+        let rows: Vec<&Row> = self.job.rows.eval.iter().collect();
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        let mut pass = Pass::new(Keep::Nothing);
+        let lora = Lora {
+            layout: &self.job.plan.layout,
+            params: &self.params,
+        };
+        let (mut sum, mut tokens) = (0.0, 0);
+        let progress = self.job.app.progress("evaluating", Some(rows.len() as u64));
+        for rows in passes(&rows, true) {
+            let batch = Batch::new(self.model.backend(), &rows)?;
+            let nll = self.model.losses(&mut pass, &batch, Some(lora))?.wait()?;
+            sum += nll.iter().map(|&nll| f64::from(nll)).sum::<f64>();
+            tokens += nll.len();
+            progress.add(rows.len() as u64);
+        }
+        let eval_loss = sum / tokens as f64;
+        Ok(Some(EvalLine {
+            step: self.step,
+            eval_loss,
+            eval_perplexity: eval_loss.exp(),
+            eval_tokens: tokens,
+        }))
+    }
+
+    /// Puts the finished adapter, the last or the best, into the folder.
+    fn publish(mut self) -> Result<()> {
+        let (app, t, plan) = (self.job.app, &self.job.settings.training, self.job.plan);
+        self.catch_up()?;
+        if self.watch.gave_up() {
+            app.info(format_args!(
+                "stopped after step {}: no better held-out loss in {} evaluations",
+                self.step, t.early_stopping_patience
+            ));
+        }
+        let best = self.watch.best.filter(|_| t.load_best_model_at_end);
+        let (values, eval_loss) = match best {
+            Some((step, loss)) => {
+                app.info(format_args!(
+                    "the adapter is that of step {step}, held-out loss {loss:.4}"
+                ));
+                (self.lines.folder.read_best(step)?, Some(loss))
+            }
+            // A run that was killed after its last checkpoint has its line already.
+            None => {
+                let known = self.last_eval.filter(|(step, _)| *step == self.step);
+                let loss = match known {
+                    Some((_, loss)) => Some(loss),
+                    None => self.held_out_loss()?.map(|line| line.eval_loss),
+                };
+                (self.values()?, loss)
+            }
+        };
+        let adapter = Adapter {
+            config: plan.adapter.clone(),
+            pairs: plan.layout.split(&values),
+        };
+        let (settings, rows) = (self.job.settings, self.job.rows);
+        let card = crate::card::render(settings, self.job.identity, self.step, rows, eval_loss);
+        let folder = self.lines.folder.path();
+        put_into(folder, settings, &adapter, self.model.config(), &card)?;
+        app.info(format_args!("the adapter is in {}", folder.display()));
+        app.count(Counts {
+            read: (rows.train.len() + rows.eval.len()) as u64,
+            written: self.step,
+            rejected: 0,
+        });
+        match self.lines.stdout.take().map(Output::finish) {
+            None | Some(Ok(()) | Err(WriteError::ReaderGone)) => Ok(()),
+            Some(Err(error)) => Err(error.into()),
+        }
     }
 }
 
@@ -540,43 +644,9 @@ impl Watch {
     }
 }
 
-/// The loss of the held-out rows after `step`, if there are any.
-fn evaluate<B: Backend>(
-    app: &App,
-    model: &Model<B>,
-    layout: &LoraLayout,
-    params: &B::F32,
-    rows: &Rows,
-    step: u64,
-) -> Result<Option<EvalLine>> {
-    if rows.eval.is_empty() {
-        return Ok(None);
-    }
-    let mut pass = Pass::new(Keep::Nothing);
-    let held_out: Vec<&Row> = rows.eval.iter().collect();
-    let (mut sum, mut tokens) = (0.0, 0);
-    let progress = app.progress("evaluating", Some(held_out.len() as u64));
-    for rows in passes(&held_out, true) {
-        let batch = Batch::new(model.backend(), &rows)?;
-        let nll = model
-            .losses(&mut pass, &batch, Some(Lora { layout, params }))?
-            .wait()?;
-        sum += nll.iter().map(|&nll| f64::from(nll)).sum::<f64>();
-        tokens += nll.len();
-        progress.add(rows.len() as u64);
-    }
-    let eval_loss = sum / tokens as f64;
-    Ok(Some(EvalLine {
-        step,
-        eval_loss,
-        eval_perplexity: eval_loss.exp(),
-        eval_tokens: tokens,
-    }))
-}
-
-/// Puts the finished adapter into the folder; its weights come last, for their
+/// Writes an adapter with its card and settings; its weights come last, for their
 /// name is the sign that the run is finished.
-fn publish(
+fn put_into(
     folder: &std::path::Path,
     settings: &TrainSettings,
     adapter: &Adapter,
