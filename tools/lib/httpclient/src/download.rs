@@ -67,9 +67,8 @@ impl Request<'_> {
             if at > before {
                 attempt = 1;
             }
-            match failure.wait(&self.client.policy, attempt) {
-                Some(wait) => tokio::time::sleep(wait).await,
-                None => return Err(failure.error.into()),
+            if !self.client.waits(&failure, attempt).await {
+                return Err(failure.error.into());
             }
             attempt += 1;
         }

@@ -121,6 +121,35 @@ impl Error {
             _ => None,
         }
     }
+
+    /// Request and cause, without the remedies that are for the end.
+    pub(crate) fn brief(&self) -> String {
+        match self {
+            Self::Status {
+                request,
+                status,
+                kind,
+                message,
+                ..
+            } => format!(
+                "{request}: {}",
+                answer_text(*status, kind.as_deref(), message)
+            ),
+            Self::Network { request, cause, .. } => format!("{request}: {cause}"),
+            Self::TooLarge { .. } | Self::Json { .. } => self.to_string(),
+        }
+    }
+}
+
+/// `HTTP 429: rate-limit-exceeded: Too many requests`.
+fn answer_text(status: u16, kind: Option<&str>, message: &str) -> String {
+    let mut text = format!("HTTP {status}");
+    for part in [kind.unwrap_or(""), message] {
+        if !part.is_empty() {
+            text = format!("{text}: {part}");
+        }
+    }
+    text
 }
 
 fn status_text(
@@ -131,12 +160,7 @@ fn status_text(
     retry_after: Option<Duration>,
     secret: Option<&str>,
 ) -> String {
-    let mut text = format!("HTTP {status}");
-    for part in [kind.unwrap_or(""), message] {
-        if !part.is_empty() {
-            text = format!("{text}: {part}");
-        }
-    }
+    let mut text = answer_text(status, kind, message);
     if attempts > 1 {
         text = format!("{text} ({})", times(attempts));
     }

@@ -11,19 +11,22 @@
 mod download;
 mod error;
 mod policy;
+mod retrying;
 mod secret;
 
-use std::sync::Once;
+use std::sync::{Arc, Once, mpsc};
 use std::time::{Duration, SystemTime};
 
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
 use reqwest::{Method, Url};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::sync::watch;
 
 pub use download::{Chunk, DownloadError};
 pub use error::{ConfigError, Error};
 pub use policy::Policy;
+pub use retrying::Retrying;
 pub use secret::{Scheme, Secret, confirm_host};
 
 /// One service: where it is, how patiently it is asked, and what opens it.
@@ -34,6 +37,8 @@ pub struct Client {
     policy: Policy,
     headers: HeaderMap,
     secret: Option<Secret>,
+    told: Option<mpsc::Sender<Retrying>>,
+    given_up: Arc<watch::Sender<bool>>,
 }
 
 /// A successful answer, read to its end.
@@ -83,6 +88,8 @@ impl Client {
             policy,
             headers: HeaderMap::new(),
             secret: None,
+            told: None,
+            given_up: Arc::new(watch::Sender::new(false)),
         })
     }
 
@@ -101,6 +108,20 @@ impl Client {
             HeaderValue::from_static(value),
         );
         self
+    }
+
+    /// The same client, telling `to` of every failed attempt before it waits for the next:
+    /// a minute of retries is silent otherwise.
+    #[must_use]
+    pub fn with_retries_told(mut self, to: mpsc::Sender<Retrying>) -> Self {
+        self.told = Some(to);
+        self
+    }
+
+    /// From now on no failed attempt is repeated, by this client or a copy of it, and waits
+    /// between attempts end at once with the error. What is under way is not cut short.
+    pub fn give_up(&self) {
+        self.given_up.send_replace(true);
     }
 
     /// `GET path`, relative to the base URL.
@@ -184,16 +205,14 @@ impl Request<'_> {
     /// # Errors
     /// [`Error`], after the last attempt.
     pub async fn send(self) -> Result<Response, Error> {
-        let policy = &self.client.policy;
         let mut attempt = 1;
         loop {
             let failure = match self.attempt(attempt).await {
                 Ok(response) => return Ok(response),
                 Err(failure) => failure,
             };
-            match failure.wait(policy, attempt) {
-                Some(wait) => tokio::time::sleep(wait).await,
-                None => return Err(failure.error),
+            if !self.client.waits(&failure, attempt).await {
+                return Err(failure.error);
             }
             attempt += 1;
         }

@@ -258,3 +258,43 @@ fn the_key_goes_to_its_host_only_and_is_never_repeated_back() {
         "{shown}"
     );
 }
+
+#[test]
+fn retries_are_told_and_can_be_ended() {
+    let server = always(Reply::text(503, "out of order"));
+    let (tell, told) = std::sync::mpsc::channel();
+    let client = Client::new(&server.url(), policy())
+        .unwrap()
+        .with_retries_told(tell);
+    let send = || block_on(client.get("/things").unwrap().send()).unwrap_err();
+    send();
+    let told: Vec<_> = told.try_iter().collect();
+    let counted: Vec<_> = told.iter().map(|r| (r.attempt, r.attempts)).collect();
+    assert_eq!(counted, [(1, 3), (2, 3)], "nothing follows the third");
+    let shown = told[0].to_string();
+    assert!(
+        shown.contains("/things: HTTP 503: out of order; attempt 1 of 3, the next in 0.0 s"),
+        "{shown}"
+    );
+    client.give_up();
+    let before = server.requests().len();
+    assert_eq!(send().status(), Some(503));
+    assert_eq!(server.requests().len(), before + 1, "asked once, no more");
+}
+
+#[test]
+fn giving_up_ends_a_wait_that_has_begun() {
+    let server = always(Reply::text(429, "").header("retry-after", "60"));
+    let client = Client::new(&server.url(), policy()).unwrap();
+    let begun = Instant::now();
+    let error = block_on(async {
+        let give_up = async {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            client.clone().give_up();
+        };
+        tokio::join!(client.get("/things").unwrap().send(), give_up).0
+    });
+    assert_eq!(error.unwrap_err().status(), Some(429));
+    let took = begun.elapsed();
+    assert!((0.3..10.0).contains(&took.as_secs_f64()), "{took:?}");
+}
