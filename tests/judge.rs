@@ -648,3 +648,29 @@ fn the_key_goes_nowhere_unsaid() {
         .says("check ANTHROPIC_API_KEY")
         .never_says("sk-ant-wrong");
 }
+
+#[test]
+fn retries_are_told_and_an_interruption_ends_them() {
+    let server = claude(|_, _| Some(Reply::text(429, "slow down").header("retry-after", "60")));
+    let tool = with_key();
+    let (url, host) = (server.url(), server.host());
+    let arguments = [
+        "--state",
+        "state",
+        "--anthropic-url",
+        &url,
+        "--send-key-to",
+        &host,
+        "--concurrency",
+        "1",
+    ];
+    let begun = std::time::Instant::now();
+    let ready = || begun.elapsed() > Duration::from_millis(800) && !server.requests().is_empty();
+    let run = tool
+        .interrupt(&arguments, &many(3), ready)
+        .exits(130)
+        .says("/v1/messages: HTTP 429: slow down; attempt 1 of ")
+        .says("the next in 60.0 s");
+    assert!(begun.elapsed() < Duration::from_secs(10), "{run}");
+    assert_eq!(server.requests().len(), 1, "nothing is asked after it");
+}

@@ -2,11 +2,12 @@
 //! the ledger before it is used.
 
 use std::cell::RefCell;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::Context;
 use cli::{App, Failure};
-use httpclient::Client;
+use httpclient::{Client, Retrying};
 use settings::Judge;
 use tokio::sync::{Notify, Semaphore};
 
@@ -17,6 +18,7 @@ use crate::verdict::{Comparison, Item, Opinion, Verdicts};
 /// Claude behind one key, a limit of money, and so many questions at once.
 pub struct Claude {
     client: Client,
+    retries: mpsc::Receiver<Retrying>,
     pub settings: Judge,
     pairs: Vec<(String, String)>,
     pub ledger: RefCell<Ledger>,
@@ -39,9 +41,11 @@ impl Claude {
         signature: String,
     ) -> Self {
         let open = Semaphore::new(settings.concurrency.max(1));
+        let (told, retries) = mpsc::channel();
         let (ledger, failure) = (RefCell::new(ledger), RefCell::default());
         Self {
-            client,
+            client: client.with_retries_told(told),
+            retries,
             settings,
             pairs,
             ledger,
@@ -152,12 +156,21 @@ impl Claude {
         mut task: tokio::task::JoinHandle<Option<T>>,
     ) -> anyhow::Result<Option<T>> {
         loop {
-            tokio::select! {
-                done = &mut task => return done.context("judging an item failed"),
-                () = tokio::time::sleep(Duration::from_millis(100)) => {
-                    if app.interrupted()? {
-                        self.fail(Failure::Interrupted("interrupted".into()).into());
-                    }
+            let done = tokio::select! {
+                done = &mut task => Some(done),
+                () = tokio::time::sleep(Duration::from_millis(100)) => None,
+            };
+            for retry in self.retries.try_iter() {
+                app.warn(retry);
+            }
+            if let Some(done) = done {
+                return done.context("judging an item failed");
+            }
+            if app.interrupted()? {
+                self.client.give_up();
+                if self.failure.borrow().is_none() {
+                    app.info("interrupted: answers under way are waited for, and kept");
+                    self.fail(Failure::Interrupted("interrupted".into()).into());
                 }
             }
         }
