@@ -1024,3 +1024,166 @@ fn an_interrupted_collection_stops_its_run_and_goes_on() {
     assert!(asked("/actor-runs/run0/resurrect"));
     assert_eq!(starts(&server).len(), 2, "the search is not paid for twice");
 }
+
+#[test]
+fn a_wrong_quote_swallows_no_rows_in_silence() {
+    let tool = tool();
+    for end in ["\n", "\r\n"] {
+        let table = |rows: &[&str]| {
+            let mark = "\u{feff}\"id\",text";
+            format!("{}{end}", [&[mark], rows].concat().join(end))
+        };
+        let open = tool.file(
+            "open.csv",
+            &table(&["1,\"a\nb\"", "2,\"see \"\"here\"\"", "3,fine", "4,fine"]),
+        );
+        // The doubled quotes are text, the cell goes on; the row above has two lines.
+        tool.run(
+            &["--input", &open, "--max-bad-lines", "9", "--unpaired", "u"],
+            "",
+        )
+        .exits(3)
+        .says("open.csv:4: a quote opens here and never closes");
+        let early = tool.file(
+            "early.csv",
+            &table(&["1,fine", "2,\"a", "3,\"b\"", "4,fine"]),
+        );
+        tool.run(&["--input", &early], "")
+            .exits(3)
+            .says("early.csv:3: text follows a closing quote in line 4 (it opened in line 3)");
+        let arguments = ["--input", &early, "--max-bad-lines", "1", "--unpaired", "u"];
+        tool.run(&arguments, "")
+            .exits(0)
+            .says("in 3, out 0, rejected 3");
+        let kept = tool.read("u");
+        assert!(
+            kept.contains("\"line\":3") && kept.contains("3,b"),
+            "{kept}"
+        );
+        let stray = tool.file("stray.csv", &format!("id,\"te\"xt{end}1,a{end}"));
+        tool.run(&["--input", &stray], "")
+            .exits(3)
+            .says("stray.csv:1: ")
+            .says("text follows a closing quote");
+        let header = tool.file("header.csv", &format!("id,\"text{end}1,a{end}"));
+        tool.run(&["--input", &header], "")
+            .exits(3)
+            .says("header.csv:1: ");
+        let good = tool.file(
+            "good.csv",
+            table(&["1,\"a, \"\"b\"\"\"", "2,5\" of rain", "3,\"\""]).trim_end(),
+        );
+        tool.run(&["--input", &good], "")
+            .exits(0)
+            .says("in 3, out 0, rejected 3");
+    }
+}
+
+#[test]
+fn what_belongs_to_apify_is_refused_with_files() {
+    let tool = tool();
+    for (flag, value) in [("--query", "soup"), ("--target", "5"), ("--adopt-run", "x")] {
+        tool.run(&["--method", "file", flag, value], &pair_lines(1))
+            .exits(2)
+            .says(&format!("{flag} goes with --method apify"));
+    }
+    // Scripts that always name it import as well.
+    tool.run(&["--method", "file", "--state", "s"], &pair_lines(1))
+        .exits(0);
+}
+
+#[test]
+fn an_item_that_makes_no_sense_does_not_make_the_rest_worthless() {
+    let server = apify(5, |request, _| {
+        let broken =
+            json!({"id": 1.79e18, "fullText": "Which one was that?", "conversationId": "5000"});
+        (request.path == "/datasets/set0/items").then(|| {
+            Reply::text(200, &lines(&[found_tweet(0), broken, found_tweet(1)]))
+                .header("x-apify-pagination-total", "3")
+        })
+    });
+    let tool = with_token();
+    let run = fetch(
+        &tool,
+        &server,
+        &["--target", "1", "--unpaired", "left.jsonl"],
+    )
+    .exits(0);
+    assert_eq!(run.records().len(), 6, "{run}");
+    run.says("unreadable 1").says("in 9, out 6, rejected 1");
+    let left: Value = serde_json::from_str(&tool.read("left.jsonl")).unwrap();
+    assert_eq!(left["fullText"], "Which one was that?");
+    assert_eq!(left["rejected"]["reasons"][0]["filter"], "unreadable");
+    let detail = left["rejected"]["reasons"][0]["detail"].as_str().unwrap();
+    assert!(detail.contains("key `id`"), "{detail}");
+}
+
+#[test]
+fn every_retry_is_told() {
+    let server = apify(5, |request, _| {
+        (request.path == "/actor-runs/run0").then(|| Reply::text(503, "out of order"))
+    });
+    let run = fetch(&with_token(), &server, &["--log", "log.txt"]).exits(4);
+    let told: Vec<&str> = run
+        .stderr
+        .lines()
+        .filter(|line| line.contains("warning: GET http://"))
+        .collect();
+    assert_eq!(told.len(), 2, "{run}");
+    for (attempt, line) in (1..).zip(told) {
+        let said = format!(
+            "/actor-runs/run0: HTTP 503: out of order; attempt {attempt} of 3, the next in "
+        );
+        assert!(line.contains(&said), "{line}");
+    }
+}
+
+/// While requests fail, and while the service is asked whether the run has ended.
+#[test]
+fn a_signal_ends_retries_at_once() {
+    for signal in ["-INT", "-TERM"] {
+        // The service asks for a minute's rest, so that only the signal can end the wait.
+        let busy = || Reply::text(429, "slow down").header("retry-after", "60");
+        for path in ["/acts/apidojo~tweet-scraper/runs", "/actor-runs/run0"] {
+            let server = apify(5, move |request, _| {
+                request.path.starts_with(path).then(busy)
+            });
+            let tool = with_token();
+            let config = tool.file("data.yaml", CONFIG);
+            let mut command = tool.command(&collecting(&server, &config));
+            let child = command
+                .stdout(std::process::Stdio::piped())
+                .stderr(std::process::Stdio::piped())
+                .spawn()
+                .unwrap();
+            while !server.requests().iter().any(|r| r.path == path) {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            std::thread::sleep(Duration::from_millis(200));
+            let begun = std::time::Instant::now();
+            let pid = child.id().to_string();
+            std::process::Command::new("kill")
+                .args([signal, &pid])
+                .status()
+                .unwrap();
+            let output = child.wait_with_output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(130), "{signal} {path}\n{said}");
+            assert!(
+                begun.elapsed() < Duration::from_secs(5),
+                "{signal} {path}\n{said}"
+            );
+            assert!(
+                said.contains("attempt 1 of 3, the next in 60.0 s"),
+                "{said}"
+            );
+            // 429 made no run: nothing is left unsettled, and the same command starts one.
+            let journal = tool.read("state/journal.jsonl");
+            assert_eq!(
+                journal.contains("\"refused\""),
+                path.starts_with("/acts"),
+                "{journal}"
+            );
+        }
+    }
+}

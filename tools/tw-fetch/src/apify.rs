@@ -1,11 +1,12 @@
 //! The Apify API, as far as collecting needs it: runs of an actor and the items of
 //! their datasets (API v2, `https://api.apify.com/v2`).
 
+use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::Context;
 use cli::Failure;
-use httpclient::{Client, Error, Policy, Response};
+use httpclient::{Client, Error, Policy, Response, Retrying};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -71,6 +72,7 @@ impl Run {
 /// The API behind one token.
 pub struct Api {
     client: Client,
+    retries: mpsc::Receiver<Retrying>,
 }
 
 /// Apify documents: 500 ms, then a wait between the delay and twice that, doubling.
@@ -88,7 +90,21 @@ pub fn policy(attempts: u32) -> Policy {
 
 impl Api {
     pub fn new(client: Client) -> Self {
-        Self { client }
+        let (told, retries) = mpsc::channel();
+        Self {
+            client: client.with_retries_told(told),
+            retries,
+        }
+    }
+
+    /// Failed attempts since this was last asked.
+    pub fn retries(&self) -> impl Iterator<Item = Retrying> {
+        self.retries.try_iter()
+    }
+
+    /// Repeats nothing from now on; waits between attempts end.
+    pub fn give_up(&self) {
+        self.client.give_up();
     }
 
     /// Starts a run of `actor` (`user~name`) on `input`.

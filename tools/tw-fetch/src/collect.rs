@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use cli::{App, Failure};
+use record::Record;
 use serde_json::{Value, json};
 use settings::Collection;
 
@@ -20,6 +21,9 @@ use crate::source::{self, Item};
 use crate::state::{Event, Plan, State};
 use crate::tweet::{Dialect, Tweet};
 use crate::wanted::Wanted;
+
+/// How long an interrupted collection waits to hear that its run stops.
+const FAREWELL: Duration = Duration::from_millis(1500);
 
 /// Why a collection ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,7 +87,9 @@ pub fn collect(
             }),
         };
         // From here on a signal no longer ends the process, but is looked for.
-        app.interrupted()?;
+        if app.interrupted()? {
+            return Err(interrupted());
+        }
         let step = match work {
             Work::GoOn(step) => step,
             Work::Start(input, limits) => {
@@ -205,6 +211,7 @@ fn asked(state: &State) -> impl Iterator<Item = &str> {
 /// Every item on disk.
 fn read_items(state: &State, new_joiner: impl Fn() -> Joiner) -> anyhow::Result<Joiner> {
     let mut joiner = new_joiner();
+    let mut unreadable = Vec::new();
     for (i, step) in state
         .steps
         .iter()
@@ -215,12 +222,19 @@ fn read_items(state: &State, new_joiner: impl Fn() -> Joiner) -> anyhow::Result<
             source: "apify",
             collected_at: step.started_at.as_deref(),
         };
-        let never = |_: &record::BadLine| Ok(());
+        // What was paid for is not given up because one item of it makes no sense.
+        let bad = |line: &record::BadLine| {
+            let record = Record::parse(&line.raw)
+                .map_err(|e| Failure::Input(format!("{}:{}: {e}", line.file, line.line)))?;
+            unreadable.push((record, line.error.clone()));
+            Ok(())
+        };
+        let mut no_limit = u64::MAX;
         source::read(
             &state.items_path(i),
             Some(Dialect::Apify),
-            &mut 0,
-            never,
+            &mut no_limit,
+            bad,
             |row, _| {
                 match row.item {
                     Item::Tweet(tweet) => joiner.add(*tweet, row.record, origin),
@@ -230,7 +244,17 @@ fn read_items(state: &State, new_joiner: impl Fn() -> Joiner) -> anyhow::Result<
             },
         )?;
     }
+    for (record, cause) in unreadable {
+        joiner.refuse_unreadable(record, cause);
+    }
     Ok(joiner)
+}
+
+fn interrupted() -> anyhow::Error {
+    Failure::Interrupted(
+        "interrupted; what is fetched is kept, and the same command goes on".into(),
+    )
+    .into()
 }
 
 /// A run that was asked for, and no answer on disk: it may exist and cost money. Only
@@ -364,9 +388,11 @@ impl Collector<'_> {
 
     /// A run of an earlier process; one that we had stopped is set going again.
     async fn go_on(&self, state: &mut State, step: usize, id: &str) -> anyhow::Result<Run> {
-        let run = self.api.look(id).await.with_context(|| {
+        let look = self.unless_interrupted(self.api.look(id)).await;
+        let run = look.with_context(|| {
             format!("going on with the run {id} (Apify deletes old runs: then begin with another --state)")
         })?;
+        let run = run.ok_or_else(interrupted)?;
         if !state.steps[step].interrupted || state.steps[step].bytes > 0 {
             return Ok(run);
         }
@@ -377,7 +403,7 @@ impl Collector<'_> {
         self.app.info(format_args!(
             "the run {id} was stopped last time; it goes on"
         ));
-        match self.api.resurrect(id).await {
+        match self.seen_through(self.api.resurrect(id)).await? {
             Ok(run) => Ok(run),
             Err(error) => {
                 self.app
@@ -405,11 +431,8 @@ impl Collector<'_> {
             limits.max_items,
             limits.max_usd
         ));
-        match self
-            .api
-            .start(&self.settings.apify.actor, &input, limits)
-            .await
-        {
+        let start = self.api.start(&self.settings.apify.actor, &input, limits);
+        match self.seen_through(start).await? {
             Ok(run) => {
                 state.record(Event::Started {
                     step,
@@ -421,7 +444,11 @@ impl Collector<'_> {
             }
             Err(Started::Refused(error)) => {
                 state.record(Event::Refused { step })?;
-                Err(error)
+                Err(if self.app.interrupted()? {
+                    interrupted()
+                } else {
+                    error
+                })
             }
             Err(Started::Unknown(error)) => {
                 let said = format!("{error:#}");
@@ -448,7 +475,11 @@ impl Collector<'_> {
             // The service waits up to a minute itself; one that answers at once is not pestered.
             let pause = Duration::from_secs(1).saturating_sub(asked.elapsed());
             if !run.is_over() {
-                tokio::time::sleep(pause).await;
+                let pause = async {
+                    tokio::time::sleep(pause).await;
+                    anyhow::Ok(())
+                };
+                self.unless_interrupted(pause).await?;
             }
         }
         Ok(run)
@@ -458,7 +489,17 @@ impl Collector<'_> {
         self.app
             .info(format_args!("interrupted: asking the run {run} to stop"));
         let stopped = match state.record(Event::Interrupted { step }) {
-            Ok(()) => self.api.abort(run).await,
+            Ok(()) => {
+                // Once, and soon: whoever interrupts does not want to wait for this either.
+                self.api.give_up();
+                match tokio::time::timeout(FAREWELL, self.api.abort(run)).await {
+                    Ok(answer) => answer,
+                    Err(_) => Err(anyhow::anyhow!(
+                        "no answer for {} s",
+                        FAREWELL.as_secs_f64()
+                    )),
+                }
+            }
             Err(error) => Err(error),
         };
         let how = match stopped {
@@ -487,11 +528,7 @@ impl Collector<'_> {
             let page = self
                 .unless_interrupted(self.api.page(&dataset, offset, limit))
                 .await?;
-            let page = page.ok_or_else(|| {
-                Failure::Interrupted(
-                    "interrupted; what is fetched is kept, and the same command goes on".into(),
-                )
-            })?;
+            let page = page.ok_or_else(interrupted)?;
             let bytes = state.append(step, &page.lines)?;
             // By what was asked for, not by what came: empty items are left out of a page.
             let next_offset = offset.saturating_add(limit);
@@ -524,7 +561,10 @@ impl Collector<'_> {
         items: u64,
     ) -> anyhow::Result<()> {
         // Figures settle some seconds after the end, so the count of items has a say.
-        let settled = self.api.look(&run.id).await.unwrap_or_else(|_| run.clone());
+        let settled = match self.unless_interrupted(self.api.look(&run.id)).await {
+            Ok(now) => now.ok_or_else(interrupted)?,
+            Err(_) => run.clone(),
+        };
         let counted = items as f64 / 1000.0 * self.settings.apify.price_per_1000_usd;
         let usd = settled
             .usage_total_usd
@@ -564,10 +604,39 @@ impl Collector<'_> {
             if self.app.interrupted()? {
                 return Ok(None);
             }
-            tokio::select! {
-                done = &mut work => return done.map(Some),
-                () = tokio::time::sleep(Duration::from_millis(100)) => {}
+            if let Some(done) = self.for_a_moment(work.as_mut()).await {
+                return done.map(Some);
             }
         }
+    }
+
+    /// What `work` gives, which costs money or undoes something: a request under way is
+    /// waited for, so that its outcome is known; after an interruption none is repeated.
+    async fn seen_through<T>(&self, work: impl Future<Output = T>) -> anyhow::Result<T> {
+        tokio::pin!(work);
+        let mut told = false;
+        loop {
+            if let Some(done) = self.for_a_moment(work.as_mut()).await {
+                return Ok(done);
+            }
+            if self.app.interrupted()? && !told {
+                told = true;
+                self.api.give_up();
+                self.app.info(
+                    "interrupted: waiting for the answer to a request that may cost money; once more ends this at once",
+                );
+            }
+        }
+    }
+
+    /// Works on for a tenth of a second, and tells what had to be tried again.
+    async fn for_a_moment<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let done = tokio::time::timeout(Duration::from_millis(100), work)
+            .await
+            .ok();
+        for retry in self.api.retries() {
+            self.app.warn(retry);
+        }
+        done
     }
 }

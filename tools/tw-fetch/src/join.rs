@@ -17,6 +17,7 @@ use crate::tweet::Tweet;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Unpaired {
     NoTweet,
+    Unreadable,
     DuplicateId,
     Retweet,
     SelfReply,
@@ -28,6 +29,7 @@ impl Unpaired {
     pub fn name(self) -> &'static str {
         match self {
             Self::NoTweet => "no_tweet",
+            Self::Unreadable => "unreadable",
             Self::DuplicateId => "duplicate_id",
             Self::Retweet => "retweet",
             Self::SelfReply => "self_reply",
@@ -39,6 +41,7 @@ impl Unpaired {
     fn detail(self) -> &'static str {
         match self {
             Self::NoTweet => "the record has no tweet's id and text",
+            Self::Unreadable => "a key of the record cannot be read",
             Self::DuplicateId => "a tweet with this id came before",
             Self::Retweet => "a retweet is nobody's reply",
             Self::SelfReply => "the author answers themselves: a thread, not a reply",
@@ -63,7 +66,15 @@ pub struct Joiner {
     keep_authors: bool,
     keep_unpaired: bool,
     tweets: IndexMap<String, Held>,
-    refused: Vec<(Unpaired, Option<Record>)>,
+    refused: Vec<Refused>,
+}
+
+/// A record that is in no pair.
+struct Refused {
+    reason: Unpaired,
+    /// More than the reason says by itself.
+    cause: Option<String>,
+    record: Option<Record>,
 }
 
 struct Held {
@@ -133,6 +144,16 @@ impl Collected<'_> {
     }
 }
 
+impl Refused {
+    fn new(reason: Unpaired, record: Option<Record>) -> Self {
+        Self {
+            reason,
+            cause: None,
+            record,
+        }
+    }
+}
+
 impl Joiner {
     /// `keep_authors` puts user names into pairs; `keep_unpaired` holds every record
     /// until it is known to be in a pair.
@@ -148,7 +169,9 @@ impl Joiner {
     pub fn add(&mut self, tweet: Tweet, record: Record, origin: Origin<'_>) {
         let record = self.keep_unpaired.then_some(record);
         match self.tweets.entry(tweet.id.clone()) {
-            Entry::Occupied(_) => self.refused.push((Unpaired::DuplicateId, record)),
+            Entry::Occupied(_) => self
+                .refused
+                .push(Refused::new(Unpaired::DuplicateId, record)),
             Entry::Vacant(free) => {
                 let collected_at = origin.collected_at.map(str::to_owned);
                 free.insert(Held {
@@ -164,7 +187,16 @@ impl Joiner {
     /// Counts, and perhaps keeps, a record that is no tweet.
     pub fn refuse(&mut self, record: Record) {
         let record = self.keep_unpaired.then_some(record);
-        self.refused.push((Unpaired::NoTweet, record));
+        self.refused.push(Refused::new(Unpaired::NoTweet, record));
+    }
+
+    /// Counts, and perhaps keeps, a record of which something, such as an id, makes no sense.
+    pub fn refuse_unreadable(&mut self, record: Record, cause: String) {
+        let record = self.keep_unpaired.then_some(record);
+        self.refused.push(Refused {
+            cause: Some(cause),
+            ..Refused::new(Unpaired::Unreadable, record)
+        });
     }
 
     /// Records taken in so far.
@@ -210,16 +242,21 @@ impl Joiner {
             .zip(self.tweets.into_values());
         let alone = alone
             .filter(|((paired, _), _)| !paired)
-            .map(|((_, reason), held)| (reason, held.record));
+            .map(|((_, reason), held)| Refused::new(reason, held.record));
         self.refused.extend(alone);
         let mut counts = BTreeMap::new();
         let mut records = Vec::new();
-        for (reason, record) in self.refused {
+        for Refused {
+            reason,
+            cause,
+            record,
+        } in self.refused
+        {
             *counts.entry(reason).or_default() += 1;
             if let Some(mut record) = record {
                 let reasons = vec![Reason {
                     filter: reason.name().into(),
-                    detail: reason.detail().into(),
+                    detail: cause.unwrap_or_else(|| reason.detail().into()),
                 }];
                 record.set(
                     "rejected",

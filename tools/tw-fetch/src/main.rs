@@ -5,6 +5,7 @@
 mod apify;
 mod collect;
 mod join;
+mod quotes;
 mod source;
 mod state;
 mod tweet;
@@ -134,6 +135,18 @@ impl cli::Tool for Fetch {
 
 impl Fetch {
     fn import(&self, app: &App, settings: &Collection) -> anyhow::Result<()> {
+        // --state may stand: a script that always gives it can import as well.
+        let of_apify = [
+            ("--query", !self.query.is_empty()),
+            ("--target", self.target.is_some()),
+            ("--adopt-run", self.adopt_run.is_some()),
+        ];
+        if let Some((flag, _)) = of_apify.iter().find(|(_, given)| *given) {
+            return Err(Failure::Usage(format!(
+                "{flag} goes with --method apify; --method file reads all there is in --input"
+            ))
+            .into());
+        }
         let stdin = [PathBuf::from("-")];
         let inputs = if self.input.is_empty() {
             &stdin[..]

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
+use std::rc::Rc;
 
 use cli::Failure;
 use jsonl::Lines;
@@ -14,6 +15,7 @@ use record::{BadLine, Record};
 use serde_json::value::RawValue;
 use serde_json::{Map, Number, Value};
 
+use crate::quotes::Quotes;
 use crate::tweet::{Dialect, Tweet};
 
 /// One record of a file.
@@ -156,7 +158,9 @@ fn open(path: &Path) -> anyhow::Result<Raws> {
         ))
     };
     let start = reader.fill_buf().map_err(unreadable)?;
-    let start = start.strip_prefix("\u{feff}".as_bytes()).unwrap_or(start);
+    let bom = "\u{feff}".as_bytes();
+    let mark = if start.starts_with(bom) { bom.len() } else { 0 };
+    let start = &start[mark..];
     match start.iter().find(|byte| !byte.is_ascii_whitespace()) {
         None => Ok(Box::new(std::iter::empty())),
         Some(b'{') => Ok(Box::new(lines(file, reader))),
@@ -165,6 +169,7 @@ fn open(path: &Path) -> anyhow::Result<Raws> {
             // csv counts a row's line before the `\n` of the one above, where lines end in `\r\n`.
             let line_end = start.iter().position(|&byte| byte == b'\n');
             let late = line_end.is_some_and(|at| at > 0 && start[at - 1] == b'\r');
+            reader.consume(mark);
             csv(file, reader, late.into())
         }
     }
@@ -219,7 +224,18 @@ fn array(file: String, mut reader: Box<dyn BufRead + Send>) -> anyhow::Result<Ra
 }
 
 fn csv(file: String, reader: Box<dyn BufRead + Send>, late: u64) -> anyhow::Result<Raws> {
+    let (reader, found) = Quotes::new(reader);
     let mut reader = csv::ReaderBuilder::new().flexible(true).from_reader(reader);
+    let unclosed = {
+        let (file, found) = (file.clone(), Rc::clone(&found));
+        move || match found.borrow().unclosed {
+            None => Ok(()),
+            Some(line) => Err(Failure::Input(format!(
+                "{file}:{line}: a quote opens here and never closes, so the rest of the file is one cell: close it, \
+                 or export the file again"
+            ))),
+        }
+    };
     let neither = |cause: &str| {
         Failure::Input(format!(
             "{file}:1: neither JSON nor CSV with a header ({cause}); a header has a column `id` and one of \
@@ -227,19 +243,21 @@ fn csv(file: String, reader: Box<dyn BufRead + Send>, late: u64) -> anyhow::Resu
         ))
     };
     let headers: Vec<String> = match reader.headers() {
-        Ok(headers) => headers
-            .iter()
-            .map(|h| h.trim_start_matches('\u{feff}').to_owned())
-            .collect(),
+        Ok(headers) => headers.iter().map(str::to_owned).collect(),
         Err(error) => return Err(neither(&error.to_string()).into()),
     };
+    unclosed()?;
+    if let Some(stray) = found.borrow_mut().strays_before(reader.position().byte()) {
+        return Err(neither(&stray.to_string()).into());
+    }
     let has = |name: &str| headers.iter().any(|h| h == name);
     let texts = ["text", "fullText", "rawContent"].into_iter().any(has);
     if !(texts && (has("id") || has("id_str")) || has("tweet") && has("reply")) {
         return Err(neither("its first line names no such columns").into());
     }
-    Ok(Box::new(reader.into_byte_records().map(move |row| {
-        let row = row.map_err(|e| Failure::World(format!("{file}: reading failed: {e}")))?;
+    let failed = file.clone();
+    let to_raw = move |row: csv::ByteRecord, end: u64| {
+        unclosed()?;
         let number = row.position().map_or(0, csv::Position::line) + late;
         let raw = |text, folded| {
             Ok(Raw {
@@ -250,6 +268,7 @@ fn csv(file: String, reader: Box<dyn BufRead + Send>, late: u64) -> anyhow::Resu
                 folded,
             })
         };
+        let stray = found.borrow_mut().strays_before(end);
         let row = match csv::StringRecord::from_byte_record(row) {
             Ok(row) => row,
             Err(error) => {
@@ -259,12 +278,16 @@ fn csv(file: String, reader: Box<dyn BufRead + Send>, late: u64) -> anyhow::Resu
                 );
             }
         };
-        if row.len() != headers.len() {
-            let cause = format!(
-                "{} cells under {} headers: a quote or a comma is wrong",
-                row.len(),
-                headers.len()
-            );
+        let wrong = stray.map(|stray| stray.to_string()).or_else(|| {
+            (row.len() != headers.len()).then(|| {
+                format!(
+                    "{} cells under {} headers: a quote or a comma is wrong",
+                    row.len(),
+                    headers.len()
+                )
+            })
+        });
+        if let Some(cause) = wrong {
             let text = String::from_utf8_lossy(&joined(row.iter().map(str::as_bytes))).into_owned();
             return raw(Err((cause, text)), None);
         }
@@ -277,6 +300,17 @@ fn csv(file: String, reader: Box<dyn BufRead + Send>, late: u64) -> anyhow::Resu
         };
         let flat: Map<String, Value> = cells().map(|(k, v)| (k.to_owned(), cell(k, v))).collect();
         raw(Ok(Value::Object(flat).to_string()), Some(fold(cells())))
+    };
+    Ok(Box::new(std::iter::from_fn(move || {
+        let mut row = csv::ByteRecord::new();
+        match reader.read_byte_record(&mut row) {
+            Ok(false) => None,
+            Ok(true) => Some(to_raw(row, reader.position().byte())),
+            Err(e) => Some(Err(Failure::World(format!(
+                "{failed}: reading failed: {e}"
+            ))
+            .into())),
+        }
     })))
 }
 
