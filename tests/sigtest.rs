@@ -2,8 +2,9 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fmt::Write;
+use std::process::Command;
 
-use harness::{Conventions, Tool};
+use harness::{Conventions, Run, Tool};
 use serde_json::{Value, json};
 
 fn tool() -> Tool {
@@ -47,6 +48,31 @@ fn the_settings_are_shown_without_a_question() {
     for given in [&["--a", "x"][..], &["--b", "x"], &[]] {
         tool().run(given, "").exits(2).says("required");
     }
+}
+
+/// util-linux' script gives the tool a terminal; what it types there comes out again.
+#[test]
+fn a_bar_is_drawn_only_where_no_records_cross_it() {
+    let tool = tool();
+    tool.file("out.jsonl", &records());
+    let on_a_terminal = |stdout: &str| {
+        let sigtest = env!("CARGO_BIN_EXE_sigtest");
+        let asked = PATHS.join(" ");
+        let line = format!("stty cols 80; {sigtest} {asked} < out.jsonl {stdout}");
+        let mut script = Command::new("script");
+        script
+            .args(["-qec", &line, "/dev/null"])
+            .current_dir(tool.folder());
+        Run::of(&mut script, b"").exits(0)
+    };
+    let bar = on_a_terminal("> /dev/null").stdout;
+    let (drawn, after) = bar.rsplit_once("\x1b[2K").unwrap();
+    assert!(drawn.contains("testing [="), "{bar:?}");
+    assert!(after.starts_with("sigtest: in 41, out "), "{bar:?}");
+
+    let records = on_a_terminal("").stdout;
+    assert!(!records.contains('\x1b'), "{records:?}");
+    assert!(records.contains("\"metric\":\"nll\""), "{records:?}");
 }
 
 #[test]

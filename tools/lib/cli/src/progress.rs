@@ -1,6 +1,7 @@
 //! How far something long has come.
 
 use std::cell::Cell;
+use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -10,7 +11,8 @@ use crate::App;
 /// Without a terminal, a line at most this often.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
-/// A bar on a terminal, else a line every few seconds; nothing with `--quiet`.
+/// A bar on a terminal, else a line every few seconds; nothing with `--quiet`. Where the
+/// records go to the terminal too there is no bar: each record would leave a torn one behind.
 pub struct Progress<'a> {
     app: &'a App,
     what: String,
@@ -23,7 +25,8 @@ pub struct Progress<'a> {
 
 impl<'a> Progress<'a> {
     pub(crate) fn new(app: &'a App, what: &str, total: Option<u64>) -> Self {
-        let bar = app.bars().map(|bars| {
+        let bars = app.bars().filter(|_| !io::stdout().is_terminal());
+        let bar = bars.map(|bars| {
             let (bar, style) = match total {
                 Some(total) => (
                     ProgressBar::new(total),
