@@ -868,3 +868,48 @@ fn examples_of_the_help_run() {
     tool.run(&["merge", "--data", "x"], "").exits(2);
     tool.run(&["--steps", "3", "merge"], "").exits(2);
 }
+
+#[test]
+fn settings_that_the_model_cannot_hold_are_refused() {
+    // The demo's model is 128 wide and has 1024 positions.
+    for (key, value, said) in [
+        (
+            "PAIRS__LORA__RANK",
+            "129",
+            "lora.rank is 129, more than the model is wide (128)",
+        ),
+        (
+            "PAIRS__TRAINING__MAX_SEQ_LENGTH",
+            "1025",
+            "training.max_seq_length is 1025, more than the model's 1024 positions",
+        ),
+    ] {
+        let tool = tool().env(key, value);
+        let arguments = [
+            "--model",
+            &model(),
+            "--data",
+            "absent.jsonl",
+            "--out",
+            "out",
+        ];
+        tool.run(&arguments, "").exits(2).says(said);
+        assert!(!tool.folder().join("out").exists());
+    }
+}
+
+#[test]
+fn the_model_card_spells_choices_as_the_settings_do() {
+    let tool = tool()
+        .env("PAIRS__TRAINING__LR_SCHEDULER", "linear")
+        .env("PAIRS__TRAINING__WARMUP_RATIO", "0.3");
+    tool.file("train.yaml", TRAIN);
+    train(&tool, "out", &["--quantization", "none"]);
+    let card = fs::read_to_string(tool.folder().join("out/README.md")).unwrap();
+    assert!(
+        card.contains("| Base weights in training | none |"),
+        "{card}"
+    );
+    // 0.3 of 2 steps, rounded up.
+    assert!(card.contains(", linear, warm-up steps 1,"), "{card}");
+}

@@ -1,9 +1,11 @@
 //! The model card that goes with an adapter.
 
+use serde::Serialize;
 use settings::{TargetModules, TextChoice, TrainSettings};
 
 use crate::folder::Identity;
 use crate::rows::Rows;
+use crate::schedule::warmup;
 
 /// Markdown with the front matter that model hubs read.
 pub fn render(
@@ -58,10 +60,10 @@ tags: [lora, qlora, qwen3]
 | | |
 |---|---|
 | Base model | `{base}` (SHA-256 of its files {model}) |
-| Base weights in training | {quantization:?} |
+| Base weights in training | {quantization} |
 | Adapter | rank {rank}, alpha {alpha}, dropout {dropout}, on {targets} |
 | Data | {train} rows to train on, {eval} held out, {text} text (SHA-256 {data}) |
-| Training | {steps} steps of {batch} rows, learning rate {rate}, {scheduler:?}, warm-up {warmup}, weight decay {decay}, seed {seed} |
+| Training | {steps} steps of {batch} rows, learning rate {rate}, {scheduler}, warm-up steps {warmup}, weight decay {decay}, seed {seed} |
 | Tool | qlora-train {version} |
 
 {held_out} Every step's figures are in `metrics.jsonl`, every setting in `train.yaml`.
@@ -83,7 +85,7 @@ The adapter's licence has to fit those of the base model and of the data it was 
 ",
         base_quoted = serde_json::Value::from(base.as_str()),
         model = &identity.model[..12],
-        quantization = settings.model.quantization,
+        quantization = spelled(&settings.model.quantization),
         rank = lora.rank,
         alpha = lora.alpha,
         dropout = lora.dropout,
@@ -92,10 +94,17 @@ The adapter's licence has to fit those of the base model and of the data it was 
         data = &identity.data[..12],
         batch = t.batch_size * t.gradient_accumulation_steps,
         rate = t.learning_rate,
-        scheduler = t.lr_scheduler,
-        warmup = t.warmup_steps,
+        scheduler = spelled(&t.lr_scheduler),
+        warmup = warmup(t, steps),
         decay = t.weight_decay,
         seed = t.seed,
         version = identity.version,
     )
+}
+
+/// A choice as the settings spell it.
+fn spelled(choice: &impl Serialize) -> String {
+    // A variant without fields, which serialises as its name.
+    let value = serde_json::to_value(choice).unwrap_or_default();
+    value.as_str().unwrap_or_default().to_owned()
 }

@@ -130,12 +130,18 @@ async fn download(app: &App, client: &Client, model: &str, folder: &Path) -> Res
     let request = client.get(&format!("api/models/{model}/revision/{commit}"))?;
     let answer = request.query([("blobs", "true")]).send().await;
     let revision: Revision = answer
-        .map_err(|error| match error.status() {
-            Some(401 | 403 | 404) => anyhow::Error::from(error).context(format!(
-                "{model}: is the name right? A private or gated model needs HF_TOKEN in the \
-                 environment or .env, and its licence accepted on its page"
-            )),
-            _ => error.into(),
+        .map_err(|error| {
+            let hint = match error.status() {
+                Some(401 | 403 | 404) => {
+                    ": is the name right? A private or gated model needs HF_TOKEN in the \
+                     environment or .env, and its licence accepted on its page"
+                }
+                _ => "",
+            };
+            // It may have been meant as a path.
+            anyhow::Error::from(error).context(format!(
+                "there is no model in a folder {model}, so it was looked for on the hub{hint}"
+            ))
         })?
         .json()?;
     let mut state = State {

@@ -2,13 +2,18 @@
 
 use settings::{Scheduler, Training};
 
+/// Updates of the warm-up, of `steps`; a ratio is rounded up.
+pub fn warmup(training: &Training, steps: u64) -> u64 {
+    training.warmup_ratio.map_or(training.warmup_steps, |part| {
+        (part * steps as f64).ceil() as u64
+    })
+}
+
 /// Learning rate of update `step`, counted from 1, of `steps`. With a warm-up
 /// the first update has rate 0: the rate is that of the updates done so far.
 pub fn learning_rate(training: &Training, step: u64, steps: u64) -> f64 {
     let done = step - 1;
-    let warmup = training.warmup_ratio.map_or(training.warmup_steps, |part| {
-        (part * steps as f64).ceil() as u64
-    });
+    let warmup = warmup(training, steps);
     if done < warmup {
         return training.learning_rate * done as f64 / warmup as f64;
     }
