@@ -1177,6 +1177,7 @@ fn a_signal_ends_retries_at_once() {
                 said.contains("attempt 1 of 3, the next in 60.0 s"),
                 "{said}"
             );
+            assert!(!said.contains("waiting for the answer"), "{said}");
             // 429 made no run: nothing is left unsettled, and the same command starts one.
             let journal = tool.read("state/journal.jsonl");
             assert_eq!(
@@ -1186,4 +1187,27 @@ fn a_signal_ends_retries_at_once() {
             );
         }
     }
+}
+
+/// The answer to a request that starts a run is waited for: its id must not be lost.
+#[test]
+fn a_start_under_way_is_seen_through() {
+    let server = apify(2, |request, _| {
+        let run = json!({"data": {"id": "run0", "status": "READY", "defaultDatasetId": "set0"}});
+        request
+            .path
+            .ends_with("/runs")
+            .then(|| Reply::json(201, &run).after(Duration::from_millis(1500)))
+    });
+    let tool = with_token();
+    let config = tool.file("data.yaml", CONFIG);
+    let arguments = collecting(&server, &config);
+    tool.interrupt(&arguments, "", || !starts(&server).is_empty())
+        .exits(130)
+        .says("waiting for the answer to a request that may cost money")
+        .says("the run run0 was asked to stop");
+    assert!(
+        tool.read("state/journal.jsonl")
+            .contains("\"run\":\"run0\"")
+    );
 }

@@ -614,17 +614,21 @@ impl Collector<'_> {
     /// waited for, so that its outcome is known; after an interruption none is repeated.
     async fn seen_through<T>(&self, work: impl Future<Output = T>) -> anyhow::Result<T> {
         tokio::pin!(work);
-        let mut told = false;
+        let mut rounds = 0_u32;
         loop {
             if let Some(done) = self.for_a_moment(work.as_mut()).await {
                 return Ok(done);
             }
-            if self.app.interrupted()? && !told {
-                told = true;
-                self.api.give_up();
-                self.app.info(
-                    "interrupted: waiting for the answer to a request that may cost money; once more ends this at once",
-                );
+            if self.app.interrupted()? {
+                match rounds {
+                    0 => self.api.give_up(),
+                    // It was no wait between attempts, which would have ended.
+                    1 => self.app.info(
+                        "interrupted: waiting for the answer to a request that may cost money; once more ends this at once",
+                    ),
+                    _ => {}
+                }
+                rounds += 1;
             }
         }
     }
