@@ -270,10 +270,11 @@ fn what_is_not_there_is_told() {
         .says("HF_TOKEN");
     // A mistyped folder looks like a name; whatever the hub says of it.
     let hub = Server::start(|_, _| Reply::text(400, "no"));
-    self::tool(&hub)
-        .run(&["--model", "no/such", "--save-quantized", "four"], "")
+    let tool = self::tool(&hub);
+    tool.run(&["--model", "no/such", "--save-quantized", "four"], "")
         .exits(4)
         .says("no model in a folder no/such, so it was looked for on the hub");
+    assert!(!tool.folder().join("data/cache/models/no").exists());
     for path in ["nowhere", "a/b/c", "../up", "./demo/tiny", "/demo/tiny"] {
         tool.run(&["--model", path, "--save-quantized", "four"], "")
             .exits(2)

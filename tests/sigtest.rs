@@ -50,6 +50,47 @@ fn the_settings_are_shown_without_a_question() {
     }
 }
 
+/// The layers are in every tool; here they are seen through one.
+#[test]
+fn wrong_settings_are_told_in_a_line_and_in_words() {
+    for (yaml, said) in [
+        (
+            "statistics: {seed: 1}\nstatistics: {seed: 2}\n",
+            "s.yaml:2: statistics: this key is there twice",
+        ),
+        (
+            "statistics: {seed: 1}\n---\nstatistics: {seed: 2}\n",
+            "s.yaml:3: a second document begins here",
+        ),
+        (
+            "statistics:\n  alpha: .nan\n",
+            "s.yaml:2: .nan: NaN and infinity are not a number",
+        ),
+        (
+            "statistics:\n  seed: many\n",
+            "s.yaml:2: statistics.seed: invalid type: string \"many\", expected a whole number",
+        ),
+    ] {
+        let tool = tool();
+        tool.file("s.yaml", yaml);
+        let told = tool.run(&["--config", "s.yaml", "--print-config"], "");
+        let told = told.exits(2).says(said);
+        assert_eq!(told.stderr.lines().count(), 1, "{told}");
+    }
+    let tool = tool();
+    tool.run(&["--alpha", "nan", "--print-config"], "")
+        .exits(2)
+        .says("flag for alpha: NaN and infinity are not a number");
+    tool.file("s.yaml", "statistics:\n  # seed: 1\n");
+    let shown = tool.run(&["--config", "s.yaml", "--print-config=key"], "");
+    let defaults = tool.run(&["--print-config=key"], "");
+    assert_eq!(shown.exits(0).stdout, defaults.exits(0).stdout);
+    tool.env("PAIRS__STATISTICS__SEED", "")
+        .run(&["--print-config"], "")
+        .exits(2)
+        .says("environment variable PAIRS__STATISTICS__SEED: statistics.seed: is empty");
+}
+
 /// util-linux' script gives the tool a terminal; what it types there comes out again.
 #[test]
 fn a_bar_is_drawn_only_where_no_records_cross_it() {

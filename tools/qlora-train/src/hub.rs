@@ -97,8 +97,15 @@ pub fn fetch(app: &App, model: &str) -> Result<PathBuf> {
         .enable_all()
         .build()
         .context("starting the network")?;
-    runtime.block_on(download(app, &client, model, &folder))?;
-    Ok(folder)
+    let fetched = runtime.block_on(download(app, &client, model, &folder));
+    if read_state(&folder).is_none() {
+        // Nothing was begun: a mistyped name leaves no folders behind.
+        let _ = fs::remove_file(&lock_path);
+        for empty in folder.ancestors().take(2) {
+            let _ = fs::remove_dir(empty);
+        }
+    }
+    fetched.map(|()| folder)
 }
 
 /// `organisation/model`, and nothing that could be another path.
