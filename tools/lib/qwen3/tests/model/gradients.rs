@@ -145,9 +145,14 @@ fn packing_changes_nothing() {
     let (packed, packed_grads) = step(&twins, Keep::All, &[(0, &rows)], 0.1);
     let alone: Vec<_> = (0..).zip(rows.chunks(1)).collect();
     let (single, single_grads) = step(&twins, Keep::All, &alone, 0.1);
-    // Measured: 3e-7 and 5e-7, the rounding of differently cut sums.
-    assert!(distance(&packed, &single) < 2e-6);
-    assert!(distance(&packed_grads, &single_grads) < 5e-6);
+    let off = [
+        distance(&packed, &single),
+        distance(&packed_grads, &single_grads),
+    ];
+    // Measured 1.3e-7 and 8.1e-7 (2026-11-23), the rounding of differently cut sums;
+    // the limits are six times and more above, for another machine's products.
+    println!("losses {:.1e}, gradients {:.1e}", off[0], off[1]);
+    assert!(off[0] < 2e-6 && off[1] < 5e-6, "{off:?}");
 }
 
 #[test]
