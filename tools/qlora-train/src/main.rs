@@ -7,16 +7,20 @@
 
 mod card;
 mod commands;
+mod figures;
 mod folder;
 mod gguf;
 mod hub;
 mod inspect;
 mod merge;
+mod plan;
 mod quantized;
 mod rows;
 mod schedule;
+mod stream;
 mod train;
 mod verify;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -193,7 +197,7 @@ impl Tool for QloraTrain {
             .as_deref()
             .map(|folder| Adapter::load(folder, config))
             .transpose()?;
-        let plan = train::Plan::new(settings, config, &rows, initial.as_ref())?;
+        let plan = plan::Plan::new(settings, config, &rows, initial.as_ref())?;
         let t = &settings.training;
         if rows.eval.is_empty() && (t.early_stopping_patience > 0 || t.load_best_model_at_end) {
             let cause = "no row is held out, so there is no best: set data.eval_fraction, or give rows `split: eval`";
@@ -244,8 +248,7 @@ impl Tool for QloraTrain {
             Found::Resumed(folder, state) => {
                 app.info(format_args!(
                     "going on after step {} of {}",
-                    state.step,
-                    plan.steps()
+                    state.step, plan.steps
                 ));
                 (folder, Some(*state))
             }

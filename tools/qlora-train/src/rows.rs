@@ -26,6 +26,14 @@ pub struct Row {
     pub labelled: Vec<bool>,
 }
 
+impl Row {
+    /// Its targets; the first token has nothing to be predicted from.
+    pub fn targets(&self) -> usize {
+        let labelled = self.labelled.iter().skip(1);
+        labelled.filter(|&&labelled| labelled).count()
+    }
+}
+
 /// The rows of a run.
 #[derive(Debug)]
 pub struct Rows {

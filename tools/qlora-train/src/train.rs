@@ -6,7 +6,6 @@
 //! speed: each pass adds `∂ Σ nll / N` to the gradient, with N the labelled
 //! tokens of the whole step.
 
-use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -14,216 +13,17 @@ use cli::{App, Counts, Failure, Progress};
 use engine::{Backend, Reading};
 use jsonl::{Output, WriteError};
 use qwen3::{
-    Adapter, AdapterConfig, Batch, Config, Keep, Lora, LoraLayout, Losses, Model, Module,
-    Optimiser, Pass, StepDropout, Update,
+    Adapter, Batch, Config, Keep, Lora, Losses, Model, Optimiser, Pass, StepDropout, Update,
 };
-use serde::Serialize;
-use settings::{TargetModules, TrainSettings, Training};
+use settings::TrainSettings;
 
+use crate::figures::{EvalLine, Lines, StepLine, TimeLine, peak_memory_mb};
 use crate::folder::{Folder, Identity, State};
-use crate::rows::{Row, Rows, permutation};
+use crate::plan::Plan;
+use crate::rows::{Row, Rows};
 use crate::schedule::learning_rate;
-
-/// Most tokens of one pass on the CPU, where longer ones gain no speed. A row
-/// that is longer is a pass of its own.
-const PASS_TOKENS: usize = 4096;
-
-/// What a run will do, before it does it.
-pub struct Plan {
-    steps: u64,
-    rows_per_step: usize,
-    adapter: AdapterConfig,
-    layout: LoraLayout,
-    initial: Vec<f32>,
-}
-
-impl Plan {
-    /// Works out steps and adapter; refuses what cannot be.
-    pub fn new(
-        settings: &TrainSettings,
-        config: &Config,
-        rows: &Rows,
-        initial: Option<&Adapter>,
-    ) -> Result<Self> {
-        let t = &settings.training;
-        let rows_per_step = (t.batch_size.checked_mul(t.gradient_accumulation_steps))
-            .filter(|&rows| u32::try_from(rows).is_ok())
-            .ok_or_else(|| {
-                Failure::Usage(format!(
-                    "training.batch_size × training.gradient_accumulation_steps is {} × {}: more than 4 billion rows a step",
-                    t.batch_size, t.gradient_accumulation_steps
-                ))
-            })?;
-        let epochs = (t.num_epochs * rows.train.len() as f64 / rows_per_step as f64).ceil() as u64;
-        let lora = &settings.lora;
-        let adapter = AdapterConfig {
-            base_model: settings.model.path.clone(),
-            rank: lora.rank,
-            alpha: lora.alpha,
-            dropout: lora.dropout,
-            targets: targets(&lora.target_modules)?,
-            rslora: lora.use_rslora,
-        };
-        let layout = LoraLayout::new(config, &adapter.targets, adapter.rank, adapter.scale());
-        let initial = match initial {
-            None => layout.init(t.seed),
-            Some(given) => {
-                let same = given.config.rank == adapter.rank
-                    && given.config.targets == adapter.targets
-                    && given.config.scale() == adapter.scale();
-                if !same {
-                    let cause = "--init-adapter: its rank, alpha or target modules are not those of `lora` in the settings";
-                    return Err(Failure::Usage(cause.into()).into());
-                }
-                layout.flatten(&given.pairs)
-            }
-        };
-        Ok(Self {
-            steps: t.max_steps.unwrap_or(epochs).max(1),
-            rows_per_step,
-            adapter,
-            layout,
-            initial,
-        })
-    }
-
-    /// Optimiser steps of the whole run.
-    pub fn steps(&self) -> u64 {
-        self.steps
-    }
-
-    /// The plan in a line.
-    pub fn describe(&self, rows: &Rows) -> String {
-        let tokens = |rows: &[Row]| rows.iter().map(|row| row.ids.len()).sum::<usize>();
-        let labelled: usize = rows.train.iter().map(labels).sum();
-        format!(
-            "{} rows to train on ({} tokens, {labelled} to learn), {} held out; {} steps of {} rows; {} trained parameters",
-            rows.train.len(),
-            tokens(&rows.train),
-            rows.eval.len(),
-            self.steps,
-            self.rows_per_step,
-            self.layout.len(),
-        )
-    }
-}
-
-/// The modules named in the settings.
-fn targets(wanted: &TargetModules) -> Result<BTreeSet<Module>> {
-    let usage = |cause: String| Failure::Usage(format!("lora.target_modules: {cause}"));
-    let names = match wanted {
-        TargetModules::Named(name) if name == "all-linear" => return Ok(Module::ALL.into()),
-        TargetModules::Named(name) => std::slice::from_ref(name),
-        TargetModules::List(names) if names.is_empty() => {
-            return Err(usage("the list is empty".into()).into());
-        }
-        TargetModules::List(names) => names.as_slice(),
-    };
-    let known = Module::ALL.map(Module::name).join(", ");
-    let module = |name: &String| {
-        name.parse::<Module>().map_err(|_| {
-            usage(format!(
-                "`{name}` matches nothing; there are {known}, and all-linear"
-            ))
-        })
-    };
-    Ok(names.iter().map(module).collect::<Result<_, _>>()?)
-}
-
-/// Targets of a row; its first token has nothing to be predicted from.
-fn labels(row: &Row) -> usize {
-    row.labelled
-        .iter()
-        .skip(1)
-        .filter(|&&labelled| labelled)
-        .count()
-}
-
-/// The endless stream of rows: epoch after epoch, each in its own order.
-struct Stream<'a> {
-    rows: &'a [Row],
-    seed: u64,
-    shuffle: bool,
-    /// The epoch whose order is at hand.
-    epoch: Option<u32>,
-    order: Vec<usize>,
-}
-
-impl<'a> Stream<'a> {
-    fn new(rows: &'a [Row], seed: u64, shuffle: bool) -> Self {
-        Self {
-            rows,
-            seed,
-            shuffle,
-            epoch: None,
-            order: (0..rows.len()).collect(),
-        }
-    }
-
-    /// Row number `at` of the stream.
-    fn row(&mut self, at: u64) -> &'a Row {
-        let n = self.rows.len() as u64;
-        let epoch = (at / n) as u32;
-        if self.shuffle && self.epoch != Some(epoch) {
-            self.order = permutation(self.rows.len(), self.seed, epoch);
-            self.epoch = Some(epoch);
-        }
-        &self.rows[self.order[(at % n) as usize]]
-    }
-}
-
-/// Cuts rows into passes.
-fn passes<'a>(rows: &[&'a Row], packing: bool) -> Vec<Vec<qwen3::Row<'a>>> {
-    let mut passes: Vec<Vec<qwen3::Row>> = Vec::new();
-    let mut tokens = 0;
-    for row in rows {
-        if passes.is_empty() || !packing || tokens + row.ids.len() > PASS_TOKENS {
-            passes.push(Vec::new());
-            tokens = 0;
-        }
-        tokens += row.ids.len();
-        if let Some(last) = passes.last_mut() {
-            last.push(qwen3::Row {
-                number: row.number,
-                ids: &row.ids,
-                labelled: &row.labelled,
-            });
-        }
-    }
-    passes
-}
-
-/// A line of metrics.jsonl for an update.
-#[derive(Serialize)]
-struct StepLine {
-    step: u64,
-    epoch: f64,
-    /// Token mean of the negative log-likelihood over the step, in nats.
-    loss: f64,
-    /// Global norm of the gradient before clipping.
-    grad_norm: f64,
-    learning_rate: f64,
-    tokens: usize,
-    supervised_tokens: usize,
-}
-
-/// A line of metrics.jsonl for an evaluation.
-#[derive(Serialize)]
-struct EvalLine {
-    step: u64,
-    eval_loss: f64,
-    eval_perplexity: f64,
-    eval_tokens: usize,
-}
-
-/// A line of timing.jsonl.
-#[derive(Serialize)]
-struct TimeLine {
-    step: u64,
-    seconds: f64,
-    tokens_per_second: f64,
-    peak_memory_mb: Option<u64>,
-}
+use crate::stream::{Stream, passes};
+use crate::watch::Watch;
 
 /// A step that is queued and whose figures are still to come.
 struct Pending<B: Backend> {
@@ -232,30 +32,6 @@ struct Pending<B: Backend> {
     norm: B::Reading,
     started: Instant,
     queued: Instant,
-}
-
-/// Where lines go: the folder, and standard output as long as someone reads it.
-struct Lines {
-    folder: Folder,
-    stdout: Option<Output>,
-}
-
-impl Lines {
-    fn metric(&mut self, line: &impl Serialize) -> Result<()> {
-        let text = serde_json::to_string(line)?;
-        self.folder.metric(&text)?;
-        if let Some(out) = &mut self.stdout {
-            let written = out
-                .line(|out| writeln!(out, "{text}"))
-                .and_then(|()| out.flush());
-            match written {
-                // Training is worth more than its audience.
-                Err(WriteError::ReaderGone) => self.stdout = None,
-                other => other?,
-            }
-        }
-        Ok(())
-    }
 }
 
 /// What a run is made of, beside the model.
@@ -377,7 +153,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         let rows: Vec<&Row> = (0..plan.rows_per_step as u64)
             .map(|i| self.stream.row(first + i))
             .collect();
-        let supervised_tokens: usize = rows.iter().map(|row| labels(row)).sum();
+        let supervised_tokens: usize = rows.iter().map(|row| row.targets()).sum();
         let dropout = StepDropout {
             p: self.job.settings.lora.dropout as f32,
             seed: t.seed,
@@ -604,46 +380,6 @@ impl<'a, B: Backend> Trainer<'a, B> {
     }
 }
 
-/// The held-out losses so far: which was the best, and for how long none was better.
-struct Watch {
-    patience: u64,
-    /// Step and loss.
-    best: Option<(u64, f64)>,
-    worse: u64,
-}
-
-impl Watch {
-    /// From the evaluations that a resumed run has behind it.
-    fn new(training: &Training, seen: Vec<(u64, f64)>) -> Self {
-        let mut watch = Self {
-            patience: training.early_stopping_patience,
-            best: None,
-            worse: 0,
-        };
-        for (step, loss) in seen {
-            watch.see(step, loss);
-        }
-        watch
-    }
-
-    /// Takes note of an evaluation; whether it is the best so far.
-    fn see(&mut self, step: u64, loss: f64) -> bool {
-        let better = self.best.is_none_or(|(_, best)| loss < best);
-        if better {
-            self.best = Some((step, loss));
-            self.worse = 0;
-        } else {
-            self.worse += 1;
-        }
-        better
-    }
-
-    /// Whether patience has run out.
-    fn gave_up(&self) -> bool {
-        self.patience > 0 && self.worse >= self.patience
-    }
-}
-
 /// Writes an adapter with its card and settings; its weights come last, for their
 /// name is the sign that the run is finished.
 fn put_into(
@@ -667,18 +403,4 @@ fn put_into(
             .with_context(|| folder.join(name).display().to_string())?;
     }
     std::fs::remove_dir(&part).with_context(|| part.display().to_string())
-}
-
-/// The most memory that this process had at once, where the system says so.
-fn peak_memory_mb() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))?;
-    line.trim()
-        .strip_suffix(" kB")?
-        .trim()
-        .parse::<u64>()
-        .ok()
-        .map(|kb| kb / 1024)
 }

@@ -1,5 +1,6 @@
 //! `config/train.yaml`: the base model, the adapter and how it is trained.
 
+use indexmap::IndexMap;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::TextChoice;
@@ -148,7 +149,8 @@ impl<'de> Deserialize<'de> for Model {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum TargetModules {
-    /// `all-linear`: every projection of every layer.
+    /// `all-linear`: every projection of every layer; else a regular expression
+    /// that a module's whole name matches, such as `model.layers.0.mlp.up_proj`.
     Named(String),
     /// Names such as `q_proj`.
     List(Vec<String>),
@@ -175,6 +177,13 @@ pub struct Lora {
     pub dropout: f64,
     /// Which linear layers get one.
     pub target_modules: TargetModules,
+    /// Learn each weight's direction and its rows' lengths apart (DoRA, arXiv 2402.09353).
+    pub use_dora: bool,
+    /// Ranks of modules whose names end as a key does, or match it as a regular
+    /// expression; the first that fits holds.
+    pub rank_pattern: IndexMap<String, usize>,
+    /// The same for alpha.
+    pub alpha_pattern: IndexMap<String, f64>,
 }
 
 impl Default for Lora {
@@ -198,6 +207,9 @@ impl Default for Lora {
                 .map(String::from)
                 .into(),
             ),
+            use_dora: false,
+            rank_pattern: IndexMap::new(),
+            alpha_pattern: IndexMap::new(),
         }
     }
 }
@@ -213,6 +225,22 @@ pub enum Scheduler {
     Linear,
     /// Stays.
     Constant,
+}
+
+/// How AdamW keeps its moments.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Optim {
+    /// As 32-bit floats.
+    #[default]
+    #[serde(rename = "adamw", alias = "adamw_torch", alias = "adamw_torch_fused")]
+    AdamW,
+    /// In 8 bits, by blocks of 256 with a scale each (arXiv 2110.02861).
+    #[serde(
+        rename = "adamw_8bit",
+        alias = "adamw_bnb_8bit",
+        alias = "paged_adamw_8bit"
+    )]
+    AdamW8bit,
 }
 
 /// The run. An optimiser step is exactly `batch_size ×
@@ -232,6 +260,8 @@ pub struct Training {
     pub batch_size: usize,
     /// Micro-batches of a step.
     pub gradient_accumulation_steps: usize,
+    /// How the optimiser keeps its moments.
+    pub optim: Optim,
     /// Decoupled weight decay.
     pub weight_decay: f64,
     /// Steps in which the learning rate climbs from 0.
@@ -243,6 +273,14 @@ pub struct Training {
     pub lr_scheduler: Scheduler,
     /// Gradients are scaled down to this global norm.
     pub max_grad_norm: f64,
+    /// Uniform noise on the embeddings in training, scaled by this over the root of
+    /// a row's length times the width (NEFTune, arXiv 2310.05914).
+    pub neftune_noise_alpha: Option<f64>,
+    /// A step whose loss or gradient norm is above this many times the median of
+    /// the steps before is a spike; 0 watches for none.
+    pub spike_factor: f64,
+    /// Memory of the device that the run may take, such as `8GB`; none: what is free.
+    pub max_memory: Option<String>,
     /// Longest row, in tokens.
     pub max_seq_length: usize,
     /// What to do with a longer one.
@@ -273,11 +311,15 @@ impl Default for Training {
             learning_rate: 2e-4,
             batch_size: 4,
             gradient_accumulation_steps: 4,
+            optim: Optim::AdamW,
             weight_decay: 0.01,
             warmup_steps: 20,
             warmup_ratio: None,
             lr_scheduler: Scheduler::Cosine,
             max_grad_norm: 1.0,
+            neftune_noise_alpha: None,
+            spike_factor: 10.0,
+            max_memory: None,
             max_seq_length: 512,
             long_rows: LongRows::Refuse,
             save_steps: 50,
@@ -317,13 +359,15 @@ pub enum LossOn {
 }
 
 /// What of the data is used.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainData {
     /// Which text of a pair.
     pub text: TextChoice,
     /// Put before every conversation of a pair; empty for none.
     pub system_prompt: String,
+    /// The user's turn of a pair, a Jinja template over the record's fields.
+    pub prompt_template: String,
     /// Which tokens are learnt.
     pub loss_on: LossOn,
     /// For rows without `split`: the part that is held out, 0 to 1.
@@ -331,4 +375,17 @@ pub struct TrainData {
     /// A control: each training tweet gets another one's reply. An adapter
     /// trained so can learn how replies sound, not what they answer.
     pub shuffled_replies: bool,
+}
+
+impl Default for TrainData {
+    fn default() -> Self {
+        Self {
+            text: TextChoice::default(),
+            system_prompt: String::new(),
+            prompt_template: "{{ tweet }}".into(),
+            loss_on: LossOn::default(),
+            eval_fraction: 0.0,
+            shuffled_replies: false,
+        }
+    }
 }
