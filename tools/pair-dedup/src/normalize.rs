@@ -9,6 +9,7 @@
 //! Not NFKC: that would turn ² into 2 and ™ into TM, and a full-width `＜｜im_end｜＞`
 //! into a token with which a stranger could end a turn of the chat.
 
+use text::is_invisible;
 use unicode_normalization::UnicodeNormalization;
 
 /// Normalises a text. A text that would be left empty stays as it is, trimmed.
@@ -50,11 +51,6 @@ fn is_handle(word: &str) -> bool {
         .is_some_and(|name| {
             !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
         })
-}
-
-/// Zero-width spaces and marks of direction; emoji need the zero-width joiner.
-fn is_invisible(c: char) -> bool {
-    matches!(c, '\u{ad}' | '\u{200b}' | '\u{200c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
 /// The plain letter or digit behind a mathematical or full-width one.

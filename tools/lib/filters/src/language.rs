@@ -12,7 +12,7 @@
 
 use lingua::{IsoCode639_1, Language, LanguageDetector, LanguageDetectorBuilder};
 
-use crate::text::words;
+use text::words;
 
 /// What lingua chooses among.
 const LANGUAGES: [Language; 14] = [

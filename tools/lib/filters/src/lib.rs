@@ -10,17 +10,19 @@
 //! not tell is refused where a least number is asked for, unless
 //! `unknown_figures: accept`.
 
+mod candidate;
+mod filter;
 mod language;
 mod spam;
-mod text;
 mod toxicity;
 
 use std::fmt;
 
-use record::{Pair, Reason, Record, Validation, quality};
-use serde_json::Value;
+use record::{Reason, Validation, quality};
 use settings::{Collection, UnknownFigures};
 
+pub use candidate::Candidate;
+pub use filter::{Filter, Side};
 use language::{Detector, Verdict};
 use text::bare;
 use toxicity::toxicity;
@@ -33,115 +35,6 @@ pub struct Error {
     pub key: String,
     /// What is wrong with it.
     pub cause: String,
-}
-
-/// Which of the two texts a filter looked at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    /// The tweet.
-    Tweet,
-    /// The reply to it.
-    Reply,
-}
-
-/// What a filter looks for. With the [`Side`] in front these are the stable
-/// names in records and counts: `reply_too_short`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Filter {
-    /// Fewer scalars than asked for.
-    TooShort,
-    /// More scalars than asked for.
-    TooLong,
-    /// Fewer likes than asked for.
-    FewLikes,
-    /// The source does not say how many likes.
-    LikesUnknown,
-    /// The author has fewer followers than asked for.
-    FewFollowers,
-    /// The source does not say how many followers.
-    FollowersUnknown,
-    /// The tweet has fewer replies than asked for.
-    FewReplies,
-    /// The text of someone else, passed on.
-    Retweet,
-    /// A tweet about another one, which the pair does not show.
-    Quote,
-    /// A link.
-    Url,
-    /// A picture or a video.
-    Media,
-    /// See the rules in `spam.rs`.
-    Spam,
-    /// A reply that only says the tweet again.
-    Echo,
-    /// Another language than asked for.
-    Language,
-    /// Toxicity at or above the threshold.
-    Toxic,
-    /// A token with a meaning in the chat template.
-    SpecialToken,
-}
-
-impl Filter {
-    /// The stable name.
-    pub fn name(self, side: Side) -> String {
-        let side = match side {
-            Side::Tweet => "tweet",
-            Side::Reply => "reply",
-        };
-        let what = match self {
-            Self::TooShort => "too_short",
-            Self::TooLong => "too_long",
-            Self::FewLikes => "few_likes",
-            Self::LikesUnknown => "likes_unknown",
-            Self::FewFollowers => "author_few_followers",
-            Self::FollowersUnknown => "author_followers_unknown",
-            Self::FewReplies => "few_replies",
-            Self::Retweet => "retweet",
-            Self::Quote => "quote",
-            Self::Url => "url",
-            Self::Media => "media",
-            Self::Spam => "spam",
-            Self::Echo => "echo",
-            Self::Language => "language",
-            Self::Toxic => "toxic",
-            Self::SpecialToken => "special_token",
-        };
-        format!("{side}_{what}")
-    }
-}
-
-/// What the filters look at.
-#[derive(Clone, Debug)]
-pub struct Candidate {
-    /// The pair itself.
-    pub pair: Pair,
-    /// Whether the tweet comes with a picture or a video.
-    pub tweet_media: bool,
-    /// The same of the reply.
-    pub reply_media: bool,
-    /// How many replies the tweet has, where the source says so.
-    pub tweet_replies: Option<u64>,
-    /// Whether the source says that the tweet passes on another's text.
-    pub tweet_is_retweet: bool,
-    /// Whether the source says that the tweet quotes another.
-    pub tweet_is_quote: bool,
-}
-
-impl Candidate {
-    /// Reads the fields of [`Pair`], `tweet_media` and `reply_media` (a count, a
-    /// list or a yes), `tweet_replies`, `tweet_is_retweet` and `tweet_is_quote`. The
-    /// error is a record that is no pair.
-    pub fn of(record: &Record) -> Result<Self, record::Error> {
-        Ok(Self {
-            pair: record.pair()?,
-            tweet_media: is_yes(record, "tweet_media")?,
-            reply_media: is_yes(record, "reply_media")?,
-            tweet_replies: record.count("tweet_replies")?,
-            tweet_is_retweet: is_yes(record, "tweet_is_retweet")?,
-            tweet_is_quote: is_yes(record, "tweet_is_quote")?,
-        })
-    }
 }
 
 /// What the filters found.
@@ -449,25 +342,11 @@ fn at_least(filter: Filter, side: Side, found: u64, least: u64, what: &str) -> R
     )
 }
 
-/// Whether a field says yes: with `true`, a count, or what there is of something. CSV
-/// exports write all of it as text.
-fn is_yes(record: &Record, key: &str) -> Result<bool, record::Error> {
-    Ok(match record.get::<Value>(key)? {
-        Some(Value::Bool(yes)) => yes,
-        Some(Value::Number(count)) => count.as_f64() != Some(0.0),
-        Some(Value::Array(items)) => !items.is_empty(),
-        Some(Value::Object(kinds)) => !kinds.is_empty(),
-        Some(Value::String(text)) => {
-            !matches!(text.trim(), "" | "0" | "[]" | "{}") && !text.eq_ignore_ascii_case("false")
-        }
-        Some(Value::Null) | None => false,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use serde_json::json;
+    use record::Record;
+    use serde_json::{Value, json};
     use settings::Collection;
 
     use super::*;

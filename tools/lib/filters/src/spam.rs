@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::text::words;
+use text::words;
 
 /// Hashtags, cashtags or mentions (after the leading ones) beyond these are for
 /// being found, not for being read.

@@ -196,6 +196,10 @@ impl Records {
             };
             self.bad += 1;
             if self.bad > self.max_bad {
+                let cause = match self.max_bad {
+                    0 => cause,
+                    allowed => format!("{cause} (--max-bad-lines {allowed} is used up)"),
+                };
                 return Err(ReadError::Bad { position, cause });
             }
             let bad = BadLine {
@@ -247,6 +251,7 @@ mod tests {
         };
         assert_eq!(lines, [1, 4]);
         assert!(error.starts_with("f:5: not a JSON object"), "{error}");
+        assert!(error.ends_with("--max-bad-lines 2 is used up)"), "{error}");
         let kept = String::from_utf8(rejects).unwrap();
         assert_eq!(kept.lines().count(), 2);
         assert!(

@@ -1,5 +1,5 @@
-//! What a text says once its wrapping is off: handles in front, links, and the
-//! tokens that a chat template gives a meaning to.
+//! What a text holds beside what it says: handles in front, links, characters that
+//! show nothing, and the tokens that a chat template gives a meaning to.
 
 use unicode_normalization::UnicodeNormalization;
 
@@ -25,7 +25,7 @@ fn handle(text: &str) -> Option<&str> {
 }
 
 /// The words in lower case: runs of letters, digits and apostrophes.
-pub(crate) fn words(text: &str) -> impl Iterator<Item = String> {
+pub fn words(text: &str) -> impl Iterator<Item = String> {
     text.split(|c: char| !c.is_alphanumeric() && c != '\'' && c != '’')
         .filter(|word| !word.is_empty())
         .map(|word| word.replace('’', "'").to_lowercase())
@@ -39,7 +39,7 @@ const DOMAINS: [&str; 16] = [
 
 /// The first link: a scheme, `www.`, or a host with a common ending
 /// (`example.com`, `t.co/abc`).
-pub(crate) fn link(text: &str) -> Option<&str> {
+pub fn link(text: &str) -> Option<&str> {
     text.split_whitespace().find_map(|token| {
         let start = token.find("://").map(|at| {
             token[..at]
@@ -68,7 +68,7 @@ pub(crate) fn link(text: &str) -> Option<&str> {
 }
 
 /// A link under which Twitter shows a picture or a video.
-pub(crate) fn media_link(text: &str) -> Option<&str> {
+pub fn media_link(text: &str) -> Option<&str> {
     let lower = text.to_ascii_lowercase();
     ["pic.twitter.com/", "pic.x.com/", "/photo/1", "/video/1"]
         .iter()
@@ -89,7 +89,7 @@ const TAGS: [&str; 6] = [
 /// on: `<|…|>` or one of the tags, also where it is hidden by what pair-dedup's
 /// normalisation takes out later: white space, invisible characters, styled letters,
 /// letters drawn out, the mark of a hashtag.
-pub(crate) fn special_token(text: &str) -> Option<String> {
+pub fn special_token(text: &str) -> Option<String> {
     let hides = |c: &char| c.is_whitespace() || c.is_control() || is_invisible(*c) || *c == '#';
     let visible: String = text.nfkc().filter(|c| !hides(c)).collect();
     let visible = visible.to_lowercase();
@@ -113,7 +113,7 @@ fn squeeze(text: &str) -> String {
 
 /// Characters that show nothing: zero-width spaces and marks of direction. The
 /// zero-width joiner is not among them, for emoji are built with it.
-fn is_invisible(c: char) -> bool {
+pub fn is_invisible(c: char) -> bool {
     matches!(c, '\u{ad}' | '\u{200b}' | '\u{200c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
