@@ -265,7 +265,15 @@ fn wrong_use_names_the_remedy() {
         .never_says("\u{202e}");
     tool.run::<&str>(&[], &mixed(9))
         .exits(0)
-        .says("--rejects FILE");
+        .says("--rejects FILE")
+        .never_says("no pair passed");
+    let short = format!("{}\n", good(0)).replace("The late apple keeps best", "A");
+    tool.run::<&str>(
+        &[],
+        &short.replace(", so leave room for 0 more of those", ""),
+    )
+    .exits(0)
+    .says("no pair passed");
     // Standard output came first: a disk that is full for the rejects is still exit 4.
     tool.run(&["--rejects", "/dev/full"], &mixed(9))
         .exits(4)

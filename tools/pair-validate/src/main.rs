@@ -134,6 +134,11 @@ impl Tool for PairValidate {
             write_atomically(path, format!("{summary}\n").as_bytes())?;
         }
         self.tell(app, &by_reason);
+        if passed == 0 && refused > 0 {
+            app.warn(
+                "no pair passed: loosen what refuses most, under `collection` in the settings",
+            );
+        }
         app.count(counts);
         Ok(())
     }
