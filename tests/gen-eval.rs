@@ -252,7 +252,7 @@ fn to_f64(mut lora: Lora) -> Lora {
 fn oracle_nll(fixture: &Fixture, lora: Option<&Lora>, messages: &[Message]) -> (f64, usize) {
     let row = fixture
         .chat()
-        .encode_training(messages, LossOn::Reply)
+        .encode_training(messages, &[], LossOn::Reply)
         .unwrap();
     let mut batch = Batch::default();
     batch.push(&row.ids, &row.labelled);

@@ -83,7 +83,7 @@ impl Item {
             .map_err(|e| refuse(e.to_string()))?;
         messages.push(Message::assistant(&source.reference));
         let whole = chat
-            .encode_training(&messages, LossOn::Reply)
+            .encode_training(&messages, &[], LossOn::Reply)
             .map_err(|e| refuse(e.to_string()))?;
         if whole.ids.len().max(prompt.len() + 1) > config.max_positions {
             let (have, most) = (whole.ids.len(), config.max_positions);

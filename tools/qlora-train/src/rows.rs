@@ -52,6 +52,8 @@ struct Source {
     group: String,
     split: Option<Split>,
     messages: Vec<Message>,
+    /// Functions that the model may call, as JSON schemas.
+    tools: Vec<serde_json::Value>,
 }
 
 /// Reads, splits and encodes the data. Malformed lines within the allowance
@@ -209,6 +211,7 @@ fn source(record: Record, settings: &TrainSettings) -> Result<Source, record::Er
         )
     };
     Ok(Source {
+        tools: record.get("tools")?.unwrap_or_default(),
         split,
         position: String::new(),
         group: group.unwrap_or_default(),
@@ -330,7 +333,7 @@ fn encode(source: &Source, number: usize, settings: &TrainSettings, chat: &Chat)
         LossOn::All => qwen3::LossOn::All,
     };
     let mut encoded = chat
-        .encode_training(&source.messages, loss_on)
+        .encode_training(&source.messages, &source.tools, loss_on)
         .map_err(|error| refuse(error.to_string()))?;
     let (tokens, limit) = (encoded.ids.len(), settings.training.max_seq_length);
     let too_long = tokens > limit;

@@ -169,13 +169,23 @@ impl Chat {
         self.encode(&self.render(messages, &options)?)
     }
 
-    /// A whole conversation with the tokens to learn.
+    /// A whole conversation, in which the model may call `tools` (JSON schemas),
+    /// with the tokens to learn.
     ///
     /// # Errors
     /// If the template refuses the messages, or the number of assistant turns
     /// in the text is not that of the messages.
-    pub fn encode_training(&self, messages: &[Message], loss_on: LossOn) -> Result<Encoded> {
-        let text = self.render(messages, &RenderOptions::default())?;
+    pub fn encode_training(
+        &self,
+        messages: &[Message],
+        tools: &[Value],
+        loss_on: LossOn,
+    ) -> Result<Encoded> {
+        let options = RenderOptions {
+            tools: tools.to_vec(),
+            ..RenderOptions::default()
+        };
+        let text = self.render(messages, &options)?;
         let encoding = self
             .tokenizer
             .encode(text.as_str(), false)

@@ -10,7 +10,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{AutoEscape, Environment, ErrorKind};
 use minijinja_contrib::pycompat::unknown_method_callback;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value as Json};
 
 /// One turn of a conversation.
@@ -18,11 +18,16 @@ use serde_json::{Map, Value as Json};
 pub struct Message {
     /// `system`, `user`, `assistant` or `tool`.
     pub role: String,
-    /// The text.
+    /// The text; `null`, as where a turn is nothing but tool calls, is an empty one.
+    #[serde(deserialize_with = "null_is_empty")]
     pub content: String,
     /// What else the template looks at: `reasoning_content`, `tool_calls`.
     #[serde(flatten)]
     pub rest: Map<String, Json>,
+}
+
+fn null_is_empty<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    Option::<String>::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
 impl Message {
