@@ -146,6 +146,6 @@ data = "".join(json.dumps(line, default=lambda x: x.item()) + "\n" for line in l
 provenance = {
     "script": "dump.py", "date": sys.argv[1], "python": sys.version.split()[0],
     **{p: version(p) for p in ("numpy", "scipy", "statsmodels")},
-    "seed": SEED, "resamples": RESAMPLES, "repeats": REPEATS, "sha256": hashlib.sha256(data).hexdigest(),
+    "seed": SEED, "resamples": RESAMPLES, "repeats": REPEATS, "sha256": {"cases.jsonl": hashlib.sha256(data).hexdigest()},
 }
 (HERE / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")

@@ -23,6 +23,6 @@ data = "".join(json.dumps(line) + "\n" for line in lines).encode()
 (HERE / "cases.jsonl").write_bytes(data)
 provenance = {
     "script": "dump.py", "date": sys.argv[1], "python": sys.version.split()[0], **VERSIONS,
-    "pairs": PAIRS, "seed": SEED, "sha256": hashlib.sha256(data).hexdigest(),
+    "pairs": PAIRS, "seed": SEED, "sha256": {"cases.jsonl": hashlib.sha256(data).hexdigest()},
 }
 (HERE / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")

@@ -59,6 +59,6 @@ digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
 (HERE / "provenance.json").write_text(json.dumps({
     "made_by": "make.py",
     "date": "2026-11-23",
-    "sha256": {"cases.json": digest(HERE / "cases.json"), "model.safetensors": digest(MODEL / "model.safetensors")},
+    "sha256": {"cases.json": digest(HERE / "cases.json"), "../../demo/model/model.safetensors": digest(MODEL / "model.safetensors")},
     "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
 }, indent=2) + "\n")
