@@ -151,7 +151,7 @@ $(PAIRS)/valid.jsonl: $(RAW)/pairs.jsonl $(PAIRS)/validate.key
 	@mv $@.part $@
 
 $(PAIRS)/pairs.jsonl: $(PAIRS)/valid.jsonl $(PAIRS)/dedup.key | $(MINILM)/model.safetensors
-	$(lock) $(BIN)/pair-dedup --config $(CONFIG)/data.yaml --dropped $(PAIRS)/dropped.jsonl $(call log,dedup) < $< > $@.part
+	$(lock) $(BIN)/pair-dedup --config $(CONFIG)/data.yaml --dropped $(PAIRS)/dropped.jsonl --summary $(PAIRS)/dedup-summary.json $(call log,dedup) < $< > $@.part
 	@mv $@.part $@
 
 $(MINILM)/model.safetensors:

@@ -206,8 +206,31 @@ fn doing_it_again_changes_nothing_and_order_does_not_matter() {
 fn kept_and_dropped_together_are_the_input_and_every_keeper_stays() {
     let tool = tool();
     let input = pairs();
-    let kept = run(&tool, &[], &text(&input)).records();
+    let kept = run(&tool, &["--summary", "summary.json"], &text(&input)).records();
     let dropped = lines(&tool.read("dropped.jsonl"));
+
+    let summary: Value = serde_json::from_str(&tool.read("summary.json")).unwrap();
+    let mut reasons = BTreeMap::<&str, u64>::new();
+    for record in &dropped {
+        *reasons
+            .entry(record["dropped"]["reason"].as_str().unwrap())
+            .or_default() += 1;
+    }
+    assert!(reasons.len() > 1, "{reasons:?}");
+    assert_eq!(summary["reasons"], serde_json::json!(reasons));
+    assert_eq!(
+        [&summary["in"], &summary["out"], &summary["rejected"]],
+        [input.len(), kept.len(), dropped.len()]
+    );
+    let settings = summary["settings"].to_string();
+    assert!(
+        settings.contains("deduplication.similarity_threshold = 0.9"),
+        "{settings}"
+    );
+    assert!(
+        !settings.contains("deduplication.model"),
+        "where it lies is nobody's business"
+    );
 
     let mut all: BTreeMap<&str, Value> = BTreeMap::new();
     for record in kept.iter().chain(&dropped) {

@@ -118,6 +118,11 @@ fn validated_and_rejected_together_are_the_input() {
     assert_eq!(summary["in"], 5000);
     assert_eq!(summary["out"], valid.len());
     assert_eq!(summary["rejected"], rejected.len());
+    let settings = summary["settings"].to_string();
+    assert!(
+        settings.contains("collection.reply_filters.min_length = "),
+        "{settings}"
+    );
     let mut counts = BTreeMap::<String, u64>::new();
     for reason in rejected
         .iter()

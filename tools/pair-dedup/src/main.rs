@@ -18,10 +18,10 @@ use std::sync::Mutex;
 
 use anyhow::Context;
 use clap::Parser;
-use cli::{App, Common, Counts, Failure, Flags, Tool};
+use cli::{App, Common, Counts, Failure, Flags, PrintConfig, Signature, Tool};
 use embed::{DIM, Embedder};
-use jsonl::{Lines, Output, Records, Rejects};
-use record::{Dropped, Duplicate, Pair, Record, Split, Validation, quality};
+use jsonl::{Lines, Output, Records, Rejects, write_atomically};
+use record::{Dropped, Duplicate, Pair, Record, Split, Summary, Validation, quality};
 use settings::{DataSettings, Deduplication};
 
 use crate::near::{Near, Vectors, drop_near, join_near};
@@ -41,6 +41,9 @@ struct PairDedup {
     /// Where dropped pairs go, each with its keeper and cosines, and malformed lines
     #[arg(long, value_name = "FILE")]
     dropped: Option<PathBuf>,
+    /// Where the counts and the settings go, as one JSON object
+    #[arg(long, value_name = "FILE")]
+    summary: Option<PathBuf>,
     /// Folder of the sentence model [default: data/cache/models/all-MiniLM-L6-v2]
     #[arg(long, value_name = "DIR")]
     model: Option<String>,
@@ -122,6 +125,9 @@ impl Tool for PairDedup {
         self.check(settings)?;
 
         let mut dropped = app.rejects("--dropped", self.dropped.as_deref())?;
+        if let Some(path) = &self.summary {
+            app.claim("--summary", path)?;
+        }
         let (mut rows, bad) = self.read(&mut dropped)?;
         let read = rows.len();
         rows.sort_by(Row::compare);
@@ -151,6 +157,10 @@ impl Tool for PairDedup {
         }
         out.finish()?;
         gone.sort_by(|(a, _), (b, _)| Row::compare(a, b));
+        let mut reasons = BTreeMap::new();
+        for (_, why) in &gone {
+            *reasons.entry(why.reason.name().to_owned()).or_default() += 1;
+        }
         if dropped.are_kept() {
             for (mut row, why) in gone.drain(..) {
                 add_texts(&mut row)?;
@@ -173,6 +183,27 @@ impl Tool for PairDedup {
             written - held_out,
         ));
         let [read, written] = [read, written].map(|n| n as u64);
+        if let Some(path) = &self.summary {
+            // Where the sentence model lies decides nothing.
+            let shown = resolved.show(PrintConfig::Key);
+            let lines = shown
+                .lines()
+                .filter(|l| !l.starts_with("deduplication.model "));
+            let settings: Vec<String> = lines.map(String::from).collect();
+            let hash = cli::sha256_hex(settings.join("\n").as_bytes());
+            let summary = Summary {
+                v: record::VERSION,
+                tool: NAME.into(),
+                read: read + bad,
+                written,
+                rejected: read - written,
+                bad_lines: bad,
+                reasons,
+                settings,
+                signature: Signature::new(NAME).with_hash("config", &hash).to_string(),
+            };
+            write_atomically(path, (serde_json::to_string(&summary)? + "\n").as_bytes())?;
+        }
         app.count(Counts {
             read: read + bad,
             written,

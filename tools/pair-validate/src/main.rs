@@ -9,12 +9,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
-use cli::{App, Common, Counts, Failure, Flags, Signature, Tool};
+use cli::{App, Common, Counts, Failure, Flags, PrintConfig, Signature, Tool};
 use filters::{Candidate, Checked, Filters};
 use jsonl::{Lines, Output, Records, Rejects, write_atomically};
 use rayon::prelude::*;
-use record::{Record, Rejected, count_by_reason};
-use serde_json::json;
+use record::{Record, Rejected, Summary, count_by_reason};
 use settings::DataSettings;
 
 const NAME: &str = "pair-validate";
@@ -34,7 +33,7 @@ struct PairValidate {
     /// Where refused pairs go, with their reasons, and malformed lines (see --max-bad-lines)
     #[arg(long, value_name = "FILE")]
     rejects: Option<PathBuf>,
-    /// Where the counts go, as one JSON object
+    /// Where the counts and the settings go, as one JSON object
     #[arg(long, value_name = "FILE")]
     summary: Option<PathBuf>,
     #[command(flatten)]
@@ -121,17 +120,24 @@ impl Tool for PairValidate {
             rejected: refused + bad,
         };
         if let Some(path) = &self.summary {
-            let summary = json!({
-                "v": record::VERSION,
-                "tool": NAME,
-                "in": counts.read,
-                "out": counts.written,
-                "rejected": refused,
-                "bad_lines": bad,
-                "reasons": by_reason,
-                "signature": Signature::new(NAME).with_hash("config", &resolved.sha256()).to_string(),
-            });
-            write_atomically(path, format!("{summary}\n").as_bytes())?;
+            let summary = Summary {
+                v: record::VERSION,
+                tool: NAME.into(),
+                read: counts.read,
+                written: counts.written,
+                rejected: refused,
+                bad_lines: bad,
+                reasons: by_reason.clone(),
+                settings: resolved
+                    .show(PrintConfig::Key)
+                    .lines()
+                    .map(String::from)
+                    .collect(),
+                signature: Signature::new(NAME)
+                    .with_hash("config", &resolved.sha256())
+                    .to_string(),
+            };
+            write_atomically(path, (serde_json::to_string(&summary)? + "\n").as_bytes())?;
         }
         self.tell(app, &by_reason);
         if passed == 0 && refused > 0 {

@@ -158,7 +158,7 @@ fn read_data(folder: &Path) -> Result<Option<Data>> {
     lines(&folder.join("dropped.jsonl"), |record| {
         // Malformed lines that were put up with stand there too.
         if let Some(dropped) = record.get::<Dropped>("dropped")? {
-            let reason = format!("{:?}", dropped.reason).to_lowercase();
+            let reason = dropped.reason.name().to_owned();
             *data.dropped.entry(reason).or_default() += 1;
         }
         Ok(())

@@ -16,9 +16,10 @@ use indexmap::IndexMap;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::value::RawValue;
+use serde_json::{Map, Value};
 
 pub use pair::{BadLine, Pair, Reason, Rejected, Split, count, count_by_reason, text_id};
-pub use stages::{Dropped, Duplicate, Validation, quality};
+pub use stages::{Dropped, Duplicate, Summary, Validation, quality};
 
 /// The newest record version that this build understands.
 pub const VERSION: u64 = 1;
@@ -89,6 +90,18 @@ impl Record {
     /// A field's value; missing or `null` is an error that names it.
     pub fn require<T: DeserializeOwned>(&self, key: &str) -> Result<T, Error> {
         self.get(key)?.ok_or_else(|| Error::Missing(key.to_owned()))
+    }
+
+    /// Every field's value, for those who look fields up by name.
+    pub fn values(&self) -> Result<Map<String, Value>, Error> {
+        let value = |(key, raw): (&String, &Box<RawValue>)| {
+            let value = serde_json::from_str(raw.get()).map_err(|e| Error::Field {
+                key: key.clone(),
+                cause: e.to_string(),
+            })?;
+            Ok((key.clone(), value))
+        };
+        self.fields.iter().map(value).collect()
     }
 
     /// A figure: a whole number, see [`count`].

@@ -1,5 +1,7 @@
 //! What pair-validate and pair-dedup say of a pair.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 /// What is added, as `validation`, to a pair that passed every filter.
@@ -19,6 +21,31 @@ pub struct Validation {
     pub reply_toxicity: f64,
     /// See [`quality`].
     pub quality: f64,
+}
+
+/// What a stage did to the pairs, as it is written beside them and into a model card.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    /// Version of this object.
+    pub v: u64,
+    /// The tool.
+    pub tool: String,
+    /// Lines read.
+    #[serde(rename = "in")]
+    pub read: u64,
+    /// Pairs written.
+    #[serde(rename = "out")]
+    pub written: u64,
+    /// Pairs refused or dropped.
+    pub rejected: u64,
+    /// Malformed lines passed over.
+    pub bad_lines: u64,
+    /// Refusals by reason; a pair can have several.
+    pub reasons: BTreeMap<String, u64>,
+    /// `key = value` lines of the settings it worked by.
+    pub settings: Vec<String>,
+    /// What its figures depend on.
+    pub signature: String,
 }
 
 /// How good an example a reply is, 0 to 1: what decides which of two near pairs
@@ -67,6 +94,17 @@ pub enum Duplicate {
     Semantic,
     /// Another reading of the pair with the same id.
     Id,
+}
+
+impl Duplicate {
+    /// As records and summaries spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Semantic => "semantic",
+            Self::Id => "id",
+        }
+    }
 }
 
 #[cfg(test)]
