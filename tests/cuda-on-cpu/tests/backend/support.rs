@@ -2,7 +2,7 @@
 
 use cuda_on_cpu::{Emulated, Order};
 use engine::cuda::Nvidia;
-use engine::{Backend, Cpu, Cuda};
+use engine::{Backend, Cuda, Rounded};
 use half::bf16;
 
 /// Random values: SplitMix64, uniform in ±1.
@@ -41,7 +41,7 @@ pub trait Machine: Backend {
     }
 }
 
-impl Machine for Cpu {
+impl Machine for Rounded {
     fn act(&self, values: &[f32]) -> Vec<f32> {
         values.iter().map(|&v| bf16::from_f32(v).to_f32()).collect()
     }

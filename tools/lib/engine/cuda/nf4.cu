@@ -34,3 +34,206 @@ nf4_decode(const u8 *__restrict__ codes, const u8 *__restrict__ nested,
   store8(out + i, v);
 }
 EXPORT(nf4_decode)
+
+// A quantised weight [outputs, inputs] of a group, and its first output column.
+struct Quantised {
+  const u8 *codes, *nested;
+  const float *absmax;
+  float offset;
+  u32 outputs, column;
+};
+
+// Products of few tokens, which read the weights as they are stored. The scale
+// of block b as `nf4_decode` computes it.
+DEVICE float scale_of(const Quantised &w, const float *map, size_t b) {
+  return w.nested ? add_rn(mul_rn(map[w.nested[b]], w.absmax[b / 256]), w.offset) : w.absmax[b];
+}
+
+constexpr int SPLIT = 8;    // warps of a block: they share its outputs and split the inputs
+constexpr int OUTPUTS = 32; // of a block: two tiles of the tensor cores
+constexpr int PIECE = 128;  // inputs that a warp takes at a time, 32 a lane
+
+// 32 weights of each of a lane's four rows, as they are stored.
+struct Weights {
+  uint4 codes[4];
+  float scale[4];
+};
+
+DEVICE u32 word(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// out [tokens, width] = x Wᵀ (+ residual) for up to 8 N tokens and the outputs
+// from `first` on. The inputs of a product may be taken in any order, if weights
+// and tokens agree: so a lane's are neighbours, and travel sixteen bytes at a time.
+// Weights become bf16 as `nf4_decode` makes them, sums are f32, and those of the
+// warps are added in order.
+template <int N>
+DEVICE void nf4_product(const Quantised &w, u32 first, const float *map, const bf16 *x, u32 tokens,
+                        u32 inputs, const bf16 *residual, u32 width, bf16 *out) {
+  SHARED(float, levels, 16);
+  SHARED(float, scales, 256);
+  SHARED(float, partial, SPLIT * N * 8 * (OUTPUTS + 4)); // the padding spreads tokens over the banks
+  if (threadIdx.x < 16) levels[threadIdx.x] = LEVELS[threadIdx.x];
+  if (w.nested) scales[threadIdx.x] = map[threadIdx.x];
+  sync_block();
+  const int g = lane() / 4, c = lane() % 4;
+  auto load = [&](Weights &to, u32 piece) {
+    for (int i = 0; i < 4; i++) {
+      const u32 row = first + i * 8 + g;
+      const size_t at = (size_t)row * inputs + piece * PIECE + c * 32;
+      const bool there = row < w.outputs && piece < inputs / PIECE;
+      to.codes[i] = there ? load16(w.codes + at / 2) : uint4{0, 0, 0, 0};
+      to.scale[i] = there ? scale_of(w, scales, at / 64) : 0.0f;
+    }
+  };
+  float acc[2][N][4] = {};
+  Weights now, next;
+  load(next, warp());
+  for (u32 piece = warp(); piece < inputs / PIECE; piece += SPLIT) {
+    now = next;
+    load(next, piece + SPLIT); // under way while this piece is multiplied
+#pragma unroll
+    for (int q = 0; q < 4; q++) { // eight inputs, two steps of the tensor cores
+      uint4 tile[N];
+#pragma unroll
+      for (int n = 0; n < N; n++) {
+        const u32 token = n * 8 + g;
+        const size_t at = (size_t)token * inputs + piece * PIECE + c * 32 + q * 8;
+        tile[n] = token < tokens ? load16(x + at) : uint4{0, 0, 0, 0};
+      }
+#pragma unroll
+      for (int m = 0; m < 2; m++) {
+        // Row 16 m + g, then 8 below: pairs of neighbours, the earlier in the low half.
+        u32 pairs[2][4];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const u32 codes = word(now.codes[2 * m + h], q);
+          const float by = now.scale[2 * m + h];
+#pragma unroll
+          for (int b = 0; b < 4; b++) // the earlier value is in the high half of its byte
+            pairs[h][b] = pack(mul_rn(levels[codes >> (8 * b + 4) & 15], by),
+                               mul_rn(levels[codes >> 8 * b & 15], by));
+        }
+#pragma unroll
+        for (int step = 0; step < 2; step++) {
+          const u32 a[4] = {pairs[0][2 * step], pairs[1][2 * step], pairs[0][2 * step + 1],
+                            pairs[1][2 * step + 1]};
+#pragma unroll
+          for (int n = 0; n < N; n++)
+            multiply(acc[m][n], a, word(tile[n], 2 * step), word(tile[n], 2 * step + 1));
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < 2; m++)
+    for (int n = 0; n < N; n++)
+      for (int e = 0; e < 4; e++) {
+        const int token = n * 8 + 2 * c + e % 2, output = m * 16 + g + e / 2 * 8;
+        partial[(warp() * N * 8 + token) * (OUTPUTS + 4) + output] = acc[m][n][e];
+      }
+  sync_block();
+  for (int i = threadIdx.x; i < N * 8 * OUTPUTS; i += blockDim.x) {
+    const u32 token = i / OUTPUTS, output = i % OUTPUTS;
+    if (token >= tokens || first + output >= w.outputs) continue;
+    float sum = 0;
+    for (int s = 0; s < SPLIT; s++) sum += partial[(s * N * 8 + token) * (OUTPUTS + 4) + output];
+    const size_t at = (size_t)token * width + w.column + first + output;
+    out[at] = narrow(residual ? sum + widen(residual[at].bits) : sum);
+  }
+}
+
+DEVICE u32 blocks_of(const Quantised &w) { return (w.outputs + OUTPUTS - 1) / OUTPUTS; }
+
+// Up to three weights that share their input; a block is 32 outputs of one.
+#define NF4_PRODUCT(N)                                                                             \
+  KERNEL(256)                                                                                      \
+  nf4_product_##N(const u8 *codes0, const u8 *nested0, const float *absmax0, float offset0,        \
+                  u32 outputs0, u32 column0, const u8 *codes1, const u8 *nested1,                  \
+                  const float *absmax1, float offset1, u32 outputs1, u32 column1,                  \
+                  const u8 *codes2, const u8 *nested2, const float *absmax2, float offset2,        \
+                  u32 outputs2, u32 column2, const float *map, const bf16 *x, u32 tokens,          \
+                  u32 inputs, const bf16 *residual, u32 width, bf16 *out) {                        \
+    Quantised w = {codes0, nested0, absmax0, offset0, outputs0, column0};                          \
+    u32 block = blockIdx.x;                                                                        \
+    if (block >= blocks_of(w)) {                                                                   \
+      block -= blocks_of(w);                                                                       \
+      w = Quantised{codes1, nested1, absmax1, offset1, outputs1, column1};                         \
+      if (block >= blocks_of(w)) {                                                                 \
+        block -= blocks_of(w);                                                                     \
+        w = Quantised{codes2, nested2, absmax2, offset2, outputs2, column2};                       \
+      }                                                                                            \
+    }                                                                                              \
+    nf4_product<N / 8>(w, block * OUTPUTS, map, x, tokens, inputs, residual, width, out);          \
+  }                                                                                                \
+  EXPORT(nf4_product_##N)
+
+NF4_PRODUCT(8)
+NF4_PRODUCT(16)
+NF4_PRODUCT(32)
+
+DEVICE float value(const bf16 *x, u64 i) { return widen(x[i].bits); }
+DEVICE float value(const float *x, u64 i) { return x[i]; }
+
+// Codes and scale of blocks of 64 values; a warp a block, a byte a lane. The
+// arithmetic of engine::nf4, step by step. `count` is even; a scale that is not
+// finite tells of a value that is not.
+template <class T> DEVICE void nf4_quantize(const T *x, u64 count, u8 *codes, float *absmax) {
+  SHARED(float, midpoints, 16); // halfway between neighbouring levels
+  if (threadIdx.x < 15)
+    midpoints[threadIdx.x] = mul_rn(add_rn(LEVELS[threadIdx.x], LEVELS[threadIdx.x + 1]), 0.5f);
+  sync_block();
+  const u64 block = global_thread() / 32, i = block * 64 + lane() * 2;
+  if (block * 64 >= count) return;
+  const float v[2] = {i < count ? value(x, i) : 0.0f, i < count ? value(x, i + 1) : 0.0f};
+  // Magnitudes compare as their bits do, and NaN above all.
+  u32 most = max(as_bits(v[0]) & 0x7fffffffu, as_bits(v[1]) & 0x7fffffffu);
+  for (int mask = 16; mask; mask >>= 1) most = max(most, shuffle_xor(most, mask));
+  const float reciprocal = 1.0f / fmaxf(as_float(most), 1e-38f);
+  u32 code[2];
+  for (int e = 0; e < 2; e++) { // how many midpoints are below
+    const float s = mul_rn(v[e], reciprocal);
+    u32 n = 0;
+    for (u32 step = 8; step; step /= 2)
+      if (midpoints[n + step - 1] < s) n += step;
+    code[e] = n;
+  }
+  if (i < count) codes[i / 2] = (u8)(code[0] << 4 | code[1]);
+  if (lane() == 0) absmax[block] = as_float(most);
+}
+
+KERNEL(256)
+nf4_quantize_bf16(const bf16 *__restrict__ x, u64 count, u8 *__restrict__ codes,
+                  float *__restrict__ absmax) {
+  nf4_quantize(x, count, codes, absmax);
+}
+EXPORT(nf4_quantize_bf16)
+
+KERNEL(256)
+nf4_quantize_f32(const float *__restrict__ x, u64 count, u8 *__restrict__ codes,
+                 float *__restrict__ absmax) {
+  nf4_quantize(x, count, codes, absmax);
+}
+EXPORT(nf4_quantize_f32)
+
+// Double quantisation: 256 scales a block of threads, their distance from
+// `offset` as the nearest of `map`, ascending, by their largest.
+KERNEL(256)
+nf4_nest(const float *__restrict__ scales, u64 count, float offset, const float *__restrict__ map,
+         u8 *__restrict__ nested, float *__restrict__ absmax) {
+  SHARED(float, values, 256);
+  SHARED(float, partial, 32);
+  values[threadIdx.x] = map[threadIdx.x];
+  const u64 i = global_thread();
+  const float d = i < count ? add_rn(scales[i], -offset) : 0.0f;
+  const float most = block_max(fabsf(d), partial);
+  if (threadIdx.x == 0) absmax[blockIdx.x] = most;
+  if (i >= count) return;
+  const float s = mul_rn(d, 1.0f / most); // 0 · ∞ is NaN, which takes code 0
+  u32 below = 0;                           // entries less than s, but for the last
+  for (u32 step = 128; step; step /= 2)
+    if (values[below + step - 1] < s) below += step;
+  const u32 upper = max(below, 1u), lower = upper - 1;
+  const float midpoint = mul_rn(add_rn(values[lower], values[upper]), 0.5f);
+  nested[i] = (u8)(s < midpoint ? lower : s > midpoint ? upper : lower + lower % 2);
+}
+EXPORT(nf4_nest)

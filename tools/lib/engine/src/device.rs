@@ -93,6 +93,7 @@ impl Error {
             Self::OutOfMemory { .. } => {
                 "use smaller batches, recompute layers, or a device with more memory"
             }
+            Self::Unfit(_) => "the weights are damaged: fetch the model again",
             Self::Device { remedy, .. } => remedy,
         }
     }

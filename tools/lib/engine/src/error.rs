@@ -1,5 +1,7 @@
 //! What can go wrong below the model.
 
+use crate::nf4;
+
 /// A failure of the machine, not of the caller: shapes that do not fit are bugs
 /// and panic.
 #[derive(Debug, thiserror::Error)]
@@ -12,6 +14,9 @@ pub enum Error {
         /// How much was asked for.
         bytes: usize,
     },
+    /// A weight cannot be quantised.
+    #[error(transparent)]
+    Unfit(#[from] nf4::Error),
     /// It is missing, too old, or stopped working.
     #[error("{problem}; {remedy}")]
     Device {

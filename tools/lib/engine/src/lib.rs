@@ -19,6 +19,7 @@ mod backend;
 mod cpu;
 pub mod cuda;
 pub mod device;
+pub mod dynamic;
 mod error;
 mod matrix;
 pub mod nf4;
@@ -26,12 +27,12 @@ mod ragged;
 pub mod rng;
 
 pub use backend::{
-    AdamW, Adapter, Backend, Cache, Dropout, Group, Heads, LinearGrad, Member, QkNorms, Reading,
-    Sampling, Stretch,
+    AdamW, Adapter, Backend, Cache, Dora, Dropout, Group, Heads, LinearGrad, MOMENT_BLOCK, Member,
+    Neftune, QkNorms, Reading, Sampling, Stretch,
 };
-pub use cpu::{Cpu, Workspace};
+pub use cpu::{Cpu, Rounded, Workspace};
 pub use cuda::Cuda;
 pub use device::{Choice, Device};
 pub use error::{Error, Result};
-pub use matrix::{HostMatrix, MatrixData};
+pub use matrix::{HostMatrix, MatrixData, MatrixKind};
 pub use ragged::Ragged;

@@ -3,7 +3,7 @@
 
 use half::bf16;
 
-use crate::nf4::Nf4Tensor;
+use crate::nf4::{self, Nf4Tensor};
 
 /// A weight `[rows, cols]`, row-major: `y = x Wᵀ` maps `cols` features to `rows`.
 #[derive(Debug, Clone)]
@@ -27,7 +27,29 @@ pub enum MatrixData {
     Nf4(Nf4Tensor),
 }
 
+/// How the values of a matrix are stored, without them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MatrixKind {
+    /// 32-bit floats.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// NF4, its scales quantised again.
+    Nf4,
+}
+
 impl HostMatrix {
+    /// Shape and storage without the values. A backend takes it for nothing and
+    /// tells what the filled one would need; nothing can be computed with it.
+    pub fn hollow([rows, cols]: [usize; 2], kind: MatrixKind) -> Self {
+        let data = match kind {
+            MatrixKind::F32 => MatrixData::F32(Vec::new()),
+            MatrixKind::Bf16 => MatrixData::Bf16(Vec::new()),
+            MatrixKind::Nf4 => MatrixData::Nf4(Nf4Tensor::hollow([rows, cols])),
+        };
+        Self { rows, cols, data }
+    }
+
     /// A matrix of 32-bit floats.
     ///
     /// # Panics
@@ -64,11 +86,24 @@ impl HostMatrix {
         }
     }
 
-    /// Bytes the values take as stored.
+    /// Its values in NF4, the scales quantised as well; on all threads of the pool.
+    ///
+    /// # Errors
+    /// If a value is not finite.
+    pub fn quantize(&self) -> Result<Nf4Tensor, nf4::Error> {
+        let shape = [self.rows, self.cols];
+        match &self.data {
+            MatrixData::F32(values) => Nf4Tensor::quantize(shape, values, true),
+            MatrixData::Bf16(values) => Nf4Tensor::quantize(shape, values, true),
+            MatrixData::Nf4(tensor) => Ok(tensor.clone()),
+        }
+    }
+
+    /// Bytes the values take as stored; a hollow matrix counts as a filled one.
     pub fn bytes(&self) -> usize {
         match &self.data {
-            MatrixData::F32(v) => v.len() * 4,
-            MatrixData::Bf16(v) => v.len() * 2,
+            MatrixData::F32(_) => self.rows * self.cols * size_of::<f32>(),
+            MatrixData::Bf16(_) => self.rows * self.cols * size_of::<bf16>(),
             MatrixData::Nf4(t) => t.bytes(),
         }
     }

@@ -13,10 +13,11 @@
 //! numbers to zero is not imitated.
 
 use std::ops::Range;
-use std::sync::LazyLock;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
+
+use crate::dynamic::Dynamic;
 
 /// Values that share one `absmax`.
 pub const BLOCK: usize = 64;
@@ -153,7 +154,7 @@ impl Absmax {
             codes.extend(
                 block
                     .iter()
-                    .map(|&s| dynamic_code((s - offset) * reciprocal)),
+                    .map(|&s| Dynamic::signed().code((s - offset) * reciprocal)),
             );
             absmax.push(largest);
         }
@@ -187,13 +188,16 @@ impl Absmax {
             Self::Nested { codes, .. } => codes.len(),
         }
     }
+}
 
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Plain(scales) => 4 * scales.len(),
-            Self::Nested { codes, absmax, .. } => codes.len() + 4 * absmax.len() + 4,
+/// Bytes of so many values: codes and scales.
+pub(crate) fn bytes(values: usize, nested: bool) -> usize {
+    let blocks = values.div_ceil(BLOCK);
+    values.div_ceil(2)
+        + match nested {
+            false => 4 * blocks,
+            true => blocks + 4 * blocks.div_ceil(NESTED_BLOCK),
         }
-    }
 }
 
 /// A matrix `[rows, cols]` in NF4.
@@ -232,21 +236,9 @@ impl Nf4Tensor {
                     *scale = quantize_block(values, packed);
                 }
             });
-        if let Some(block) = scales.iter().position(|s| !s.is_finite()) {
-            let at = (block * BLOCK..n)
-                .find(|&i| !values[i].widen().is_finite())
-                .expect("a scale is finite unless a value of its block is not");
-            let value = values[at].widen();
-            return Err(Error::NotFinite {
-                value,
-                row: at / cols,
-                column: at % cols,
-            });
-        }
-
+        check_finite([rows, cols], &scales, values)?;
         let absmax = if double_quant && !scales.is_empty() {
-            let sum: f64 = scales.iter().map(|&s| f64::from(s)).sum();
-            Absmax::nest(&scales, (sum / scales.len() as f64) as f32)
+            Absmax::nest(&scales, mean(&scales))
         } else {
             Absmax::Plain(scales)
         };
@@ -301,9 +293,24 @@ impl Nf4Tensor {
         &self.absmax
     }
 
-    /// Bytes held: codes and scales.
+    /// Bytes held: codes and scales; a hollow tensor counts as a filled one.
     pub fn bytes(&self) -> usize {
-        self.packed.len() + self.absmax.bytes()
+        let nested = matches!(self.absmax, Absmax::Nested { .. });
+        bytes(self.rows * self.cols, nested)
+    }
+
+    /// Shape without values, doubly quantised.
+    pub(crate) fn hollow([rows, cols]: [usize; 2]) -> Self {
+        Self {
+            rows,
+            cols,
+            packed: Vec::new(),
+            absmax: Absmax::Nested {
+                codes: Vec::new(),
+                absmax: Vec::new(),
+                offset: 0.0,
+            },
+        }
     }
 
     /// Writes rows `rows` to `out`, row-major, on the calling thread:
@@ -381,6 +388,31 @@ static PAIRS: [[f32; 2]; 256] = {
     pairs
 };
 
+/// The offset of double quantisation: the mean of the scales, summed in order.
+pub(crate) fn mean(scales: &[f32]) -> f32 {
+    let sum: f64 = scales.iter().map(|&s| f64::from(s)).sum();
+    (sum / scales.len() as f64) as f32
+}
+
+/// Names the first value that is not finite, if a scale tells that there is one.
+pub(crate) fn check_finite<T: Element>(
+    [_, cols]: [usize; 2],
+    scales: &[f32],
+    values: &[T],
+) -> Result<(), Error> {
+    let Some(block) = scales.iter().position(|s| !s.is_finite()) else {
+        return Ok(());
+    };
+    let at = (block * BLOCK..values.len())
+        .find(|&i| !values[i].widen().is_finite())
+        .expect("a scale is finite unless a value of its block is not");
+    Err(Error::NotFinite {
+        value: values[at].widen(),
+        row: at / cols,
+        column: at % cols,
+    })
+}
+
 fn check_length(
     part: &'static str,
     found: usize,
@@ -428,58 +460,7 @@ fn quantize_block<T: Element>(values: &[T], packed: &mut [u8]) -> f32 {
     absmax
 }
 
-/// The signed dynamic 8-bit map, ascending: 256 values in [-1, 1] with an
-/// exponent of varying width (Dettmers, arXiv 1511.04561), what the codes of
-/// double quantisation index.
-///
-/// Decade `e` of seven, 10^-6 … 1, holds 2^e values of either sign: the middles
-/// of equal parts of [0.1, 1]. Then come 0 and 1.
+/// What the codes of double quantisation stand for: [`Dynamic::signed`].
 pub fn dynamic_map() -> &'static [f32; 256] {
-    static MAP: LazyLock<[f32; 256]> = LazyLock::new(|| {
-        let mut map = [0f32; 256];
-        let mut next = 0;
-        for e in 0..7 {
-            let parts = 1usize << e;
-            let decade = 10f64.powi(e - 6) as f32;
-            // As torch.linspace has it on any x86 with FMA (without, its last bits
-            // are others): from the nearer end, in f32, multiply and add rounded once.
-            let step = (1.0 - 0.1f32) / parts as f32;
-            let boundary = |i: usize| {
-                if i < parts.div_ceil(2) {
-                    step.mul_add(i as f32, 0.1)
-                } else {
-                    step.mul_add(-((parts - i) as f32), 1.0)
-                }
-            };
-            for i in 0..parts {
-                let middle = (boundary(i) + boundary(i + 1)) / 2.0;
-                map[next] = decade * middle;
-                map[next + 1] = -(decade * middle);
-                next += 2;
-            }
-        }
-        map[next] = 0.0;
-        map[next + 1] = 1.0;
-        map.sort_by(f32::total_cmp);
-        map
-    });
-    &MAP
-}
-
-/// The nearest entry of [`dynamic_map`]. Half-way the even index wins: that is
-/// where the CUDA kernel's binary search comes to rest.
-fn dynamic_code(x: f32) -> u8 {
-    let map = dynamic_map();
-    let upper = map.partition_point(|&v| v < x).clamp(1, 255);
-    let lower = upper - 1;
-    let midpoint = (map[lower] + map[upper]) * 0.5;
-    let even = lower + lower % 2;
-    let nearest = if x < midpoint {
-        lower
-    } else if x > midpoint {
-        upper
-    } else {
-        even // also NaN, as 0
-    };
-    nearest as u8
+    Dynamic::signed().values()
 }

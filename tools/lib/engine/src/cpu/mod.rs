@@ -2,10 +2,12 @@
 //! as its definition says, in a fixed order.
 
 mod attention;
+mod free;
 mod linear;
 mod loss;
 mod optimiser;
 mod product;
+mod rounded;
 mod rows;
 mod simd;
 
@@ -13,9 +15,11 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+pub use rounded::Rounded;
+
 use crate::{
-    AdamW, Backend, Cache, Dropout, Error, Group, Heads, HostMatrix, LinearGrad, QkNorms, Ragged,
-    Reading, Result, Sampling, Stretch,
+    AdamW, Adapter, Backend, Cache, Dropout, Error, Group, Heads, HostMatrix, LinearGrad, Neftune,
+    QkNorms, Ragged, Reading, Result, Sampling, Stretch,
 };
 
 /// Values that make a task worth handing to a thread.
@@ -54,8 +58,14 @@ impl Backend for Cpu {
     type Workspace = Workspace;
     type Reading = Vec<f32>;
 
+    const ACT_BYTES: usize = size_of::<f32>();
+
     fn describe(&self) -> String {
         format!("CPU, {} threads, f32", rayon::current_num_threads())
+    }
+
+    fn free_memory(&self) -> Result<Option<usize>> {
+        Ok(free::bytes())
     }
 
     fn alloc_act(&self, len: usize) -> Result<Vec<f32>> {
@@ -116,12 +126,20 @@ impl Backend for Cpu {
         Ok(buffer[..len].to_vec())
     }
 
+    fn matrix_bytes(&self, matrix: &HostMatrix) -> usize {
+        matrix.bytes()
+    }
+
     fn shape(&self, matrix: &HostMatrix) -> [usize; 2] {
         [matrix.rows, matrix.cols]
     }
 
-    fn linear_scratch(&self, weights: &[&HostMatrix], size: [usize; 2]) -> usize {
-        Self::group_scratch(weights, size) * size_of::<f32>()
+    fn linear_scratch(&self, weights: &[&HostMatrix], size: [usize; 2], dora: bool) -> usize {
+        Self::group_scratch(weights, size, dora) * size_of::<f32>()
+    }
+
+    fn dora_scratch(&self, weight: &HostMatrix, _: usize) -> usize {
+        Self::row_lengths_scratch(weight) * size_of::<f32>()
     }
 
     fn attention_scratch(&self, _: Heads, longest: usize) -> usize {
@@ -136,6 +154,10 @@ impl Backend for Cpu {
         out.par_chunks_exact_mut(table.cols)
             .zip(&ids[..tokens])
             .for_each(|(out, &id)| linear::widen(table, id as usize..id as usize + 1, out));
+    }
+
+    fn add_noise(&self, noise: &Neftune, rows: &Ragged<Self>, width: usize, x: &mut Vec<f32>) {
+        rows::add_noise(noise, (rows.bounds(), &rows.rows), width, x);
     }
 
     fn gather(
@@ -233,6 +255,16 @@ impl Backend for Cpu {
             want,
             &mut scratch.0,
         );
+    }
+
+    fn dora_norms(
+        &self,
+        weight: &HostMatrix,
+        adapter: &Adapter,
+        params: &mut Vec<f32>,
+        scratch: &mut Workspace,
+    ) {
+        Self::row_lengths(weight, adapter, params, &mut scratch.0);
     }
 
     fn qk_norm_rope(
@@ -345,6 +377,24 @@ impl Backend for Cpu {
     ) {
         for stretch in stretches {
             optimiser::adamw(settings, stretch, (grads, norm[0]), params, (m, v));
+        }
+    }
+
+    fn adamw_8bit(
+        &self,
+        settings: &AdamW,
+        stretches: &[Stretch],
+        (grads, norm): (&Vec<f32>, &Vec<f32>),
+        params: &mut Vec<f32>,
+        [(m, m_absmax), (v, v_absmax)]: [(&mut Vec<u32>, &mut Vec<f32>); 2],
+    ) {
+        let mut first = 0;
+        for stretch in stretches {
+            let blocks = first..first + stretch.blocks();
+            first = blocks.end;
+            let moments = [(&mut *m, &mut *m_absmax), (&mut *v, &mut *v_absmax)]
+                .map(|(codes, absmax)| optimiser::Bytes::of(codes, absmax, blocks.clone()));
+            optimiser::adamw_8bit(settings, stretch, (grads, norm[0]), params, moments);
         }
     }
 

@@ -4,7 +4,7 @@ use half::bf16;
 
 use super::driver::{Address, Operand, Precision, Product};
 use super::memory::{Buffer, Room, piece};
-use super::{Arg, Cuda, Matrix, Store, args};
+use super::{Arg, Cuda, Matrix, Store, args, few};
 use crate::rng::{self, Purpose};
 use crate::{Adapter, Dropout, Group, LinearGrad};
 
@@ -134,13 +134,17 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// The weights in as few matrices as possible: quantised neighbours are decoded
-    /// one below the other and become one. Calls `f` with the first output column,
-    /// the number of columns, and where the weight lies.
-    fn weights(&self, mut f: impl FnMut(usize, usize, Address)) {
+    /// The weights of these members in as few matrices as possible: quantised
+    /// neighbours are decoded one below the other and become one. Calls `f` with the
+    /// first output column, the number of columns, and where the weight lies.
+    fn weights<'b>(
+        &self,
+        members: impl Iterator<Item = &'b Place<'b>>,
+        mut f: impl FnMut(usize, usize, Address),
+    ) {
         let mut to = self.scratch.weights;
         let mut run: Option<(usize, usize, Address)> = None;
-        for p in &self.places {
+        for p in members {
             let rows = p.weight.rows;
             let at = self.cuda.decode(p.weight, 0..rows, to);
             if let Store::Nf4 { .. } = p.weight.store {
@@ -271,7 +275,15 @@ impl<'a> Run<'a> {
             }
         }
         let residual = residual.map(|r| r.first(tokens * width));
-        self.weights(|first, columns, w| {
+        let direct = few::suits(tokens, self.inputs);
+        let (direct, decoded): (Vec<_>, Vec<_>) = self
+            .places
+            .iter()
+            .partition(|p| direct && matches!(p.weight.store, Store::Nf4 { .. }));
+        let direct = direct.into_iter().map(|p: &Place<'_>| (p.weight, p.out));
+        let input = (self.x, [tokens, self.inputs]);
+        self.cuda.few_tokens(direct, input, residual, (out, width));
+        self.weights(decoded.into_iter(), |first, columns, w| {
             let shift = first as u64 * BF16;
             self.product(Product {
                 size: [tokens, columns, self.inputs],
@@ -307,7 +319,7 @@ impl<'a> Run<'a> {
         if let Some(dx) = dx {
             let to = (dx, self.inputs);
             let mut add = None;
-            self.weights(|first, columns, w| {
+            self.weights(self.places.iter(), |first, columns, w| {
                 self.product(Product {
                     size: [tokens, self.inputs, columns],
                     a: Operand::new(dout + first as u64 * BF16, width),

@@ -5,14 +5,17 @@
 //! Activations are bf16; sums, statistics, adapters and their gradients are f32.
 //! NF4 weights are decoded into scratch before their product: at training batches
 //! that costs a few percent of the product, and the members of a group, decoded
-//! side by side, become one product. Every width must be a multiple of eight, so
-//! that rows move in 16-byte pieces.
+//! side by side, become one product. Few tokens, as in decoding, meet the codes
+//! directly (`few`). Every width must be a multiple of eight, so that rows move in
+//! 16-byte pieces.
 
 mod driver;
+mod few;
 mod head;
 mod linear;
 mod memory;
 mod nvidia;
+mod quantize;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -23,10 +26,12 @@ pub use driver::{Address, Arg, Driver, Launch, Operand, Pending, Precision, Prod
 pub use memory::{Buffer, DeviceReading, Element};
 pub use nvidia::Nvidia;
 
-use crate::nf4::{self, Absmax};
+use crate::dynamic::Dynamic;
+use crate::nf4::{self, Absmax, Nf4Tensor};
+use crate::rng::{self, Purpose};
 use crate::{
-    AdamW, Backend, Cache, Dropout, Error, Group, Heads, HostMatrix, LinearGrad, MatrixData,
-    QkNorms, Ragged, Result, Sampling, Stretch,
+    AdamW, Adapter, Backend, Cache, Dropout, Error, Group, Heads, HostMatrix, LinearGrad,
+    MOMENT_BLOCK, MatrixData, Neftune, QkNorms, Ragged, Result, Sampling, Stretch,
 };
 use memory::Queue;
 
@@ -47,6 +52,8 @@ pub struct Cuda {
     queue: Arc<Queue>,
     /// What the codes of nested scales stand for.
     map: Buffer<f32>,
+    /// The values, then the thresholds, of moments in 8 bits.
+    moments: Buffer<f32>,
     /// Partial sums of the global norm.
     partial: Buffer<f64>,
 }
@@ -121,6 +128,7 @@ impl Cuda {
         let queue = Arc::new(Queue::new(driver));
         Ok(Self {
             map: Buffer::of(&queue, "tables", nf4::dynamic_map())?,
+            moments: Buffer::of(&queue, "tables", &moment_tables())?,
             partial: Buffer::new(&queue, "sums", NORM_BLOCKS)?,
             queue,
         })
@@ -212,6 +220,34 @@ impl Cuda {
     }
 }
 
+/// The factors of an update, as `optimiser.cu` names them.
+fn rates(settings: &AdamW, stretch: &Stretch) -> [f32; 8] {
+    let AdamW { beta1, beta2, .. } = *settings;
+    let correction = |beta: f64| 1.0 - beta.powf(settings.step as f64);
+    [
+        settings.max_norm.unwrap_or(f32::INFINITY),
+        (1.0 - beta1) as f32,
+        beta2 as f32,
+        (1.0 - beta2) as f32,
+        (1.0 - stretch.lr * stretch.decay) as f32,
+        (stretch.lr / correction(beta1)) as f32,
+        correction(beta2).sqrt() as f32,
+        settings.eps as f32,
+    ]
+}
+
+/// What `adamw_8bit` looks codes up in, 256 floats each: the values of both moments,
+/// then the thresholds, of which there are 255.
+fn moment_tables() -> Vec<f32> {
+    let maps = [Dynamic::moment(), Dynamic::unsigned()];
+    let values = maps.iter().flat_map(|map| map.values());
+    let thresholds = maps.iter().flat_map(|map| {
+        let end = std::iter::once(&f32::INFINITY);
+        map.thresholds().iter().chain(end)
+    });
+    values.chain(thresholds).copied().collect()
+}
+
 fn scale_of(heads: Heads) -> f32 {
     1.0 / (heads.dim as f32).sqrt()
 }
@@ -223,6 +259,8 @@ impl Backend for Cuda {
     type Matrix = Matrix;
     type Workspace = Buffer<u8>;
     type Reading = DeviceReading<f32>;
+
+    const ACT_BYTES: usize = size_of::<bf16>();
 
     fn describe(&self) -> String {
         self.queue.describe()
@@ -239,6 +277,10 @@ impl Backend for Cuda {
             ),
             remedy: "use --device cpu for this model",
         })
+    }
+
+    fn free_memory(&self) -> Result<Option<usize>> {
+        self.queue.free().map(Some)
     }
 
     fn alloc_act(&self, len: usize) -> Result<Buffer<bf16>> {
@@ -294,6 +336,10 @@ impl Backend for Cuda {
         Ok(Matrix { rows, cols, store })
     }
 
+    fn quantize(&self, matrix: &HostMatrix) -> Result<Nf4Tensor> {
+        self.quantize_here(matrix)
+    }
+
     fn upload_f32(&self, values: &[f32]) -> Result<Buffer<f32>> {
         Buffer::of(&self.queue, "parameters and statistics", values)
     }
@@ -331,12 +377,24 @@ impl Backend for Cuda {
         buffer.read(0..len).values()
     }
 
+    fn matrix_bytes(&self, matrix: &Matrix) -> usize {
+        let values = matrix.rows * matrix.cols;
+        match &matrix.store {
+            Store::Dense(_) => values * size_of::<bf16>(),
+            Store::Nf4 { nested, .. } => nf4::bytes(values, nested.is_some()),
+        }
+    }
+
     fn shape(&self, matrix: &Matrix) -> [usize; 2] {
         [matrix.rows, matrix.cols]
     }
 
-    fn linear_scratch(&self, weights: &[&Matrix], size: [usize; 2]) -> usize {
+    fn linear_scratch(&self, weights: &[&Matrix], size: [usize; 2], _: bool) -> usize {
         linear::scratch(weights, size)
+    }
+
+    fn dora_scratch(&self, _: &Matrix, _: usize) -> usize {
+        0
     }
 
     fn attention_scratch(&self, _: Heads, _: usize) -> usize {
@@ -359,6 +417,27 @@ impl Backend for Cuda {
             out.first(len)
         ];
         self.launch("gather", tokens, args);
+    }
+
+    fn add_noise(&self, noise: &Neftune, rows: &Ragged<Self>, width: usize, x: &mut Buffer<bf16>) {
+        let (tokens, count) = (rows.tokens(), rows.bounds().len() - 1);
+        let stream = rng::Stream {
+            seed: noise.seed,
+            purpose: Purpose::Neftune,
+            layer: 0,
+            module: 0,
+        };
+        let args = args![
+            rows.bounds_on_device.first(count + 1),
+            rows.rows.first(tokens),
+            width,
+            Arg::U64(stream.seed),
+            noise.step,
+            stream.tag(),
+            noise.alpha,
+            x.first(tokens * width),
+        ];
+        self.launch_shaped("add_noise", [count, rows.longest(), 1], 256, 0, args);
     }
 
     fn gather(
@@ -451,6 +530,11 @@ impl Backend for Cuda {
     ) {
         let run = linear::Run::new(self, group, params, dropout, (x, tokens), xa, scratch);
         run.backward(dout, want);
+    }
+
+    fn dora_norms(&self, _: &Matrix, _: &Adapter, _: &mut Buffer<f32>, _: &mut Buffer<u8>) {
+        self.queue
+            .fail("DoRA has no kernels for the GPU yet; use --device cpu");
     }
 
     fn qk_norm_rope(
@@ -625,26 +709,65 @@ impl Backend for Cuda {
         params: &mut Buffer<f32>,
         (m, v): (&mut Buffer<f32>, &mut Buffer<f32>),
     ) {
-        let AdamW { beta1, beta2, .. } = *settings;
-        let correction = |beta: f64| 1.0 - beta.powf(settings.step as f64);
-        for Stretch { range, lr, decay } in stretches {
+        for stretch in stretches {
+            let Stretch { range, .. } = stretch;
+            let [max_norm, fresh1, beta2, fresh2, keep, rate, root, eps] = rates(settings, stretch);
             let args = args![
                 grads.at(range.clone()),
                 norm.first(1),
                 Count(range.len()),
-                settings.max_norm.unwrap_or(f32::INFINITY),
-                (1.0 - beta1) as f32,
-                beta2 as f32,
-                (1.0 - beta2) as f32,
-                (1.0 - lr * decay) as f32,
-                (lr / correction(beta1)) as f32,
-                correction(beta2).sqrt() as f32,
-                settings.eps as f32,
+                max_norm,
+                fresh1,
+                beta2,
+                fresh2,
+                keep,
+                rate,
+                root,
+                eps,
                 params.at(range.clone()),
                 m.at(range.clone()),
                 v.at(range.clone()),
             ];
             self.launch_each("adamw", range.len(), args);
+        }
+    }
+
+    fn adamw_8bit(
+        &self,
+        settings: &AdamW,
+        stretches: &[Stretch],
+        (grads, norm): (&Buffer<f32>, &Buffer<f32>),
+        params: &mut Buffer<f32>,
+        [m, v]: [(&mut Buffer<u32>, &mut Buffer<f32>); 2],
+    ) {
+        let mut first = 0;
+        for stretch in stretches {
+            let Stretch { range, .. } = stretch;
+            let blocks = first..first + stretch.blocks();
+            first = blocks.end;
+            let words = blocks.start * MOMENT_BLOCK / 4..blocks.end * MOMENT_BLOCK / 4;
+            let [max_norm, fresh1, beta2, fresh2, keep, rate, root, eps] = rates(settings, stretch);
+            let args = args![
+                grads.at(range.clone()),
+                norm.first(1),
+                Count(range.len()),
+                max_norm,
+                fresh1,
+                beta2,
+                fresh2,
+                keep,
+                rate,
+                root,
+                eps,
+                self.moments.first(1024),
+                params.at(range.clone()),
+                m.0.at(words.clone()),
+                m.1.at(blocks.clone()),
+                v.0.at(words),
+                v.1.at(blocks.clone()),
+            ];
+            // Eight blocks at once are a thread block's; enough of them fill any GPU.
+            self.launch("adamw_8bit", blocks.len().div_ceil(8).min(1024), args);
         }
     }
 

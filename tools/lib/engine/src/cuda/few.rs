@@ -1,0 +1,119 @@
+//! Products of a few tokens with quantised weights, which are read as they are
+//! stored: a decoding step, or a pass over one short row. There the floor is
+//! reading the weights once, and decoding them to memory first moves nine times as
+//! much as the codes take.
+
+use super::driver::Address;
+use super::{Buffer, Cuda, Matrix, Store, args};
+
+/// Most tokens of such a product. Beyond, every block's reading of its tokens costs
+/// more than decoding once: predicted, to be tuned on a GPU (docs/gpu.md).
+const MOST: usize = 32;
+
+/// Inputs that a warp takes at a time; every width of a Qwen3 is a multiple.
+const PIECE: usize = 128;
+
+/// Outputs of a block.
+const OUTPUTS: usize = 32;
+
+/// Weights of a launch.
+const MEMBERS: usize = 3;
+
+/// Whether a product with quantised weights goes this way.
+pub(super) fn suits(tokens: usize, inputs: usize) -> bool {
+    tokens <= MOST && inputs.is_multiple_of(PIECE)
+}
+
+/// One quantised weight, as the kernel takes it.
+struct Member {
+    codes: Address,
+    nested: Address,
+    absmax: Address,
+    offset: f32,
+    outputs: usize,
+    column: usize,
+}
+
+impl Member {
+    /// Of no outputs.
+    const NONE: Self = Self {
+        codes: 0,
+        nested: 0,
+        absmax: 0,
+        offset: 0.0,
+        outputs: 0,
+        column: 0,
+    };
+
+    fn new(matrix: &Matrix, column: usize) -> Self {
+        let whole = |b: &Buffer<u8>| b.first(b.len());
+        let Store::Nf4 {
+            codes,
+            absmax,
+            nested,
+        } = &matrix.store
+        else {
+            panic!("a dense weight has no codes");
+        };
+        Self {
+            codes: whole(codes),
+            nested: nested.as_ref().map_or(0, |(codes, _)| whole(codes)),
+            absmax: absmax.first(absmax.len()),
+            offset: nested.as_ref().map_or(0.0, |(_, offset)| *offset),
+            outputs: matrix.rows,
+            column,
+        }
+    }
+}
+
+impl Cuda {
+    /// `out = x Wᵀ (+ residual)`, in the columns from each weight's own on. All are
+    /// quantised and share `inputs`; `out` and `residual` are `[tokens, width]`.
+    pub(super) fn few_tokens<'a>(
+        &self,
+        weights: impl Iterator<Item = (&'a Matrix, usize)>,
+        (x, [tokens, inputs]): (Address, [usize; 2]),
+        residual: Option<Address>,
+        (out, width): (Address, usize),
+    ) {
+        let kernel = match tokens {
+            0..=8 => "nf4_product_8",
+            9..=16 => "nf4_product_16",
+            _ => "nf4_product_32",
+        };
+        let weights: Vec<_> = weights.map(|(w, column)| Member::new(w, column)).collect();
+        for weights in weights.chunks(MEMBERS) {
+            let member = |i: usize| weights.get(i).unwrap_or(&Member::NONE);
+            let (a, b, c) = (member(0), member(1), member(2));
+            let args = args![
+                a.codes,
+                a.nested,
+                a.absmax,
+                a.offset,
+                a.outputs,
+                a.column,
+                b.codes,
+                b.nested,
+                b.absmax,
+                b.offset,
+                b.outputs,
+                b.column,
+                c.codes,
+                c.nested,
+                c.absmax,
+                c.offset,
+                c.outputs,
+                c.column,
+                self.map.first(256),
+                x,
+                tokens,
+                inputs,
+                residual.unwrap_or(0),
+                width,
+                out,
+            ];
+            let blocks = weights.iter().map(|w| w.outputs.div_ceil(OUTPUTS)).sum();
+            self.launch(kernel, blocks, args);
+        }
+    }
+}

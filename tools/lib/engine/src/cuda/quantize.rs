@@ -1,0 +1,67 @@
+//! Quantising on the device, as a checkpoint's shards stream in: a quarter of what
+//! goes there comes back.
+
+use super::memory::Buffer;
+use super::{Count, Cuda, args};
+use crate::nf4::{self, Absmax, BLOCK, NESTED_BLOCK, Nf4Tensor};
+use crate::{HostMatrix, MatrixData, Result};
+
+impl Cuda {
+    /// The bits of [`Nf4Tensor::quantize`]. Only the mean of the scales is summed by
+    /// the host, whose order of summation decides its last bit.
+    pub(super) fn quantize_here(&self, matrix: &HostMatrix) -> Result<Nf4Tensor> {
+        match &matrix.data {
+            MatrixData::Bf16(v) => self.quantize_as(matrix, "nf4_quantize_bf16", v),
+            MatrixData::F32(v) => self.quantize_as(matrix, "nf4_quantize_f32", v),
+            MatrixData::Nf4(tensor) => Ok(tensor.clone()),
+        }
+    }
+
+    fn quantize_as<T: super::Element + nf4::Element>(
+        &self,
+        matrix: &HostMatrix,
+        kernel: &'static str,
+        values: &[T],
+    ) -> Result<Nf4Tensor> {
+        let (shape, count) = ([matrix.rows, matrix.cols], values.len());
+        if count == 0 || count % 2 == 1 {
+            return Ok(matrix.quantize()?); // the kernel writes whole bytes
+        }
+        let what = "weights to be quantised";
+        let blocks = count.div_ceil(BLOCK);
+        let groups = blocks.div_ceil(NESTED_BLOCK);
+        let from = Buffer::of(&self.queue, what, values)?;
+        let codes: Buffer<u8> = Buffer::new(&self.queue, what, count / 2)?;
+        let scales: Buffer<f32> = Buffer::new(&self.queue, what, blocks)?;
+        let (from, to) = (from.first(count), codes.first(count / 2));
+        let args = args![from, Count(count), to, scales.first(blocks)];
+        self.launch(kernel, blocks.div_ceil(8), args);
+        let plain = scales.read(0..blocks).values()?;
+        nf4::check_finite(shape, &plain, values)?;
+
+        let offset = nf4::mean(&plain);
+        let nested: Buffer<u8> = Buffer::new(&self.queue, what, blocks)?;
+        let absmax: Buffer<f32> = Buffer::new(&self.queue, what, groups)?;
+        let args = args![
+            scales.first(blocks),
+            Count(blocks),
+            offset,
+            self.map.first(256),
+            nested.first(blocks),
+            absmax.first(groups),
+        ];
+        self.launch("nf4_nest", groups, args);
+        // All three are under way before the first is waited for.
+        let reading = (
+            codes.read(0..count / 2),
+            nested.read(0..blocks),
+            absmax.read(0..groups),
+        );
+        let absmax = Absmax::Nested {
+            codes: reading.1.values()?,
+            absmax: reading.2.values()?,
+            offset,
+        };
+        Ok(Nf4Tensor::from_parts(shape, reading.0.values()?, absmax)?)
+    }
+}
