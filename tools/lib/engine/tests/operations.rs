@@ -5,8 +5,8 @@
 
 use engine::nf4::Nf4Tensor;
 use engine::{
-    AdamW, Adapter, Backend, Cache, Cpu, Group, Heads, HostMatrix, LinearGrad, MatrixData, Member,
-    QkNorms, Ragged, Sampling, Stretch, Workspace,
+    AdamW, Adapter, Backend, Cache, Cpu, Dora, Group, Heads, HostMatrix, LinearGrad, MatrixData,
+    Member, QkNorms, Ragged, Sampling, Stretch, Workspace,
 };
 use half::bf16;
 
@@ -165,15 +165,19 @@ fn times_transposed(x: &[f64], w: &[f64], inputs: usize) -> Vec<Vec<f64>> {
 #[test]
 fn linear() {
     // Small and odd; then past a tile in both directions and past a widened stretch.
-    for (kind, tokens, inputs, outputs) in [
-        (0, 1, 5, [3, 1, 2]),
-        (0, 7, 33, [7, 70, 5]),
-        (0, 19, 33, [7, 70, 5]),
-        (1, 19, 33, [7, 70, 5]),
-        (2, 19, 64, [7, 70, 5]),
-        (0, 300, 24, [530, 8, 9]),
-        (2, 270, 24, [600, 8, 520]),
-        (2, 8, 24, [600, 8, 520]),
+    for (kind, tokens, inputs, outputs, dora) in [
+        (0, 1, 5, [3, 1, 2], false),
+        (0, 7, 33, [7, 70, 5], false),
+        (0, 19, 33, [7, 70, 5], false),
+        (0, 19, 33, [7, 70, 5], true),
+        (1, 19, 33, [7, 70, 5], false),
+        (1, 7, 33, [7, 70, 5], true),
+        (2, 19, 64, [7, 70, 5], false),
+        (0, 300, 24, [530, 8, 9], false),
+        (0, 300, 24, [530, 8, 9], true),
+        (2, 270, 24, [600, 8, 520], false),
+        (2, 270, 24, [600, 8, 520], true),
+        (2, 8, 24, [600, 8, 520], false),
     ] {
         let mut draw = Draw(3 + kind as u64);
         let weights: Vec<_> = outputs.map(|o| weight(&mut draw, [o, inputs], kind)).into();
@@ -191,12 +195,46 @@ fn linear() {
                 a: place(ranks[m] * inputs),
                 b: 0,
                 module: m as u32,
+                dora: None,
             });
         }
         for m in [0, 2] {
             adapters[m].as_mut().unwrap().b = place(outputs[m] * ranks[m]);
         }
-        let params = draw.vec(at);
+        // Of members with DoRA, the first alone where there are three kinds.
+        for m in [0, 2]
+            .into_iter()
+            .filter(|&m| dora && (kind == 2 || m == 0))
+        {
+            adapters[m].as_mut().unwrap().dora = Some(Dora {
+                magnitude: place(outputs[m]),
+                norm: place(outputs[m]),
+            });
+        }
+        let mut params = draw.vec(at);
+        for (adapter, (weight, w)) in adapters.iter().zip(&weights) {
+            let Some((a, dora)) = adapter.and_then(|a| Some((a, a.dora?))) else {
+                continue;
+            };
+            let (factor_a, factor_b) = (wide(&params[a.a..]), wide(&params[a.b..]));
+            let want: Vec<f64> = (0..weight.rows)
+                .map(|o| {
+                    let updated = |i: usize| {
+                        let ba = (0..a.rank)
+                            .map(|r| factor_b[o * a.rank + r] * factor_a[r * inputs + i]);
+                        w[o * inputs + i] + f64::from(a.scale) * ba.sum::<f64>()
+                    };
+                    (0..inputs).map(|i| updated(i).powi(2)).sum::<f64>().sqrt()
+                })
+                .collect();
+            let before = params.clone();
+            let mut ws = scratch(Cpu.dora_scratch(weight, a.rank));
+            Cpu.dora_norms(weight, &a, &mut params, &mut ws);
+            let norms = dora.norm..dora.norm + weight.rows;
+            assert!(off(&params[norms.clone()], &want) < 1e-6);
+            assert_eq!(params[..norms.start], before[..norms.start]);
+            assert_eq!(params[norms.end..], before[norms.end..]);
+        }
         let members: Vec<_> = weights
             .iter()
             .zip(adapters)
@@ -210,6 +248,8 @@ fn linear() {
         let (x, dout) = (draw.vec(tokens * inputs), draw.vec(tokens * total));
         let residual = draw.vec(tokens * total);
 
+        // The norms are constants, whatever the parameters.
+        let norms = wide(&params);
         let f = |x: &[f64], params: &[f64]| -> Vec<f64> {
             let mut out = vec![0.0; tokens * total];
             let mut column = 0;
@@ -225,7 +265,10 @@ fn linear() {
                         let update = update
                             .as_ref()
                             .map_or(0.0, |u| u[t][o] * f64::from(scales[m]));
-                        out[t * total + column + o] = base[t][o] + update;
+                        let dora = adapters[m].and_then(|a| a.dora);
+                        let gain =
+                            dora.map_or(1.0, |d| params[d.magnitude + o] / norms[d.norm + o]);
+                        out[t * total + column + o] = gain * (base[t][o] + update);
                     }
                 }
                 column += outputs[m];
@@ -241,7 +284,7 @@ fn linear() {
             .collect();
         let bytes = {
             let weights: Vec<_> = weights.iter().map(|(w, _)| w).collect();
-            Cpu.linear_scratch(&weights, [tokens, 7])
+            Cpu.linear_scratch(&weights, [tokens, 7], dora)
         };
         let mut ws = scratch(bytes);
         let (mut out, mut xa) = (vec![0.0; tokens * total], vec![0.0; tokens * 7]);
@@ -281,8 +324,27 @@ fn linear() {
         check_gradient("dx", &dx, &wx, &dout, |x| f(x, &wp), 1e-5);
         let added: Vec<f32> = grads.iter().zip(&start).map(|(a, b)| a - b).collect();
         check_gradient("grads", &added, &wp, &dout, |p| f(&wx, p), 2e-5);
-        // What belongs to nobody stays.
+        // Far fewer than the factors: each of them looked at.
+        for (a, (weight, _)) in adapters.iter().zip(&weights) {
+            if let Some(Dora { magnitude, .. }) = a.and_then(|a| a.dora) {
+                let range = magnitude..magnitude + weight.rows;
+                let with = |m: &[f64]| {
+                    let mut params = wp.clone();
+                    params[range.clone()].copy_from_slice(m);
+                    f(&wx, &params)
+                };
+                let dm = &added[range.clone()];
+                check_gradient("magnitudes", dm, &wp[range.clone()], &dout, with, 2e-5);
+            }
+        }
+        // What belongs to nobody stays, and so does what norms would get.
         assert_eq!(grads[..11], start[..11]);
+        for (a, (weight, _)) in adapters.iter().zip(&weights) {
+            if let Some(Dora { norm, .. }) = a.and_then(|a| a.dora) {
+                let norms = norm..norm + weight.rows;
+                assert_eq!(grads[norms.clone()], start[norms]);
+            }
+        }
 
         // Without dX the factors' gradients are the same bits.
         let mut again = start.clone();
@@ -680,6 +742,7 @@ fn large_shapes_do_not_depend_on_threads() {
             a: 0,
             b: 4 * inputs,
             module: 0,
+            dora: None,
         };
         let members = [Member {
             weight: &w,
@@ -691,7 +754,7 @@ fn large_shapes_do_not_depend_on_threads() {
         };
         let params = draw.vec(4 * (inputs + outputs));
         let (x, dout) = (draw.vec(tokens * inputs), draw.vec(tokens * outputs));
-        let mut ws = scratch(Cpu.linear_scratch(&[&w], [tokens, 4]));
+        let mut ws = scratch(Cpu.linear_scratch(&[&w], [tokens, 4], false));
         let (mut out, mut xa) = (vec![0.0; tokens * outputs], vec![0.0; tokens * 4]);
         let input = (&x, tokens);
         Cpu.linear(

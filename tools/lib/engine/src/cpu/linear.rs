@@ -6,10 +6,10 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::product::{Into, View, ViewMut, product};
-use super::simd::vectorised;
+use super::simd::{dot, vectorised};
 use super::{Cpu, PER_TASK};
 use crate::rng::{self, Purpose, Stream};
-use crate::{Adapter, Dropout, Group, HostMatrix, LinearGrad, MatrixData};
+use crate::{Adapter, Dora, Dropout, Group, HostMatrix, LinearGrad, MatrixData};
 
 /// Rows of a stored-narrow weight that are widened at a time: a few megabytes,
 /// so that the product finds them in the cache.
@@ -29,16 +29,24 @@ pub(super) fn stretches(
     scratch: &mut [f32],
     mut f: impl FnMut(Range<usize>, View<'_>),
 ) {
-    if let MatrixData::F32(values) = &m.data {
-        return f(0..m.rows, View::dense(values, [m.rows, m.cols]));
+    if let MatrixData::F32(_) = m.data {
+        return f(0..m.rows, rows_of(m, 0..m.rows, scratch));
     }
     for start in (0..m.rows).step_by(WIDEN_ROWS) {
         let rows = start..m.rows.min(start + WIDEN_ROWS);
-        let shape = [rows.len(), m.cols];
-        let wide = &mut scratch[..rows.len() * m.cols];
-        widen(m, rows.clone(), wide);
-        f(rows, View::dense(wide, shape));
+        f(rows.clone(), rows_of(m, rows, scratch));
     }
+}
+
+/// Rows of a weight as floats, widened into `scratch` unless they are floats.
+fn rows_of<'a>(m: &'a HostMatrix, rows: Range<usize>, scratch: &'a mut [f32]) -> View<'a> {
+    let shape = [rows.len(), m.cols];
+    if let MatrixData::F32(values) = &m.data {
+        return View::dense(&values[rows.start * m.cols..], shape);
+    }
+    let wide = &mut scratch[..rows.len() * m.cols];
+    widen(m, rows, wide);
+    View::dense(wide, shape)
 }
 
 /// Writes rows of a weight as floats.
@@ -69,6 +77,14 @@ struct Place<'a> {
     out: usize,
     /// First column of its `x Aᵀ`.
     rank: usize,
+}
+
+impl Place<'_> {
+    /// Its adapter, where that rescales rows.
+    fn dora(&self) -> Option<(Adapter, Dora)> {
+        let adapter = self.adapter?;
+        Some((adapter, adapter.dora?))
+    }
 }
 
 /// The members with their places, and the widths `(inputs, Σ outputs, Σ rank)`.
@@ -146,6 +162,44 @@ vectorised! {
         }
     }
 
+    /// `x *= magnitude / norm`.
+    fn rescale(x: &mut [f32], magnitude: &[f32], norm: &[f32]) {
+        for ((x, m), n) in x.iter_mut().zip(magnitude).zip(norm) {
+            *x *= m / n;
+        }
+    }
+
+    /// `out += x`.
+    fn add(x: &[f32], out: &mut [f32]) {
+        for (o, x) in out.iter_mut().zip(x) {
+            *o += x;
+        }
+    }
+
+    /// `grad += Σ dout · y / norm` over the rows of `y [tokens, width]`, `dout`
+    /// being the same columns of rows `stride` apart.
+    fn magnitude_gradient(
+        y: &[f32],
+        dout: &[f32],
+        stride: usize,
+        norm: &[f32],
+        grad: &mut [f32],
+    ) {
+        for (y, dout) in y.chunks_exact(grad.len()).zip(dout.chunks(stride)) {
+            for (((g, y), d), n) in grad.iter_mut().zip(y).zip(dout).zip(norm) {
+                *g += d * y / n;
+            }
+        }
+    }
+
+    /// The lengths of rows that follow each other.
+    fn lengths(rows: &[f32], out: &mut [f32]) {
+        let width = rows.len() / out.len();
+        for (length, row) in out.iter_mut().zip(rows.chunks_exact(width)) {
+            *length = dot(row, row).sqrt();
+        }
+    }
+
     /// One token of [`apply_dropout`].
     fn drop_token(
         stream: &Stream,
@@ -173,13 +227,61 @@ vectorised! {
 }
 
 impl Cpu {
-    /// Scratch floats of a group: a widened weight, the gradient of `x Aᵀ`, and
-    /// dropped inputs.
-    pub(super) fn group_scratch(weights: &[&HostMatrix], [tokens, rank]: [usize; 2]) -> usize {
-        let wide = weights.iter().map(|w| widen_scratch(w)).max().unwrap_or(0);
-        let inputs = weights.iter().map(|w| w.cols).max().unwrap_or(0);
-        let dropped = if rank > 0 { tokens * inputs } else { 0 };
-        wide.max(dropped) + tokens * rank
+    /// Scratch floats of a group: the gradient of `x Aᵀ`, then either a widened
+    /// weight or dropped inputs, and with DoRA a stretch of outputs and one of
+    /// their gradient.
+    pub(super) fn group_scratch(
+        weights: &[&HostMatrix],
+        [tokens, rank]: [usize; 2],
+        dora: bool,
+    ) -> usize {
+        let most = |of: fn(&HostMatrix) -> usize| weights.iter().map(|w| of(w)).max().unwrap_or(0);
+        let outputs = if dora {
+            most(|w| w.rows.min(WIDEN_ROWS))
+        } else {
+            0
+        };
+        let dropped = if rank > 0 {
+            tokens * most(|w| w.cols)
+        } else {
+            0
+        };
+        (most(widen_scratch) + 2 * tokens * outputs).max(dropped) + tokens * rank
+    }
+
+    /// Scratch floats of [`row_lengths`](Self::row_lengths): a stretch of the
+    /// updated weight and its rows' lengths.
+    pub(super) fn row_lengths_scratch(weight: &HostMatrix) -> usize {
+        weight.rows.min(WIDEN_ROWS) * (weight.cols + 1)
+    }
+
+    /// By the definition: the weight is updated, a stretch of rows at a time.
+    pub(super) fn row_lengths(
+        weight: &HostMatrix,
+        adapter: &Adapter,
+        params: &mut [f32],
+        scratch: &mut [f32],
+    ) {
+        let Some(Dora { norm, .. }) = adapter.dora else {
+            return;
+        };
+        let (rank, cols) = (adapter.rank, weight.cols);
+        let at_once = PER_TASK.div_ceil(cols);
+        for start in (0..weight.rows).step_by(WIDEN_ROWS) {
+            let rows = start..weight.rows.min(start + WIDEN_ROWS);
+            let (wide, rest) = scratch.split_at_mut(rows.len() * cols);
+            let found = &mut rest[..rows.len()];
+            widen(weight, rows.clone(), wide);
+            let a = View::dense(&params[adapter.a..], [rank, cols]);
+            let b = View::dense(&params[adapter.b + start * rank..], [rows.len(), rank]);
+            let updated = ViewMut::dense(wide, [rows.len(), cols]);
+            product(updated, Into::Add, b, a, adapter.scale);
+            found
+                .par_chunks_mut(at_once)
+                .zip(wide.par_chunks(at_once * cols))
+                .for_each(|(found, rows)| lengths(rows, found));
+            params[norm + start..][..rows.len()].copy_from_slice(found);
+        }
     }
 
     #[expect(clippy::too_many_arguments, reason = "one fused operation")]
@@ -196,12 +298,14 @@ impl Cpu {
     ) {
         let (places, [inputs, width, ranks]) = places(group);
         let input = View::dense(x, [tokens, inputs]);
+        let dora = group.dora();
         let base = match residual {
-            None => Into::Set,
-            Some(residual) => {
+            // What is rescaled must not hold the residual yet.
+            Some(residual) if !dora => {
                 out[..tokens * width].copy_from_slice(&residual[..tokens * width]);
                 Into::Add
             }
+            _ => Into::Set,
         };
         if ranks > 0 {
             let params = params.expect("a group with adapters comes with their parameters");
@@ -229,7 +333,7 @@ impl Cpu {
                 }
             }
         }
-        for p in places {
+        for p in places.clone() {
             stretches(p.weight, scratch, |rows, w| {
                 let out = &mut out[p.out + rows.start..];
                 let out = ViewMut::new(out, [tokens, rows.len()], width);
@@ -241,6 +345,21 @@ impl Cpu {
                 let out = ViewMut::new(&mut out[p.out..], [tokens, p.weight.rows], width);
                 product(out, Into::Add, xa, b.t(), a.scale);
             }
+        }
+        let Some(params) = params.filter(|_| dora) else {
+            return;
+        };
+        for p in places {
+            let Some((_, dora)) = p.dora() else { continue };
+            let (m, n) = (&params[dora.magnitude..], &params[dora.norm..]);
+            out[..tokens * width].par_chunks_mut(width).for_each(|out| {
+                rescale(&mut out[p.out..p.out + p.weight.rows], m, n);
+            });
+        }
+        if let Some(residual) = residual {
+            let rows = out[..tokens * width].par_chunks_mut(PER_TASK);
+            rows.zip(residual.par_chunks(PER_TASK))
+                .for_each(|(out, r)| add(r, out));
         }
     }
 
@@ -261,21 +380,64 @@ impl Cpu {
         let input = View::dense(x, [tokens, inputs]);
         let (dxa, scratch) = scratch.split_at_mut(tokens * ranks);
 
-        if let Some(dx) = dx.as_deref_mut() {
-            let mut into = Into::Set;
-            for p in places.clone() {
-                stretches(p.weight, scratch, |rows, w| {
-                    let d = &dout[p.out + rows.start..];
-                    let d = View::new(d, [tokens, rows.len()], width);
-                    product(ViewMut::dense(dx, [tokens, inputs]), into, d, w, 1.0);
-                    into = Into::Add;
-                });
-            }
+        let mut into = Into::Set;
+        for p in places.clone().filter(|p| p.dora().is_none()) {
+            let Some(dx) = dx.as_deref_mut() else { break };
+            stretches(p.weight, scratch, |rows, w| {
+                let d = &dout[p.out + rows.start..];
+                let d = View::new(d, [tokens, rows.len()], width);
+                product(ViewMut::dense(dx, [tokens, inputs]), into, d, w, 1.0);
+                into = Into::Add;
+            });
         }
         let Some(params) = params.filter(|_| ranks > 0) else {
             return;
         };
         for p in places.clone() {
+            let Some((a, dora)) = p.dora() else { continue };
+            let r = a.rank;
+            let xa = View::new(&xa[p.rank..], [tokens, r], ranks);
+            let mut into_dxa = Into::Set;
+            for start in (0..p.weight.rows).step_by(WIDEN_ROWS) {
+                let rows = start..p.weight.rows.min(start + WIDEN_ROWS);
+                let n = rows.len();
+                let (y, rest) = scratch.split_at_mut(tokens * n);
+                let (dy, wide) = rest.split_at_mut(tokens * n);
+                let w = rows_of(p.weight, rows, wide);
+                let b = View::dense(&params[a.b + start * r..], [n, r]);
+                let [m, norm] = [dora.magnitude, dora.norm].map(|at| &params[at + start..][..n]);
+                let dout = &dout[p.out + start..];
+                dy.par_chunks_mut(n)
+                    .zip(dout.par_chunks(width))
+                    .for_each(|(dy, dout)| {
+                        dy.copy_from_slice(&dout[..n]);
+                        rescale(dy, m, norm);
+                    });
+                let dy = View::dense(dy, [tokens, n]);
+                if let Some(grads) = grads.as_deref_mut() {
+                    product(ViewMut::dense(y, [tokens, n]), Into::Set, input, w.t(), 1.0);
+                    product(
+                        ViewMut::dense(y, [tokens, n]),
+                        Into::Add,
+                        xa,
+                        b.t(),
+                        a.scale,
+                    );
+                    let dm = &mut grads[dora.magnitude + start..][..n];
+                    magnitude_gradient(y, dout, width, norm, dm);
+                    let db = ViewMut::dense(&mut grads[a.b + start * r..], [n, r]);
+                    product(db, Into::Add, dy.t(), xa, a.scale);
+                }
+                let dxa = ViewMut::new(&mut dxa[p.rank..], [tokens, r], ranks);
+                product(dxa, into_dxa, dy, b, a.scale);
+                into_dxa = Into::Add;
+                if let Some(dx) = dx.as_deref_mut() {
+                    product(ViewMut::dense(dx, [tokens, inputs]), into, dy, w, 1.0);
+                    into = Into::Add;
+                }
+            }
+        }
+        for p in places.clone().filter(|p| p.dora().is_none()) {
             let Some(a) = p.adapter else { continue };
             let d = View::new(&dout[p.out..], [tokens, p.weight.rows], width);
             let b = View::dense(&params[a.b..], [p.weight.rows, a.rank]);
