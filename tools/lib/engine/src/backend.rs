@@ -12,6 +12,7 @@
 
 use std::ops::Range;
 
+use crate::nf4::Nf4Tensor;
 use crate::{HostMatrix, Ragged, Result};
 
 /// How many heads of attention, and how wide.
@@ -61,6 +62,21 @@ pub struct Adapter {
     pub b: usize,
     /// Number of this module in its layer: part of its dropout stream's name.
     pub module: u32,
+    /// Whether the updated weight's rows are rescaled.
+    pub dora: Option<Dora>,
+}
+
+/// What DoRA (Liu et al., arXiv 2402.09353) adds to an [`Adapter`]: row `o` of
+/// `W + scale · B A` is multiplied by `magnitude[o] / norm[o]`. Both vectors lie in
+/// the parameter buffer, `[outputs]` each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dora {
+    /// Where the rows' learnt lengths start.
+    pub magnitude: usize,
+    /// Where the lengths that they have by themselves start:
+    /// [`dora_norms`](Backend::dora_norms) puts them there. They are taken for
+    /// constants in the backward pass (section 4.3 of the paper).
+    pub norm: usize,
 }
 
 /// One matrix of a [`Group`].
@@ -87,6 +103,12 @@ impl<B: Backend> Group<'_, B> {
             .iter()
             .filter_map(|m| m.adapter.map(|a| a.rank))
             .sum()
+    }
+
+    /// Whether any member's rows are rescaled.
+    pub fn dora(&self) -> bool {
+        let mut adapters = self.members.iter().filter_map(|m| m.adapter);
+        adapters.any(|a| a.dora.is_some())
     }
 }
 
@@ -166,6 +188,34 @@ pub struct Stretch {
     pub decay: f64,
 }
 
+/// Values of a moment in 8 bits that share a scale.
+pub const MOMENT_BLOCK: usize = 256;
+
+impl Stretch {
+    /// Blocks of its moments in 8 bits; the last may be short.
+    pub fn blocks(&self) -> usize {
+        self.range.len().div_ceil(MOMENT_BLOCK)
+    }
+}
+
+/// Noise on the embeddings in training (NEFTune, Jain et al., arXiv 2310.05914).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Neftune {
+    /// Strength α.
+    pub alpha: f32,
+    /// The run's seed.
+    pub seed: u64,
+    /// Number of the optimiser step.
+    pub step: u32,
+}
+
+impl Neftune {
+    /// The largest noise in a row of `length` tokens, `width` wide: `α / √(length · width)`.
+    pub fn bound(&self, length: usize, width: usize) -> f32 {
+        self.alpha / ((length * width) as f32).sqrt()
+    }
+}
+
 /// How the next token is chosen, in the order temperature, top-k, top-p.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
@@ -205,6 +255,9 @@ pub trait Backend: Sized + Send + Sync {
     /// Floats on their way back.
     type Reading: Reading;
 
+    /// Bytes of one activation.
+    const ACT_BYTES: usize;
+
     /// The device in words, for logs.
     fn describe(&self) -> String;
 
@@ -215,6 +268,12 @@ pub trait Backend: Sized + Send + Sync {
     fn accepts(&self, _heads: Heads) -> Result<()> {
         Ok(())
     }
+
+    /// Bytes that can still be allocated, where the device tells.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn free_memory(&self) -> Result<Option<usize>>;
 
     /// A zeroed buffer of activations.
     ///
@@ -245,6 +304,15 @@ pub trait Backend: Sized + Send + Sync {
     /// # Errors
     /// If the device has no room.
     fn upload_matrix(&self, matrix: HostMatrix) -> Result<Self::Matrix>;
+
+    /// A weight in NF4, its scales quantised as well: the bits of
+    /// [`Nf4Tensor::quantize`], wherever they are computed.
+    ///
+    /// # Errors
+    /// If a value is not finite, or the device has no room.
+    fn quantize(&self, matrix: &HostMatrix) -> Result<Nf4Tensor> {
+        Ok(matrix.quantize()?)
+    }
 
     /// A buffer holding these floats.
     ///
@@ -291,12 +359,19 @@ pub trait Backend: Sized + Send + Sync {
     /// If the device failed.
     fn read_ids(&self, buffer: &Self::Ids, len: usize) -> Result<Vec<u32>>;
 
+    /// Bytes that a weight takes on the device. One without its values
+    /// ([`HostMatrix::hollow`]) counts as with them.
+    fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize;
+
     /// `[outputs, inputs]` of a weight.
     fn shape(&self, matrix: &Self::Matrix) -> [usize; 2];
 
     /// Scratch bytes of [`linear`](Self::linear) and its backward over a group of
-    /// these weights; `size` is `[tokens, Σ rank]`.
-    fn linear_scratch(&self, weights: &[&Self::Matrix], size: [usize; 2]) -> usize;
+    /// these weights; `size` is `[tokens, Σ rank]`, `dora` as [`Group::dora`].
+    fn linear_scratch(&self, weights: &[&Self::Matrix], size: [usize; 2], dora: bool) -> usize;
+
+    /// Scratch bytes of [`dora_norms`](Self::dora_norms) for an update of this rank.
+    fn dora_scratch(&self, weight: &Self::Matrix, rank: usize) -> usize;
 
     /// Scratch bytes of the attention operations, rows or cached positions being
     /// at most `longest` long.
@@ -308,6 +383,12 @@ pub trait Backend: Sized + Send + Sync {
 
     /// Looks up embeddings: `out [tokens, width] = table[ids]`.
     fn embed(&self, table: &Self::Matrix, ids: &Self::Ids, tokens: usize, out: &mut Self::Act);
+
+    /// Adds noise to the embeddings `x [tokens, width]` of whole rows, uniform in
+    /// ±α/√(L · width), where L is the length of the token's own row, as in the
+    /// paper's code; transformers takes the padded length of the batch, which is no
+    /// property of the row. Feature `i` is keyed by `(seed, step, row, position, i)`.
+    fn add_noise(&self, noise: &Neftune, rows: &Ragged<Self>, width: usize, x: &mut Self::Act);
 
     /// Picks rows: `out[i] = x[index[i]]`; `size` is `[count, width]`.
     fn gather(&self, x: &Self::Act, index: &Self::Ids, size: [usize; 2], out: &mut Self::Act);
@@ -343,6 +424,12 @@ pub trait Backend: Sized + Send + Sync {
     ///
     /// `input` is `(x, tokens)`; `params` holds the adapters' factors and may be
     /// `None` when there are none.
+    ///
+    /// A member with DoRA gives
+    /// `out = magnitude / norm · (x Wᵀ + scale · drop(x) Aᵀ Bᵀ) (+ residual)`.
+    /// Dropout acts on the low-rank path alone, with DoRA as without; peft also
+    /// drops inputs of `(magnitude / norm - 1) · x Wᵀ`, which is noise on the frozen
+    /// product itself.
     fn linear(
         &self,
         group: &Group<'_, Self>,
@@ -356,8 +443,8 @@ pub trait Backend: Sized + Send + Sync {
     );
 
     /// The gradients of [`linear`](Self::linear), as far as asked for: by its
-    /// input (overwritten) and by the adapters' factors (added to). Frozen
-    /// weights get none. The residual's gradient is `dout` itself.
+    /// input (overwritten) and by the adapters' factors and magnitudes (added to).
+    /// Frozen weights and norms get none. The residual's gradient is `dout` itself.
     fn linear_backward(
         &self,
         group: &Group<'_, Self>,
@@ -367,6 +454,17 @@ pub trait Backend: Sized + Send + Sync {
         xa: &Self::Act,
         dout: &Self::Act,
         want: LinearGrad<'_, Self>,
+        scratch: &mut Self::Workspace,
+    );
+
+    /// The lengths of the updated weight's rows,
+    /// `params[norm + o] = ‖W[o] + scale · B[o] A‖`, for an adapter with DoRA: to be
+    /// called whenever its factors have changed.
+    fn dora_norms(
+        &self,
+        weight: &Self::Matrix,
+        adapter: &Adapter,
+        params: &mut Self::F32,
         scratch: &mut Self::Workspace,
     );
 
@@ -465,6 +563,29 @@ pub trait Backend: Sized + Send + Sync {
         gradient: (&Self::F32, &Self::F32),
         params: &mut Self::F32,
         moments: (&mut Self::F32, &mut Self::F32),
+    );
+
+    /// [`adamw`](Self::adamw) with `moments = [m, v]` in 8 bits, each `(codes, absmax)`:
+    /// decoded before the update, coded after it, as bitsandbytes' AdamW8bit does
+    /// (Dettmers et al., arXiv 2110.02861). Parameters are updated by the moments
+    /// before they are coded again.
+    ///
+    /// Blocks of [`MOMENT_BLOCK`] values are counted from the start of each stretch,
+    /// one stretch after the other: block `b` has the scale `absmax[b]` and the codes
+    /// of words `64 b` to `64 b + 63`, four a word, the first in the low byte. Codes
+    /// index [`Dynamic::moment`](crate::dynamic::Dynamic::moment) for `m`,
+    /// [`Dynamic::unsigned`](crate::dynamic::Dynamic::unsigned) for `v`. Zeros
+    /// everywhere are zero moments.
+    ///
+    /// Where this and bitsandbytes' kernel differ is in last bits: it decays the
+    /// parameters after the update, not before, and divides approximately.
+    fn adamw_8bit(
+        &self,
+        settings: &AdamW,
+        stretches: &[Stretch],
+        gradient: (&Self::F32, &Self::F32),
+        params: &mut Self::F32,
+        moments: [(&mut Self::Ids, &mut Self::F32); 2],
     );
 
     /// Stores the keys of `qk` and the values of `qkv` at `(slots[i], positions[i])`

@@ -18,6 +18,8 @@ pub enum Purpose {
     Sample = 3,
     /// The order of rows.
     Shuffle = 4,
+    /// Noise on the embeddings.
+    Neftune = 5,
 }
 
 /// The round multipliers and key increments of the paper.
@@ -87,8 +89,23 @@ pub fn unit_f64(high: u32, low: u32) -> f64 {
     (bits >> 11) as f64 * (1.0 / 9_007_199_254_740_992.0)
 }
 
-/// Values that one block of a dropout stream decides: 16 bits each.
+/// Values that one block of a dropout or noise stream decides: 16 bits each.
 pub const KEEP_BLOCK: usize = 8;
+
+/// Adds to one token's features noise that is uniform in ±`bound`.
+///
+/// Feature `i` takes half-word `i % 8` of block `i / 8` at `(row, step, position)`,
+/// low half-words first: one of 65,536 values, evenly spaced and symmetric.
+#[inline(always)]
+pub fn add_noise(stream: &Stream, [row, step, position]: [u32; 3], bound: f32, x: &mut [f32]) {
+    for (block, x) in (0..).zip(x.chunks_mut(KEEP_BLOCK)) {
+        let words = stream.bits(row, step, position, block);
+        for (i, x) in x.iter_mut().enumerate() {
+            let draw = (words[i / 2] >> (16 * (i % 2))) & 0xffff;
+            *x += (2 * draw as i32 - 65_535) as f32 * (1.0 / 65_536.0) * bound;
+        }
+    }
+}
 
 /// The threshold under which a 16-bit draw drops its value: `p` to within 1/131,072.
 pub fn drop_threshold(p: f32) -> u16 {

@@ -4,7 +4,8 @@ use rayon::prelude::*;
 
 use super::PER_TASK;
 use super::simd::{dot, sigmoid, vectorised};
-use crate::Heads;
+use crate::rng::{self, Purpose, Stream};
+use crate::{Heads, Neftune};
 
 /// Tokens of `width` features that make a task worth handing to a thread.
 fn tokens_per_task(width: usize) -> usize {
@@ -125,6 +126,32 @@ vectorised! {
                 *dg = d * u * s * (1.0 + g * (1.0 - s));
             }
         }
+    }
+}
+
+/// Noise on the embeddings of whole rows, given their bounds and each token's number.
+pub(super) fn add_noise(
+    noise: &Neftune,
+    (bounds, numbers): (&[usize], &[u32]),
+    width: usize,
+    x: &mut [f32],
+) {
+    let stream = Stream {
+        seed: noise.seed,
+        purpose: Purpose::Neftune,
+        layer: 0,
+        module: 0,
+    };
+    for row in bounds.windows(2) {
+        let (range, length) = (row[0] * width..row[1] * width, row[1] - row[0]);
+        let bound = noise.bound(length, width);
+        x[range]
+            .par_chunks_exact_mut(width)
+            .zip(0..length as u32)
+            .for_each(|(x, position)| {
+                let key = [numbers[row[0]], noise.step, position];
+                rng::add_noise(&stream, key, bound, x);
+            });
     }
 }
 
