@@ -40,19 +40,18 @@ fn adapter(tool: &Tool, name: &str, scale: f32) -> Adapter {
         for module in targets {
             let [outputs, inputs] = module.shape(&config);
             let pair = Pair {
+                scale: 2.0,
                 a: values(4 * inputs, 0.1),
                 b: values(4 * outputs, scale),
+                magnitude: None,
             };
             pairs.insert((layer, module), pair);
         }
     }
     let settings = AdapterConfig {
         base_model: model(),
-        rank: 4,
-        alpha: 8.0,
-        dropout: 0.0,
-        targets: targets.into(),
-        rslora: false,
+        targets: targets.into_iter().collect(),
+        ..AdapterConfig::new(4, 8.0)
     };
     let made = Adapter {
         config: settings,

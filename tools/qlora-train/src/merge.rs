@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::Args;
 use cli::{App, Failure, Signature};
-use engine::{Backend, Cpu};
+use engine::Cpu;
 use jsonl::Output;
-use qwen3::{Adapter, Chat, Checkpoint, Lora, LoraLayout, Merged, Message, Model, Storage, Weight};
+use qwen3::{Adapter, Chat, Checkpoint, Merged, Message, Model, OwnedLora, Storage, Weight};
 use serde::Serialize;
 
 use crate::commands::Messages;
@@ -200,16 +200,10 @@ fn logits(
     rows: &[&[u32]],
 ) -> Result<Vec<f32>> {
     let model = Model::load(Cpu, base, storage)?;
-    let Some(Adapter { config, pairs }) = adapter else {
-        return Ok(model.logits(rows, None)?);
-    };
-    let layout = LoraLayout::new(model.config(), &config.targets, config.rank, config.scale());
-    let params = Cpu.upload_f32(&layout.flatten(pairs))?;
-    let lora = Lora {
-        layout: &layout,
-        params: &params,
-    };
-    Ok(model.logits(rows, Some(lora))?)
+    let adapter = adapter
+        .map(|adapter| model.load_adapter(adapter))
+        .transpose()?;
+    Ok(model.logits(rows, adapter.as_ref().map(OwnedLora::lora))?)
 }
 
 fn compare(against: &'static str, a: &[f32], b: &[f32], vocab: usize) -> Check {

@@ -1,12 +1,11 @@
 //! What a run will do, before it does it.
 
-use std::collections::BTreeSet;
-
 use anyhow::Result;
 use cli::Failure;
-use qwen3::{Adapter, AdapterConfig, Config, LoraLayout, Module};
-use settings::{TargetModules, TrainSettings};
+use qwen3::{Adapter, AdapterConfig, Config, LoraLayout};
+use settings::TrainSettings;
 
+use crate::lora;
 use crate::rows::{Row, Rows};
 
 /// What a run will do, before it does it.
@@ -19,8 +18,8 @@ pub struct Plan {
     pub adapter: AdapterConfig,
     /// Where its values lie.
     pub layout: LoraLayout,
-    /// The values to start from.
-    pub initial: Vec<f32>,
+    /// The values to start from, if not fresh ones.
+    pub initial: Option<Vec<f32>>,
 }
 
 impl Plan {
@@ -41,35 +40,14 @@ impl Plan {
                 ))
             })?;
         let epochs = (t.num_epochs * rows.train.len() as f64 / rows_per_step as f64).ceil() as u64;
-        let lora = &settings.lora;
-        let adapter = AdapterConfig {
-            base_model: settings.model.path.clone(),
-            rank: lora.rank,
-            alpha: lora.alpha,
-            dropout: lora.dropout,
-            targets: targets(&lora.target_modules)?,
-            rslora: lora.use_rslora,
-        };
-        let layout = LoraLayout::new(config, &adapter.targets, adapter.rank, adapter.scale());
-        let initial = match initial {
-            None => layout.init(t.seed),
-            Some(given) => {
-                let same = given.config.rank == adapter.rank
-                    && given.config.targets == adapter.targets
-                    && given.config.scale() == adapter.scale();
-                if !same {
-                    let cause = "--init-adapter: its rank, alpha or target modules are not those of `lora` in the settings";
-                    return Err(Failure::Usage(cause.into()).into());
-                }
-                layout.flatten(&given.pairs)
-            }
-        };
+        let (adapter, layout) = lora::layout(settings, config)?;
+        let given = initial.map(|given| lora::values_of(given, &layout, config));
         Ok(Self {
             steps: t.max_steps.unwrap_or(epochs).max(1),
             rows_per_step,
             adapter,
             layout,
-            initial,
+            initial: given.transpose()?,
         })
     }
 
@@ -87,26 +65,4 @@ impl Plan {
             self.layout.len(),
         )
     }
-}
-
-/// The modules named in the settings.
-fn targets(wanted: &TargetModules) -> Result<BTreeSet<Module>> {
-    let usage = |cause: String| Failure::Usage(format!("lora.target_modules: {cause}"));
-    let names = match wanted {
-        TargetModules::Named(name) if name == "all-linear" => return Ok(Module::ALL.into()),
-        TargetModules::Named(name) => std::slice::from_ref(name),
-        TargetModules::List(names) if names.is_empty() => {
-            return Err(usage("the list is empty".into()).into());
-        }
-        TargetModules::List(names) => names.as_slice(),
-    };
-    let known = Module::ALL.map(Module::name).join(", ");
-    let module = |name: &String| {
-        name.parse::<Module>().map_err(|_| {
-            usage(format!(
-                "`{name}` matches nothing; there are {known}, and all-linear"
-            ))
-        })
-    };
-    Ok(names.iter().map(module).collect::<Result<_, _>>()?)
 }

@@ -10,10 +10,10 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 use cli::{App, Failure};
-use engine::{Backend, Cpu, Sampling};
+use engine::{Cpu, Sampling};
 use qwen3::{
-    Adapter, Batch, Chat, Checkpoint, Generation, GenerationConfig, Keep, Lora, LoraLayout, LossOn,
-    Message, Model, Pass, Prompt, Row, Storage, Weight, generate,
+    Adapter, Batch, Chat, Checkpoint, Generation, GenerationConfig, Keep, LossOn, Message, Model,
+    OwnedLora, Pass, Prompt, Row, Storage, Weight, generate,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -267,21 +267,9 @@ fn compute(checkpoint: &Checkpoint, adapter: Option<&Path>, stop_ids: &[u32]) ->
     let chat = Chat::load(checkpoint.folder())?;
     let model = Model::load(Cpu, checkpoint, Storage::AsStored)?;
     let adapter = adapter
-        .map(|folder| Adapter::load(folder, checkpoint.config()))
+        .map(|folder| model.load_adapter(&Adapter::load(folder, checkpoint.config())?))
         .transpose()?;
-    let layout = adapter.as_ref().map(|Adapter { config, .. }| {
-        LoraLayout::new(
-            checkpoint.config(),
-            &config.targets,
-            config.rank,
-            config.scale(),
-        )
-    });
-    let params = (adapter.as_ref().zip(layout.as_ref()))
-        .map(|(adapter, layout)| Cpu.upload_f32(&layout.flatten(&adapter.pairs)))
-        .transpose()?;
-    let lora =
-        (layout.as_ref().zip(params.as_ref())).map(|(layout, params)| Lora { layout, params });
+    let lora = adapter.as_ref().map(OwnedLora::lora);
 
     let how = Generation {
         sampling: Sampling {

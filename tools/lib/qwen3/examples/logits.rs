@@ -8,8 +8,8 @@
 use std::error::Error;
 use std::path::PathBuf;
 
-use engine::{Backend, Cpu};
-use qwen3::{Adapter, Checkpoint, Lora, LoraLayout, Model, Storage};
+use engine::Cpu;
+use qwen3::{Adapter, Checkpoint, Model, Storage};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let folders: Vec<PathBuf> = std::env::args().skip(1).map(PathBuf::from).collect();
@@ -18,25 +18,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let checkpoint = Checkpoint::open(model)?;
     let adapter = Adapter::load(adapter, checkpoint.config())?;
-    let config = &adapter.config;
-    let layout = LoraLayout::new(
-        checkpoint.config(),
-        &config.targets,
-        config.rank,
-        config.scale(),
-    );
-    let params = Cpu.upload_f32(&layout.flatten(&adapter.pairs))?;
     let model = Model::load(Cpu, &checkpoint, Storage::AsStored)?;
+    let adapter = model.load_adapter(&adapter)?;
     for line in std::io::stdin().lines() {
         let ids: Vec<u32> = serde_json::from_str(&line?)?;
-        let lora = Lora {
-            layout: &layout,
-            params: &params,
-        };
-        println!(
-            "{}",
-            serde_json::to_string(&model.logits(&[&ids], Some(lora))?)?
-        );
+        let logits = model.logits(&[&ids], Some(adapter.lora()))?;
+        println!("{}", serde_json::to_string(&logits)?);
     }
     Ok(())
 }

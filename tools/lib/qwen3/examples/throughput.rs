@@ -11,8 +11,8 @@ use std::time::Instant;
 
 use engine::{Backend, Cpu, Reading, Sampling};
 use qwen3::{
-    Batch, Checkpoint, Generation, Keep, Lora, LoraLayout, Model, Module, Optimiser, Pass, Prompt,
-    Row, Storage, Update, generate,
+    AdapterConfig, Batch, Checkpoint, Generation, Keep, Lora, LoraLayout, Model, Optimiser,
+    OptimiserKind, Pass, Prompt, Row, Storage, Update, generate,
 };
 
 /// Processor seconds of all threads so far.
@@ -41,10 +41,10 @@ fn main() {
     let vocabulary = model.config().vocab_size as u32;
     println!("{}, {rows} rows of {len}", Cpu.describe());
 
-    let layout = LoraLayout::new(model.config(), &Module::ALL.into(), 16, 1.0);
+    let layout = LoraLayout::new(model.config(), &AdapterConfig::new(16, 16.0)).unwrap();
     let mut params = layout.init(0);
     let mut grads = Cpu.alloc_f32(layout.len()).unwrap();
-    let mut optimiser = Optimiser::new(&Cpu, layout.len()).unwrap();
+    let mut optimiser = Optimiser::new(&Cpu, &layout, OptimiserKind::default()).unwrap();
     let ids: Vec<Vec<u32>> = (0..rows as u32)
         .map(|r| {
             (0..len as u32)

@@ -13,55 +13,101 @@ use std::path::Path;
 
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
-use serde_json::{Value, json};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::config::{Config, Keys, Module};
 use crate::error::{Error, Result, read};
+use crate::targets::{self, Strength, Targets, Unfit, name_of};
 use crate::weights::{bf16s, f16s, f32s};
 
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
-const PREFIX: &str = "base_model.model.model.layers.";
+const PREFIX: &str = "base_model.model.";
+/// PEFT takes the `.weight` off when it saves.
+const MAGNITUDE: &str = "lora_magnitude_vector";
 
 /// What an adapter is, apart from its values.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterConfig {
     /// The base model it was trained on: a name or a folder, for people to read.
     pub base_model: String,
-    /// Inner dimension of every pair.
+    /// Inner dimension of every pair that no pattern gives another.
     pub rank: usize,
-    /// Numerator of the scale.
+    /// Numerator of the scale, unless a pattern gives another.
     pub alpha: f64,
     /// Dropout on its inputs while it was trained.
     pub dropout: f64,
-    /// Which products of every layer have a pair.
-    pub targets: BTreeSet<Module>,
+    /// Which products have a pair.
+    pub targets: Targets,
     /// Rank-stabilised: the scale divides by √rank (Kalajdzievski, arXiv 2312.03732).
     pub rslora: bool,
+    /// The rows of the updated weights are rescaled to learnt lengths (DoRA, Liu et
+    /// al., arXiv 2402.09353).
+    pub dora: bool,
+    /// Ranks by names: ends of them, or regular expressions; the first holds.
+    pub rank_pattern: Vec<(String, usize)>,
+    /// The same for alpha.
+    pub alpha_pattern: Vec<(String, f64)>,
 }
 
 impl AdapterConfig {
-    /// What `B A x` is multiplied by: `alpha / rank`, or `alpha / √rank`.
-    pub fn scale(&self) -> f32 {
-        let rank = self.rank as f64;
-        (self.alpha / if self.rslora { rank.sqrt() } else { rank }) as f32
+    /// Plain LoRA on all seven products of every layer.
+    pub fn new(rank: usize, alpha: f64) -> Self {
+        Self {
+            base_model: String::new(),
+            rank,
+            alpha,
+            dropout: 0.0,
+            targets: Targets::all_linear(),
+            rslora: false,
+            dora: false,
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+        }
+    }
+
+    /// Which products of a model get a pair, of which rank, and what `B A x` is
+    /// multiplied by: `alpha / rank`, or `alpha / √rank`.
+    ///
+    /// # Errors
+    /// If a target or a pattern matches nothing, or is no regular expression.
+    pub fn resolve(&self, model: &Config) -> Result<BTreeMap<(usize, Module), Strength>, Unfit> {
+        let targets = targets::resolve(&self.targets, model)?;
+        let ranks = targets::by_pattern("rank_pattern", &self.rank_pattern, &targets)?;
+        let alphas = targets::by_pattern("alpha_pattern", &self.alpha_pattern, &targets)?;
+        let strength = |target| {
+            let rank = ranks.get(&target).copied().unwrap_or(self.rank);
+            let alpha = alphas.get(&target).copied().unwrap_or(self.alpha);
+            let divisor = match self.rslora {
+                true => (rank as f64).sqrt(),
+                false => rank as f64,
+            };
+            let scale = (alpha / divisor) as f32;
+            (target, Strength { rank, scale })
+        };
+        Ok(targets.into_iter().map(strength).collect())
     }
 }
 
 /// The two factors of one product's change, `ΔW = scale · B A`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Pair {
+    /// `alpha / rank`, or `alpha / √rank`.
+    pub scale: f32,
     /// A, `[rank, in]`.
     pub a: Vec<f32>,
     /// B, `[out, rank]`.
     pub b: Vec<f32>,
+    /// With DoRA the lengths that the rows of `W + ΔW` are rescaled to, `[out]`.
+    pub magnitude: Option<Vec<f32>>,
 }
 
-/// An adapter: a pair for each target of each layer.
+/// An adapter: a pair for each target.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Adapter {
-    /// Rank, scale, targets.
+    /// Ranks, scales, targets.
     pub config: AdapterConfig,
     /// By layer and product.
     pub pairs: BTreeMap<(usize, Module), Pair>,
@@ -73,9 +119,13 @@ impl Adapter {
     ///
     /// # Errors
     /// If a file is missing or malformed, a setting is missing or not
-    /// supported, or a tensor is missing, unexpected or of another shape.
+    /// supported, a target or pattern matches nothing, or a tensor is missing,
+    /// unexpected or of another shape.
     pub fn load(folder: &Path, model: &Config) -> Result<Self> {
-        let config = read_config(&Keys::read(folder.join(CONFIG))?)?;
+        let keys = Keys::read(folder.join(CONFIG))?;
+        let config = read_config(&keys)?;
+        let strengths = config.resolve(model);
+        let strengths = strengths.map_err(|Unfit { key, reason }| keys.wrong(key, reason))?;
         let path = folder.join(TENSORS);
         let bytes = read(&path)?;
         let file = SafeTensors::deserialize(&bytes).map_err(|error| {
@@ -83,7 +133,7 @@ impl Adapter {
         })?;
 
         let mut names: BTreeSet<&str> = file.names().into_iter().collect();
-        let mut take = |name: String, shape: [usize; 2]| {
+        let mut take = |name: String, shape: &[usize]| {
             let tensor = file
                 .tensor(&name)
                 .map_err(|_| missing(&path, &name, &names_with_other_prefix(&file)))?;
@@ -107,13 +157,21 @@ impl Adapter {
             }
         };
         let mut pairs = BTreeMap::new();
-        for layer in 0..model.layers {
-            for &module in &config.targets {
-                let [outputs, inputs] = module.shape(model);
-                let a = take(tensor_name(layer, module, 'A'), [config.rank, inputs])?;
-                let b = take(tensor_name(layer, module, 'B'), [outputs, config.rank])?;
-                pairs.insert((layer, module), Pair { a, b });
-            }
+        for (target, Strength { rank, scale }) in strengths {
+            let [outputs, inputs] = target.1.shape(model);
+            let a = take(tensor_name(target, "lora_A.weight"), &[rank, inputs])?;
+            let b = take(tensor_name(target, "lora_B.weight"), &[outputs, rank])?;
+            let magnitude = config
+                .dora
+                .then(|| take(tensor_name(target, MAGNITUDE), &[outputs]))
+                .transpose()?;
+            let pair = Pair {
+                scale,
+                a,
+                b,
+                magnitude,
+            };
+            pairs.insert(target, pair);
         }
         if let Some(name) = names.first() {
             let reason = "is unexpected: not a pair of a target in `target_modules`, or of a layer the base does not have";
@@ -126,32 +184,41 @@ impl Adapter {
     /// are on the disk. PEFT, and what is built on it, reads them as they are.
     ///
     /// # Errors
-    /// If a file cannot be written.
+    /// If a file cannot be written, or `config` does not go with `model`.
     ///
     /// # Panics
     /// If the pairs are not those that `config` and `model` call for.
     pub fn save(&self, folder: &Path, model: &Config) -> Result<()> {
-        let AdapterConfig { rank, targets, .. } = &self.config;
-        assert_eq!(
-            self.pairs.len(),
-            model.layers * targets.len(),
+        let path = folder.join(CONFIG);
+        let strengths = self.config.resolve(model);
+        let strengths =
+            strengths.map_err(|Unfit { key, reason }| Error::key(&path, key, reason))?;
+        assert!(
+            self.pairs.keys().eq(strengths.keys()),
             "pairs of an adapter"
         );
-        let mut tensors = Vec::with_capacity(2 * self.pairs.len());
-        for (&(layer, module), pair) in &self.pairs {
-            let [outputs, inputs] = module.shape(model);
-            for (which, values, shape) in [
-                ('A', &pair.a, [*rank, inputs]),
-                ('B', &pair.b, [outputs, *rank]),
-            ] {
-                let name = tensor_name(layer, module, which);
-                assert_eq!(values.len(), shape[0] * shape[1], "values of {name}");
+        let mut tensors = Vec::with_capacity(3 * self.pairs.len());
+        for (&target, pair) in &self.pairs {
+            let [outputs, inputs] = target.1.shape(model);
+            let Strength { rank, scale } = strengths[&target];
+            assert_eq!(pair.scale, scale, "scale of {}", name_of(target));
+            assert_eq!(pair.magnitude.is_some(), self.config.dora, "DoRA");
+            let parts = [
+                ("lora_A.weight", Some(&pair.a), vec![rank, inputs]),
+                ("lora_B.weight", Some(&pair.b), vec![outputs, rank]),
+                (MAGNITUDE, pair.magnitude.as_ref(), vec![outputs]),
+            ];
+            for (part, values, shape) in parts {
+                let Some(values) = values else { continue };
+                let name = tensor_name(target, part);
+                let count: usize = shape.iter().product();
+                assert_eq!(values.len(), count, "values of {name}");
                 let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
                 tensors.push((name, shape, bytes));
             }
         }
         let views = tensors.iter().map(|(name, shape, bytes)| {
-            let view = TensorView::new(Dtype::F32, shape.to_vec(), bytes);
+            let view = TensorView::new(Dtype::F32, shape.clone(), bytes);
             (
                 name,
                 view.expect("the length was just checked against the shape"),
@@ -165,18 +232,19 @@ impl Adapter {
         let mut text =
             serde_json::to_vec_pretty(&self.config_json()).expect("a JSON value is serialisable");
         text.push(b'\n');
-        write(&folder.join(CONFIG), &text)
+        write(&path, &text)
     }
 
-    /// A name for exactly this adapter: SHA-256, in hex, over its scale and the
-    /// bits of its values with their layers and products. How the files are
-    /// laid out does not matter, nor what the base is called.
+    /// A name for exactly this adapter: SHA-256, in hex, over the bits of its scales
+    /// and values with their layers and products. How the files are laid out does
+    /// not matter, nor what the base is called.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
-        hash.update(self.config.scale().to_le_bytes());
         for ((layer, module), pair) in &self.pairs {
-            hash.update(format!("{layer} {module} {}\n", self.config.rank));
-            for value in pair.a.iter().chain(&pair.b) {
+            let magnitude = pair.magnitude.as_deref().unwrap_or_default();
+            let lengths = [pair.a.len(), pair.b.len(), magnitude.len()];
+            hash.update(format!("{layer} {module} {lengths:?}\n"));
+            for value in [&[pair.scale], &*pair.a, &*pair.b, magnitude].concat() {
                 hash.update(value.to_le_bytes());
             }
         }
@@ -192,14 +260,20 @@ impl Adapter {
             dropout,
             targets,
             rslora,
+            dora,
+            rank_pattern,
+            alpha_pattern,
         } = &self.config;
-        let targets: Vec<&str> = targets.iter().map(|module| module.name()).collect();
-        // PEFT's own files hold a whole number where alpha is one.
-        let alpha = if alpha.fract() == 0.0 && alpha.abs() < 1e15 {
-            json!(*alpha as i64)
-        } else {
-            json!(alpha)
+        let targets = match targets {
+            Targets::Names(names) => json!(names),
+            Targets::Pattern(pattern) => json!(pattern),
         };
+        let ranks: Map<_, _> = (rank_pattern.iter())
+            .map(|(name, rank)| (name.clone(), json!(rank)))
+            .collect();
+        let alphas: Map<_, _> = (alpha_pattern.iter())
+            .map(|(name, alpha)| (name.clone(), number(*alpha)))
+            .collect();
         json!({
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -208,11 +282,11 @@ impl Adapter {
             "revision": null,
             "inference_mode": true,
             "r": rank,
-            "lora_alpha": alpha,
+            "lora_alpha": number(*alpha),
             "lora_dropout": dropout,
             "target_modules": targets,
             "use_rslora": rslora,
-            "use_dora": false,
+            "use_dora": dora,
             "bias": "none",
             "lora_bias": false,
             "fan_in_fan_out": false,
@@ -224,15 +298,24 @@ impl Adapter {
             "layers_to_transform": null,
             "layers_pattern": null,
             "layer_replication": null,
-            "rank_pattern": {},
-            "alpha_pattern": {},
+            "rank_pattern": ranks,
+            "alpha_pattern": alphas,
         })
     }
 }
 
-fn tensor_name(layer: usize, module: Module, which: char) -> String {
-    let (block, name) = module.path();
-    format!("{PREFIX}{layer}.{block}.{name}.lora_{which}.weight")
+/// As PEFT's own files hold it: a whole number where it is one.
+fn number(value: f64) -> Value {
+    if value.fract() == 0.0 && value.abs() < 1e15 {
+        json!(value as i64)
+    } else {
+        json!(value)
+    }
+}
+
+/// A tensor of the pair of a target.
+fn tensor_name(target: (usize, Module), part: &str) -> String {
+    format!("{PREFIX}{}.{part}", name_of(target))
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -259,7 +342,7 @@ const WITHOUT_EFFECT: [&str; 8] = [
     "revision",
 ];
 
-const READ: [&str; 8] = [
+const READ: [&str; 11] = [
     "peft_type",
     "task_type",
     "r",
@@ -268,6 +351,9 @@ const READ: [&str; 8] = [
     "target_modules",
     "use_rslora",
     "init_lora_weights",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
 ];
 
 fn read_config(keys: &Keys) -> Result<AdapterConfig> {
@@ -304,46 +390,66 @@ fn read_config(keys: &Keys) -> Result<AdapterConfig> {
         return Err(keys.wrong(key, format!("is {value}, which is not supported")));
     }
 
-    let rank = keys.size("r")?;
     let alpha = keys.required::<f64>("lora_alpha")?;
-    if !(alpha.is_finite() && alpha != 0.0) {
-        return Err(keys.wrong(
-            "lora_alpha",
-            format!("is {alpha}: the adapter would do nothing"),
-        ));
+    let rank_pattern = pattern::<usize>(keys, "rank_pattern")?;
+    let alpha_pattern = pattern::<f64>(keys, "alpha_pattern")?;
+    for (key, name, alpha) in [("lora_alpha", "", alpha)]
+        .into_iter()
+        .chain((alpha_pattern.iter()).map(|(name, alpha)| ("alpha_pattern", name.as_str(), *alpha)))
+    {
+        if !(alpha.is_finite() && alpha != 0.0) {
+            let name = if name.is_empty() {
+                String::new()
+            } else {
+                format!(" for `{name}`")
+            };
+            return Err(keys.wrong(
+                key,
+                format!("is {alpha}{name}: the adapter would do nothing"),
+            ));
+        }
+    }
+    if let Some((name, _)) = rank_pattern.iter().find(|(_, rank)| *rank == 0) {
+        return Err(keys.wrong("rank_pattern", format!("is 0 for `{name}`")));
     }
     Ok(AdapterConfig {
         base_model: keys
             .optional("base_model_name_or_path")?
             .unwrap_or_default(),
-        rank,
+        rank: keys.size("r")?,
         alpha,
         dropout: keys.optional("lora_dropout")?.unwrap_or(0.0),
         targets: read_targets(keys)?,
         rslora: keys.optional("use_rslora")?.unwrap_or(false),
+        dora: keys.optional("use_dora")?.unwrap_or(false),
+        rank_pattern,
+        alpha_pattern,
     })
 }
 
-fn read_targets(keys: &Keys) -> Result<BTreeSet<Module>> {
+/// Values by names, in the file's order, which decides.
+fn pattern<T: DeserializeOwned>(keys: &Keys, key: &str) -> Result<Vec<(String, T)>> {
+    let map: Map<String, Value> = keys.optional(key)?.unwrap_or_default();
+    let value = |(name, value): (String, Value)| match serde_json::from_value(value) {
+        Ok(value) => Ok((name, value)),
+        Err(error) => Err(keys.wrong(key, format!("for `{name}`: {error}"))),
+    };
+    map.into_iter().map(value).collect()
+}
+
+fn read_targets(keys: &Keys) -> Result<Targets> {
     const KEY: &str = "target_modules";
-    let wrong = |reason: String| keys.wrong(KEY, reason);
     match keys.required(KEY)? {
-        Value::String(all) if all == "all-linear" => Ok(Module::ALL.into()),
-        Value::String(pattern) => Err(wrong(format!(
-            "is the pattern \"{pattern}\": a list of names or \"all-linear\" is supported"
-        ))),
-        Value::Array(names) if !names.is_empty() => names
-            .iter()
-            .map(|name| {
-                let name = name
-                    .as_str()
-                    .ok_or_else(|| wrong(format!("holds {name}, not a name")))?;
-                name.parse().map_err(|unknown| {
-                    wrong(format!("holds a name that is not supported: {unknown}"))
-                })
-            })
-            .collect(),
-        other => Err(wrong(format!("is {other}, not a list of names"))),
+        Value::String(text) => Ok(Targets::from_text(&text)),
+        Value::Array(names) => {
+            let name = |name: Value| match name {
+                Value::String(name) => Ok(name),
+                other => Err(keys.wrong(KEY, format!("holds {other}, not a name"))),
+            };
+            let names: Result<_> = names.into_iter().map(name).collect();
+            names.map(Targets::Names)
+        }
+        other => Err(keys.wrong(KEY, format!("is {other}, not a list of names"))),
     }
 }
 

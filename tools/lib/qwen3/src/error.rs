@@ -78,6 +78,9 @@ pub enum Error {
         /// Assistant turns found in the rendered text.
         found: usize,
     },
+    /// An adapter's settings do not go with the model.
+    #[error(transparent)]
+    Unfit(#[from] crate::Unfit),
     /// The machine failed.
     #[error(transparent)]
     Engine(#[from] engine::Error),

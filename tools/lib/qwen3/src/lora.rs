@@ -3,15 +3,17 @@
 //! A run's parameters, gradients and moments are three buffers with the same
 //! layout, so the optimiser, the norm and a checkpoint each see one array. The
 //! factors `A` of modules that share an input follow each other: with no dropout
-//! between them, their products are one.
+//! between them, their products are one. What DoRA computes from the factors, the
+//! rows' norms, lies behind all that is trained, where only products look.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::Range;
 
-use engine::Backend;
 use engine::rng::{Purpose, Stream, unit_f32};
+use engine::{Backend, Dora};
 
-use crate::{Config, Module, Pair};
+use crate::targets::Strength;
+use crate::{AdapterConfig, Config, Module, Pair, Unfit};
 
 /// The modules that share an input, in the order in which a layer computes them.
 pub(crate) const GROUPS: [&[Module]; 4] = [
@@ -27,51 +29,84 @@ pub struct LoraLayout {
     /// By layer and [`Module::ALL`]'s order.
     adapters: Vec<[Option<engine::Adapter>; 7]>,
     shapes: [[usize; 2]; 7],
+    /// What is trained.
     len: usize,
+    /// With the norms.
+    buffer_len: usize,
 }
 
 impl LoraLayout {
-    /// Adapters of one rank on the same modules of every layer, scaled by `scale`
-    /// (`alpha / r`, or `alpha / √r` for rsLoRA).
-    pub fn new(config: &Config, targets: &BTreeSet<Module>, rank: usize, scale: f32) -> Self {
-        let shapes = Module::ALL.map(|m| m.shape(config));
+    /// Places for the pairs that an adapter has on this model.
+    ///
+    /// # Errors
+    /// If one of its targets or patterns matches nothing.
+    pub fn new(model: &Config, adapter: &AdapterConfig) -> Result<Self, Unfit> {
+        let strengths = adapter.resolve(model)?;
+        let shapes = Module::ALL.map(|m| m.shape(model));
         let mut len = 0;
         let mut reserve = |floats: usize| {
             len += floats;
             len - floats
         };
-        let layer = |_| {
-            let mut layer = [None; 7];
+        let mut adapters = vec![[None; 7]; model.layers];
+        for (layer, places) in adapters.iter_mut().enumerate() {
             for group in GROUPS {
-                let trained = || group.iter().filter(|m| targets.contains(m));
-                for &module in trained() {
-                    layer[module as usize] = Some(engine::Adapter {
+                let trained = || {
+                    let strength = |&m: &Module| Some((m, *strengths.get(&(layer, m))?));
+                    group.iter().filter_map(strength)
+                };
+                for (module, Strength { rank, scale }) in trained() {
+                    places[module as usize] = Some(engine::Adapter {
                         rank,
                         scale,
                         a: reserve(rank * shapes[module as usize][1]),
                         b: 0,
                         module: module as u32,
+                        dora: None,
                     });
                 }
-                for &module in trained() {
-                    if let Some(adapter) = &mut layer[module as usize] {
-                        adapter.b = reserve(shapes[module as usize][0] * rank);
+                let mut each = |f: &mut dyn FnMut(&mut engine::Adapter, usize)| {
+                    for (module, _) in trained() {
+                        if let Some(place) = &mut places[module as usize] {
+                            f(place, shapes[module as usize][0]);
+                        }
                     }
+                };
+                each(&mut |place, outputs| place.b = reserve(outputs * place.rank));
+                if adapter.dora {
+                    each(&mut |place, outputs| {
+                        let magnitude = reserve(outputs);
+                        place.dora = Some(Dora { magnitude, norm: 0 });
+                    });
                 }
             }
-            layer
-        };
-        let adapters = (0..config.layers).map(layer).collect();
-        Self {
+        }
+        let mut buffer_len = len;
+        for (place, [outputs, _]) in adapters
+            .iter_mut()
+            .flat_map(|layer| layer.iter_mut().zip(shapes))
+        {
+            if let Some(dora) = place.as_mut().and_then(|place| place.dora.as_mut()) {
+                dora.norm = buffer_len;
+                buffer_len += outputs;
+            }
+        }
+        Ok(Self {
             adapters,
             shapes,
             len,
-        }
+            buffer_len,
+        })
     }
 
-    /// Floats in all factors: the number of trained parameters.
+    /// Floats that are trained: those of all factors, and of DoRA's magnitudes.
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// Floats of the buffer that products read: what is trained, then DoRA's norms.
+    pub fn buffer_len(&self) -> usize {
+        self.buffer_len
     }
 
     /// Whether nothing is trained.
@@ -87,9 +122,16 @@ impl LoraLayout {
         Some((adapter.a..adapter.a + a, adapter.b..adapter.b + b))
     }
 
+    /// Where a module's magnitudes `[out]` lie, if it has any.
+    pub fn magnitude(&self, layer: usize, module: Module) -> Option<Range<usize>> {
+        let at = self.adapters[layer][module as usize]?.dora?.magnitude;
+        Some(at..at + self.shapes[module as usize][0])
+    }
+
     /// Initial values as peft draws them: `A` uniform in `±1/√in`
     /// (Kaiming-uniform with slope √5), `B` zero. Each value is a function of the
-    /// seed, its layer, module, row and column.
+    /// seed, its layer, module, row and column. Magnitudes are zero: they depend on
+    /// the base ([`Model::initial`](crate::Model::initial)).
     pub fn init(&self, seed: u64) -> Vec<f32> {
         let mut values = vec![0.0; self.len];
         for (layer, module, adapter) in self.iter() {
@@ -118,7 +160,7 @@ impl LoraLayout {
     ///
     /// # Panics
     /// If the pairs are not those of this layout: build it from the same
-    /// adapter's targets and rank.
+    /// adapter's settings.
     pub fn flatten(&self, pairs: &BTreeMap<(usize, Module), Pair>) -> Vec<f32> {
         let mut values = vec![0.0; self.len];
         for (layer, module, _) in self.iter() {
@@ -126,31 +168,50 @@ impl LoraLayout {
             let pair = &pairs[&(layer, module)];
             values[a].copy_from_slice(&pair.a);
             values[b].copy_from_slice(&pair.b);
+            if let Some(range) = self.magnitude(layer, module) {
+                let magnitude = pair.magnitude.as_ref().expect("an adapter with DoRA");
+                values[range].copy_from_slice(magnitude);
+            }
         }
         values
     }
 
-    /// The reverse of [`flatten`](Self::flatten): factors by layer and module.
+    /// The reverse of [`flatten`](Self::flatten): pairs by layer and module.
     pub fn split(&self, values: &[f32]) -> BTreeMap<(usize, Module), Pair> {
-        let pair = |(layer, module, _)| {
+        let pair = |(layer, module, adapter): (_, _, engine::Adapter)| {
             let (a, b) = self.ranges(layer, module).expect("iterates over adapters");
+            let magnitude = self.magnitude(layer, module);
             let pair = Pair {
+                scale: adapter.scale,
                 a: values[a].to_vec(),
                 b: values[b].to_vec(),
+                magnitude: magnitude.map(|range| values[range].to_vec()),
             };
             ((layer, module), pair)
         };
         self.iter().map(pair).collect()
     }
 
-    /// Where the factors `(A, B)` of each adapter lie.
-    pub(crate) fn factors(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
-        self.iter()
-            .filter_map(|(layer, module, _)| self.ranges(layer, module))
+    /// Where each trained tensor lies, in order, and whether it is of those that
+    /// LoRA+ trains faster, as peft's groups have it: `B`, and DoRA's magnitudes with it.
+    pub(crate) fn tensors(&self) -> Vec<(Range<usize>, bool)> {
+        let parts = |(layer, module, _)| {
+            let (a, b) = self.ranges(layer, module).expect("iterates over adapters");
+            let magnitude = self.magnitude(layer, module).map(|range| (range, true));
+            [(a, false), (b, true)].into_iter().chain(magnitude)
+        };
+        let mut tensors: Vec<_> = self.iter().flat_map(parts).collect();
+        tensors.sort_by_key(|(range, _)| range.start);
+        tensors
+    }
+
+    /// Whether rows are rescaled to learnt lengths.
+    pub fn dora(&self) -> bool {
+        self.buffer_len > self.len
     }
 
     /// All adapters, layer by layer.
-    fn iter(&self) -> impl Iterator<Item = (usize, Module, engine::Adapter)> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (usize, Module, engine::Adapter)> {
         self.adapters.iter().enumerate().flat_map(|(layer, all)| {
             let present = Module::ALL.into_iter().zip(all);
             present.filter_map(move |(module, adapter)| Some((layer, module, (*adapter)?)))
@@ -162,21 +223,55 @@ impl LoraLayout {
         self.adapters[layer][module as usize]
     }
 
-    /// The widest `x Aᵀ` of each group.
-    pub(crate) fn ranks(&self) -> [usize; 4] {
-        GROUPS.map(|group| {
+    /// What a layer's buffers must hold.
+    pub(crate) fn ranks(&self) -> Ranks {
+        let groups = GROUPS.map(|group| {
             let rank = |layer: &[Option<engine::Adapter>; 7]| -> usize {
                 let of = |m: &Module| layer[*m as usize].map_or(0, |a| a.rank);
                 group.iter().map(of).sum()
             };
             self.adapters.iter().map(rank).max().unwrap_or(0)
-        })
+        });
+        let dora = self.dora();
+        Ranks { groups, dora }
     }
 
-    /// Whether any of a layer's groups `..groups` has an adapter.
-    pub(crate) fn trains_any(&self, layer: usize, groups: usize) -> bool {
+    /// Whether a layer has an adapter in one of its groups `..groups`, or there is
+    /// one in a layer below.
+    pub(crate) fn trains_below(&self, layer: usize, groups: usize) -> bool {
         let mut modules = GROUPS[..groups].iter().copied().flatten();
-        modules.any(|m| self.adapters[layer][*m as usize].is_some())
+        layer > self.lowest() || modules.any(|m| self.adapters[layer][*m as usize].is_some())
+    }
+
+    /// Layers from the lowest with an adapter upwards.
+    pub(crate) fn trained_layers(&self) -> usize {
+        self.adapters.len() - self.lowest()
+    }
+
+    /// The first layer with an adapter.
+    pub(crate) fn lowest(&self) -> usize {
+        let any = |layer: &[Option<engine::Adapter>; 7]| layer.iter().any(Option::is_some);
+        self.adapters
+            .iter()
+            .position(any)
+            .unwrap_or(self.adapters.len())
+    }
+}
+
+/// What an adapter adds to a pass: the widest `x Aᵀ` of each group, and whether
+/// rows are rescaled.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Ranks {
+    pub groups: [usize; 4],
+    pub dora: bool,
+}
+
+impl Ranks {
+    pub fn max(self, other: Self) -> Self {
+        Self {
+            groups: std::array::from_fn(|i| self.groups[i].max(other.groups[i])),
+            dora: self.dora || other.dora,
+        }
     }
 }
 
@@ -184,8 +279,25 @@ impl LoraLayout {
 pub struct Lora<'a, B: Backend> {
     /// Where the factors are.
     pub layout: &'a LoraLayout,
-    /// The factors.
+    /// The values, as [`Model::adapter_params`](crate::Model::adapter_params) makes them.
     pub params: &'a B::F32,
+}
+
+/// An adapter on a device, as [`Model::load_adapter`](crate::Model::load_adapter)
+/// puts it there.
+pub struct OwnedLora<B: Backend> {
+    pub(crate) layout: LoraLayout,
+    pub(crate) params: B::F32,
+}
+
+impl<B: Backend> OwnedLora<B> {
+    /// For passes to borrow.
+    pub fn lora(&self) -> Lora<'_, B> {
+        Lora {
+            layout: &self.layout,
+            params: &self.params,
+        }
+    }
 }
 
 impl<B: Backend> Clone for Lora<'_, B> {

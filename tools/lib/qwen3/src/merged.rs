@@ -1,4 +1,5 @@
-//! A base and an adapter as one model: `W + scale · B A` in f32, rounded once.
+//! A base and an adapter as one model: `W + scale · B A` in f32, rounded once; with
+//! DoRA each row then rescaled to its learnt length.
 //!
 //! What peft's `merge_and_unload` computes, a few rows at a time, so that an 8B
 //! model is merged in the memory of a small one.
@@ -58,7 +59,7 @@ impl<'a> Merged<'a> {
         for from in (0..rows).step_by(step) {
             values.read(from..rows.min(from + step), &mut piece);
             if let Some(pair) = pair {
-                add(pair, self.adapter.config.scale(), from, cols, &mut piece);
+                update(pair, from, cols, &mut piece);
             }
             each(&piece)?;
         }
@@ -103,8 +104,9 @@ impl<'a> Merged<'a> {
     }
 }
 
-/// `rows += scale · B A` for whole rows of width `cols` from row `first` on.
-fn add(pair: &Pair, scale: f32, first: usize, cols: usize, rows: &mut [f32]) {
+/// `rows += scale · B A` for whole rows of width `cols` from row `first` on, then
+/// with DoRA `rows *= magnitude / ‖rows‖`.
+fn update(pair: &Pair, first: usize, cols: usize, rows: &mut [f32]) {
     let rank = pair.a.len() / cols;
     rows.par_chunks_exact_mut(cols).enumerate().for_each_init(
         || vec![0f32; cols],
@@ -117,7 +119,12 @@ fn add(pair: &Pair, scale: f32, first: usize, cols: usize, rows: &mut [f32]) {
                 }
             }
             for (value, &sum) in values.iter_mut().zip(&*sum) {
-                *value += scale * sum;
+                *value += pair.scale * sum;
+            }
+            if let Some(magnitude) = &pair.magnitude {
+                let squares: f64 = values.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
+                let gain = magnitude[first + row] / squares.sqrt() as f32;
+                values.iter_mut().for_each(|value| *value *= gain);
             }
         },
     );

@@ -7,12 +7,15 @@
 //! of what lies between them, nothing else; below the lowest adapter it stops.
 
 use engine::{
-    Backend, Cache, Dropout, Group, Heads, LinearGrad, Member, QkNorms, Ragged, Reading, Result,
+    Backend, Cache, Dropout, Group, Heads, LinearGrad, Member, Neftune, QkNorms, Ragged, Reading,
+    Result,
 };
 
-use crate::lora::GROUPS;
+use crate::lora::{GROUPS, Ranks};
 use crate::pass::{Buffers, GradActs, Keep, LayerActs, Pass};
-use crate::{Batch, Checkpoint, Config, LayerWeights, Lora, Storage};
+use crate::{
+    Adapter, Batch, Checkpoint, Config, LayerWeights, Lora, LoraLayout, Module, OwnedLora, Storage,
+};
 
 impl Config {
     /// The attention's shape.
@@ -55,11 +58,13 @@ pub struct Model<B: Backend> {
     rope: B::F32,
 }
 
-/// Adapter dropout of one training step.
+/// What is random in one training step.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct StepDropout {
+pub struct StepNoise {
     /// Share of the adapters' inputs that is dropped.
-    pub p: f32,
+    pub dropout: f32,
+    /// Strength of the noise on the embeddings ([`Backend::add_noise`]); 0: none.
+    pub neftune_alpha: f32,
     /// The run's seed.
     pub seed: u64,
     /// Number of the optimiser step.
@@ -184,25 +189,97 @@ impl<B: Backend> Model<B> {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
-    /// Scratch bytes for `[tokens, predictions, longest]` and ranks by group.
-    pub(crate) fn scratch(
-        &self,
-        [tokens, predictions, longest]: [usize; 3],
-        ranks: [usize; 4],
-    ) -> usize {
-        let mut bytes = self
-            .backend
-            .attention_scratch(self.config.attention(), longest)
-            .max(self.backend.head_scratch(self.head(), predictions));
-        for (weights, rank) in self
-            .layers
-            .iter()
-            .flat_map(|l| l.products.iter().zip(ranks))
-        {
-            let weights: Vec<_> = weights.iter().collect();
-            bytes = bytes.max(self.backend.linear_scratch(&weights, [tokens, rank]));
+    /// Scratch bytes for `[tokens, predictions, longest]` and an adapter.
+    pub(crate) fn scratch(&self, size: [usize; 3], ranks: Ranks) -> usize {
+        let products = self.layers.iter().map(|layer| &layer.products);
+        let heads = self.config.attention();
+        scratch(&self.backend, heads, self.head(), products, size, ranks)
+    }
+
+    /// Puts an adapter on the device, to run the model with it.
+    ///
+    /// # Errors
+    /// If it is of another model, or the device has no room.
+    ///
+    /// # Panics
+    /// If its pairs are not those that its settings call for.
+    pub fn load_adapter(&self, adapter: &Adapter) -> crate::Result<OwnedLora<B>> {
+        let layout = LoraLayout::new(&self.config, &adapter.config)?;
+        let params = self.adapter_params(&layout, &layout.flatten(&adapter.pairs))?;
+        Ok(OwnedLora { layout, params })
+    }
+
+    /// Values to start training an adapter from: [`LoraLayout::init`]'s, and DoRA's
+    /// magnitudes as the lengths of the base's rows, so that it changes nothing yet.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    pub fn initial(&self, layout: &LoraLayout, seed: u64) -> Result<Vec<f32>> {
+        let mut values = layout.init(seed);
+        if layout.dora() {
+            let params = self.adapter_params(layout, &values)?;
+            let read = self.backend.read_f32(&params, 0..layout.buffer_len());
+            let with_norms = read.wait()?;
+            for (layer, module, adapter) in layout.iter() {
+                let rows = layout.magnitude(layer, module);
+                if let (Some(rows), Some(dora)) = (rows, adapter.dora) {
+                    let norms = &with_norms[dora.norm..][..rows.len()];
+                    values[rows].copy_from_slice(norms);
+                }
+            }
         }
-        bytes
+        Ok(values)
+    }
+
+    /// An adapter's values on the device, ready for [`Lora`]: what is trained, and
+    /// behind it what DoRA computes from it.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    ///
+    /// # Panics
+    /// If there are more or fewer values than the layout has.
+    pub fn adapter_params(&self, layout: &LoraLayout, values: &[f32]) -> Result<B::F32> {
+        assert_eq!(values.len(), layout.len(), "values of an adapter");
+        if !layout.dora() {
+            return self.backend.upload_f32(values);
+        }
+        let mut all = values.to_vec();
+        all.resize(layout.buffer_len(), 0.0);
+        let mut params = self.backend.upload_f32(&all)?;
+        self.renew_norms(&mut Pass::new(Keep::Nothing), layout, &mut params)?;
+        Ok(params)
+    }
+
+    /// Computes again what lies behind the trained values: to be called after every
+    /// update of them. Nothing without DoRA. The pass lends its scratch memory.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    pub fn renew_norms(
+        &self,
+        pass: &mut Pass<B>,
+        layout: &LoraLayout,
+        params: &mut B::F32,
+    ) -> Result<()> {
+        if !layout.dora() {
+            return Ok(());
+        }
+        let buffers = pass.fit(self, [0; 3], Some(Lora { layout, params }))?;
+        for (layer, module, adapter) in layout.iter() {
+            let weight = self.product(layer, module);
+            let scratch = &mut buffers.scratch;
+            self.backend.dora_norms(weight, &adapter, params, scratch);
+        }
+        Ok(())
+    }
+
+    /// A product's weight.
+    fn product(&self, layer: usize, module: Module) -> &B::Matrix {
+        let groups = GROUPS.iter().zip(&self.layers[layer].products);
+        let mut all = groups.flat_map(|(modules, weights)| modules.iter().zip(weights));
+        let found = all.find(|(of, _)| **of == module);
+        found.expect("every module is in a group").1
     }
 
     /// Losses of a batch, without dropout and without gradients.
@@ -243,7 +320,7 @@ impl<B: Backend> Model<B> {
         pass: &mut Pass<B>,
         batch: &Batch<B>,
         lora: Lora<'_, B>,
-        dropout: Option<StepDropout>,
+        noise: Option<StepNoise>,
         (grads, scale): (&mut B::F32, f32),
     ) -> Result<Losses<B>> {
         assert_ne!(
@@ -251,7 +328,6 @@ impl<B: Backend> Model<B> {
             Keep::Nothing,
             "a backward pass needs a pass that keeps"
         );
-        let keep = pass.keep();
         let buffers = pass.fit(self, batch.size(), Some(lora))?;
         let tokens = Tokens {
             count: batch.tokens(),
@@ -259,13 +335,22 @@ impl<B: Backend> Model<B> {
             rows: Some(&batch.rows),
             slots: None,
         };
-        let dropout = dropout.filter(|d| d.p > 0.0).map(|d| Dropout {
-            p: d.p,
-            seed: d.seed,
-            step: d.step,
+        let dropout = noise.filter(|n| n.dropout > 0.0).map(|n| Dropout {
+            p: n.dropout,
+            seed: n.seed,
+            step: n.step,
             rows: &batch.rows,
         });
         self.embed(&batch.ids, tokens.count, buffers);
+        if let Some(noise) = noise.filter(|n| n.neftune_alpha > 0.0) {
+            let neftune = Neftune {
+                alpha: noise.neftune_alpha,
+                seed: noise.seed,
+                step: noise.step,
+            };
+            let (width, x) = (self.config.hidden_size, &mut buffers.stream[0]);
+            self.backend.add_noise(&neftune, &batch.rows, width, x);
+        }
         self.layers_forward(&tokens, Some(lora), dropout, None, buffers);
         self.head_loss(batch, Some(scale), buffers);
 
@@ -277,21 +362,21 @@ impl<B: Backend> Model<B> {
         let Buffers {
             stream,
             layers,
+            inside,
             grads: down,
             scratch,
             ..
         } = buffers;
         let down = down.as_mut().expect("a pass that keeps has gradients");
-        for l in (0..self.layers.len()).rev() {
+        // The layers that share the last buffer; the last of them is still in it.
+        let (shared, last) = (layers.len() - 1, self.layers.len() - 1);
+        for l in (lora.layout.lowest()..self.layers.len()).rev() {
             let (inputs, outputs) = stream.split_at_mut(l + 1);
             let x = &inputs[l];
-            let acts = match keep {
-                Keep::All => &mut layers[l],
-                _ => {
-                    self.layer_forward(l, &run, None, x, &mut layers[0], &mut outputs[0], scratch);
-                    &mut layers[0]
-                }
-            };
+            let acts = &mut layers[inside[l]];
+            if inside[l] == shared && l < last {
+                self.layer_forward(l, &run, None, x, acts, &mut outputs[0], scratch);
+            }
             self.layer_backward(l, &run, &batch.rows, x, acts, down, grads, scratch);
         }
         Ok(self.read_losses(batch, buffers))
@@ -326,7 +411,7 @@ impl<B: Backend> Model<B> {
             lora,
             dropout,
         };
-        let (streams, inside) = (buffers.stream.len(), buffers.layers.len());
+        let streams = buffers.stream.len();
         for l in 0..self.layers.len() {
             let (from, to) = (l % streams, (l + 1) % streams);
             let (low, high) = buffers.stream.split_at_mut(from.max(to));
@@ -334,7 +419,7 @@ impl<B: Backend> Model<B> {
                 true => (&low[from], &mut high[0]),
                 false => (&high[0], &mut low[to]),
             };
-            let acts = &mut buffers.layers[l % inside];
+            let acts = &mut buffers.layers[buffers.inside[l]];
             let cache = cache.as_deref_mut();
             self.layer_forward(l, &run, cache, x, acts, out, &mut buffers.scratch);
         }
@@ -431,8 +516,8 @@ impl<B: Backend> Model<B> {
     }
 
     /// One layer backwards: `down.stream` from the gradient of its output to that
-    /// of its input, adapters' gradients added to `grads`. In the lowest layer it
-    /// goes no further than the lowest adapter.
+    /// of its input, adapters' gradients added to `grads`. In the lowest layer that is
+    /// trained it goes no further than the lowest adapter.
     #[expect(clippy::too_many_arguments, reason = "every buffer is named")]
     fn layer_backward(
         &self,
@@ -450,7 +535,7 @@ impl<B: Backend> Model<B> {
         let (hidden, inner) = ([tokens, c.hidden_size], [tokens, c.intermediate_size]);
         let lora = run.lora.expect("training has an adapter");
         // Whether anything before group `g` of this layer is trained.
-        let trained_below = |g: usize| l > 0 || lora.layout.trains_any(0, g);
+        let trained_below = |g: usize| lora.layout.trains_below(l, g);
         let mut linear = |g: usize, x: &B::Act, dout: &B::Act, dx: &mut B::Act, scratch: &mut _| {
             let members = self.members(l, g, run.lora);
             let group = Group {
@@ -581,6 +666,33 @@ impl<B: Backend> Model<B> {
             eps: self.config.rms_eps,
         }
     }
+}
+
+/// Scratch bytes of a pass of `[tokens, predictions, longest]` through layers with
+/// these products, by group, and with an adapter.
+pub(crate) fn scratch<'a, B: Backend>(
+    backend: &B,
+    heads: Heads,
+    head: &B::Matrix,
+    products: impl Iterator<Item = &'a [Vec<B::Matrix>; 4]>,
+    [tokens, predictions, longest]: [usize; 3],
+    ranks: Ranks,
+) -> usize
+where
+    B::Matrix: 'a,
+{
+    let mut bytes = backend
+        .attention_scratch(heads, longest)
+        .max(backend.head_scratch(head, predictions));
+    let groups = products.flat_map(|groups| groups.iter().zip(ranks.groups));
+    for (weights, rank) in groups {
+        let weights: Vec<_> = weights.iter().collect();
+        bytes = bytes.max(backend.linear_scratch(&weights, [tokens, rank], ranks.dora));
+        for weight in weights.into_iter().filter(|_| ranks.dora) {
+            bytes = bytes.max(backend.dora_scratch(weight, rank));
+        }
+    }
+    bytes
 }
 
 /// What is not in a layer.

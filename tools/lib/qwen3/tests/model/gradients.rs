@@ -4,7 +4,8 @@
 use crate::support::*;
 use candle_core::{Device, Tensor};
 use engine::rng::{Purpose, Stream, drop_threshold, dropout_factors};
-use qwen3::{Keep, LoraLayout, Module, Pass, StepDropout};
+use engine::{Backend, Cpu, Neftune, Ragged};
+use qwen3::{AdapterConfig, Keep, LoraLayout, Module, Pass, StepNoise};
 
 #[test]
 fn losses_and_every_gradient_match_autograd() {
@@ -55,15 +56,16 @@ fn step(
     twins: &Twins,
     keep: Keep,
     batches: &[(u32, &[Tokens])],
-    dropout: f32,
+    [dropout, neftune_alpha]: [f32; 2],
 ) -> (Vec<f32>, Vec<f32>) {
     let mut pass = Pass::new(keep);
     let mut grads = zeros(twins.layout.len());
     let mut losses = Vec::new();
     for (first, rows) in batches {
         let batch = numbered(rows, *first);
-        let dropout = StepDropout {
-            p: dropout,
+        let noise = StepNoise {
+            dropout,
+            neftune_alpha,
             seed: 3,
             step: 8,
         };
@@ -73,7 +75,7 @@ fn step(
                 &mut pass,
                 &batch,
                 twins.lora(),
-                Some(dropout),
+                Some(noise),
                 (&mut grads, 0.01),
             )
             .unwrap();
@@ -114,7 +116,7 @@ fn dropout_gradients_match_autograd() {
             twins.oracle_lora.masks.insert(name, mask);
         }
     }
-    let (losses, grads) = step(&twins, Keep::All, &[(0, &rows)], p);
+    let (losses, grads) = step(&twins, Keep::All, &[(0, &rows)], [p, 0.0]);
     let oracle_rows = oracle_batch(&rows);
     let nll = twins.oracle.nll(&oracle_rows, Some(&twins.oracle_lora));
     let want = floats(&nll.unwrap());
@@ -142,9 +144,9 @@ fn dropout_gradients_match_autograd() {
 fn packing_changes_nothing() {
     let twins = Twins::new(true, 3);
     let rows = rows();
-    let (packed, packed_grads) = step(&twins, Keep::All, &[(0, &rows)], 0.1);
+    let (packed, packed_grads) = step(&twins, Keep::All, &[(0, &rows)], [0.1, 5.0]);
     let alone: Vec<_> = (0..).zip(rows.chunks(1)).collect();
-    let (single, single_grads) = step(&twins, Keep::All, &alone, 0.1);
+    let (single, single_grads) = step(&twins, Keep::All, &alone, [0.1, 5.0]);
     let off = [
         distance(&packed, &single),
         distance(&packed_grads, &single_grads),
@@ -155,13 +157,39 @@ fn packing_changes_nothing() {
     assert!(off[0] < 2e-6 && off[1] < 5e-6, "{off:?}");
 }
 
+/// Here each position has a token of its own.
+#[test]
+fn noise_on_embeddings_is_as_other_embeddings() {
+    let mut twins = Twins::new(false, 3);
+    let row = ((0..20).collect(), (0..20).map(|i| i > 5).collect());
+    let row: &[Tokens] = &[row];
+    let clean = step(&twins, Keep::All, &[(5, row)], [0.0; 2]);
+    let noisy = step(&twins, Keep::All, &[(5, row)], [0.0, 5.0]);
+    let mut weights = twins.oracle.weights.clone();
+    let table = weights.get_mut("model.embed_tokens.weight").unwrap();
+    let mut values = floats(table);
+    let place = Ragged::new(&Cpu, &[(5, 20)]).unwrap();
+    let noise = Neftune {
+        alpha: 5.0,
+        seed: 3,
+        step: 8,
+    };
+    Cpu.add_noise(&noise, &place, 36, &mut values);
+    *table = Tensor::from_vec(values, table.shape(), &Device::Cpu).unwrap();
+    twins.model = ours(&shape(false), &weights);
+    assert!(noisy == step(&twins, Keep::All, &[(5, row)], [0.0; 2]));
+    assert!(noisy.0 != clean.0 && noisy.1 != clean.1);
+}
+
 #[test]
 fn recomputation_gives_the_same_bits() {
     let twins = Twins::new(false, 3);
     let rows = rows();
-    let all = step(&twins, Keep::All, &[(0, &rows)], 0.1);
-    let inputs = step(&twins, Keep::LayerInputs, &[(0, &rows)], 0.1);
-    assert_eq!(all, inputs);
+    let all = step(&twins, Keep::All, &[(0, &rows)], [0.1, 5.0]);
+    for kept in 0..=twins.model.config().layers {
+        let some = step(&twins, Keep::Layers(kept), &[(0, &rows)], [0.1, 5.0]);
+        assert!(all == some, "{kept} layers kept");
+    }
 }
 
 #[test]
@@ -171,7 +199,14 @@ fn the_number_of_threads_changes_no_bit() {
     let on = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
         let pool = pool.build().unwrap();
-        pool.install(|| step(&twins, Keep::All, &[(0, &rows), (9, &rows[1..3])], 0.1))
+        pool.install(|| {
+            step(
+                &twins,
+                Keep::All,
+                &[(0, &rows), (9, &rows[1..3])],
+                [0.1, 5.0],
+            )
+        })
     };
     let one = on(1);
     assert_eq!(one, on(2));
@@ -183,9 +218,9 @@ fn a_pass_is_reused_across_sizes_without_a_trace() {
     let twins = Twins::new(true, 3);
     let rows = rows();
     let small = &rows[..1];
-    let (_, fresh) = step(&twins, Keep::All, &[(0, small)], 0.0);
-    let (_, both) = step(&twins, Keep::All, &[(0, &rows), (0, small)], 0.0);
-    let (_, large) = step(&twins, Keep::All, &[(0, &rows)], 0.0);
+    let (_, fresh) = step(&twins, Keep::All, &[(0, small)], [0.0; 2]);
+    let (_, both) = step(&twins, Keep::All, &[(0, &rows), (0, small)], [0.0; 2]);
+    let (_, large) = step(&twins, Keep::All, &[(0, &rows)], [0.0; 2]);
     let sum: Vec<f32> = large.iter().zip(&fresh).map(|(a, b)| a + b).collect();
     assert!(distance(&both, &sum) < 1e-6);
 }
@@ -203,7 +238,14 @@ fn a_subset_of_modules_has_the_gradients_of_the_full_set() {
     ] {
         let mut twins = Twins::new(true, 3);
         let config = twins.model.config().clone();
-        let part = LoraLayout::new(&config, &kept.iter().copied().collect(), 3, 1.7);
+        let part = LoraLayout::new(
+            &config,
+            &AdapterConfig {
+                targets: kept.iter().copied().collect(),
+                ..AdapterConfig::new(3, 3.0 * 1.7)
+            },
+        )
+        .unwrap();
         let mut values = vec![0.0; part.len()];
         for layer in 0..config.layers {
             for module in Module::ALL {
@@ -217,10 +259,10 @@ fn a_subset_of_modules_has_the_gradients_of_the_full_set() {
                 }
             }
         }
-        let (_, full) = step(&twins, Keep::All, &[(0, &rows)], 0.0);
+        let (_, full) = step(&twins, Keep::All, &[(0, &rows)], [0.0; 2]);
         let whole = std::mem::replace(&mut twins.layout, part);
         twins.params = values;
-        let (_, got) = step(&twins, Keep::All, &[(0, &rows)], 0.0);
+        let (_, got) = step(&twins, Keep::All, &[(0, &rows)], [0.0; 2]);
         for layer in 0..config.layers {
             for &module in kept {
                 let (a, b) = whole.ranges(layer, module).unwrap();
@@ -246,7 +288,7 @@ fn the_base_alone_matches_the_oracle() {
 fn a_batch_without_labels_has_no_losses_and_no_gradient() {
     let twins = Twins::new(true, 3);
     let row = (vec![1, 2, 3], vec![true, false, false]);
-    let (losses, grads) = step(&twins, Keep::All, &[(0, &[row])], 0.1);
+    let (losses, grads) = step(&twins, Keep::All, &[(0, &[row])], [0.1, 5.0]);
     assert!(losses.is_empty());
     assert!(grads.iter().all(|&g| g == 0.0));
 }

@@ -2,6 +2,7 @@
 //! weights, dumps of transformers and peft, and what training must do.
 #![allow(clippy::unwrap_used)]
 
+mod adapters;
 mod generation;
 mod gradients;
 mod peft;

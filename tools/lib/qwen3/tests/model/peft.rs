@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use engine::{Cpu, HostMatrix, MatrixData, Reading, Sampling};
 use qwen3::{
-    Adapter, Batch, Checkpoint, Ends, Generation, Keep, Lora, LoraLayout, Model, Optimiser, Pass,
-    Prompt, Row, Storage, Update, generate,
+    Adapter, Batch, Checkpoint, Ends, Generation, Keep, Lora, LoraLayout, Model, Optimiser,
+    OptimiserKind, Pass, Prompt, Row, Storage, Update, generate,
 };
 use safetensors::SafeTensors;
 use serde::Deserialize;
@@ -63,8 +63,7 @@ impl Dump {
         let json = fs::read(folder().join("expected.json")).unwrap();
         let checkpoint = Checkpoint::open(&folder().join("model")).unwrap();
         let adapter = Adapter::load(&folder().join("adapter"), checkpoint.config()).unwrap();
-        let of = &adapter.config;
-        let layout = LoraLayout::new(checkpoint.config(), &of.targets, of.rank, of.scale());
+        let layout = LoraLayout::new(checkpoint.config(), &adapter.config).unwrap();
         Self {
             expected: serde_json::from_slice(&json).unwrap(),
             tensors: fs::read(folder().join("expected.safetensors")).unwrap(),
@@ -160,7 +159,7 @@ fn ten_steps_match_torch() {
     let dump = Dump::open();
     let mut params = dump.params.clone();
     let mut grads = zeros(params.len());
-    let mut optimiser = Optimiser::new(&Cpu, params.len()).unwrap();
+    let mut optimiser = Optimiser::new(&Cpu, &dump.layout, OptimiserKind::default()).unwrap();
     let mut pass = Pass::new(Keep::All);
     for (i, step) in dump.expected.steps.iter().enumerate() {
         // Two batches of two rows: how a step is cut must not show.

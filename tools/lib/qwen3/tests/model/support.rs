@@ -1,10 +1,12 @@
 //! A small random model, once as ours and once as the candle-autograd oracle's.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
 use engine::{Backend, Cpu, HostMatrix};
-use qwen3::{Batch, Config, Ends, LayerWeights, Lora, LoraLayout, Model, Module, Row};
+use qwen3::{
+    AdapterConfig, Batch, Config, Ends, LayerWeights, Lora, LoraLayout, Model, Module, Row,
+};
 use tiny_model::autograd::{self, TARGETS};
 
 /// A conversation of the tests: tokens and which of them are predicted.
@@ -61,12 +63,8 @@ impl Twins {
         let scale = 1.7;
         let mut lora =
             autograd::Lora::random(&shape, &TARGETS, rank, scale, 0.2, DType::F32, 5).unwrap();
-        let layout = LoraLayout::new(
-            &config(&shape),
-            &Module::ALL.into_iter().collect::<BTreeSet<_>>(),
-            rank,
-            scale as f32,
-        );
+        let settings = AdapterConfig::new(rank, scale * rank as f64);
+        let layout = LoraLayout::new(&config(&shape), &settings).unwrap();
         let mut params = vec![0.0; layout.len()];
         for layer in 0..shape.num_hidden_layers {
             for (module, target) in modules() {
@@ -119,7 +117,8 @@ pub fn config(shape: &autograd::Config) -> Config {
     }
 }
 
-fn ours(shape: &autograd::Config, weights: &BTreeMap<String, Tensor>) -> Model<Cpu> {
+/// Our model with these weights.
+pub fn ours(shape: &autograd::Config, weights: &BTreeMap<String, Tensor>) -> Model<Cpu> {
     let get = |name: &str| floats(&weights[name]);
     let matrix = |name: &str| {
         let [rows, cols] = weights[name].dims() else {

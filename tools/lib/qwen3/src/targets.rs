@@ -1,0 +1,194 @@
+//! Which products of a model an adapter changes, of which rank and how strongly.
+//!
+//! The rules are PEFT's (0.21), so that its settings mean here what they mean
+//! there; but what matches nothing is an error here, not a silence.
+
+use std::collections::BTreeMap;
+
+use fancy_regex::Regex;
+
+use crate::config::{Config, Module};
+
+/// Which products get a pair of factors.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Targets {
+    /// Names of modules, whole or their last parts: `q_proj`, `mlp.up_proj`.
+    Names(Vec<String>),
+    /// A regular expression that a module's whole name matches, such as
+    /// `model.layers.0.mlp.up_proj`.
+    Pattern(String),
+}
+
+impl Targets {
+    /// All seven products of every layer.
+    pub fn all_linear() -> Self {
+        Module::ALL.into_iter().collect()
+    }
+
+    /// What PEFT takes a text for: `all-linear`, or else a regular expression.
+    pub fn from_text(text: &str) -> Self {
+        if text.eq_ignore_ascii_case("all-linear") {
+            Self::all_linear()
+        } else {
+            Self::Pattern(text.into())
+        }
+    }
+}
+
+impl FromIterator<Module> for Targets {
+    fn from_iter<I: IntoIterator<Item = Module>>(modules: I) -> Self {
+        let names = modules.into_iter().map(|module| module.name().to_owned());
+        Self::Names(names.collect())
+    }
+}
+
+/// Settings of an adapter that do not go with a model, or with nothing.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{key}` {reason}")]
+pub struct Unfit {
+    /// `target_modules`, `rank_pattern` or `alpha_pattern`.
+    pub key: &'static str,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// What an adapter does to one product: `ΔW = scale · B A`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Strength {
+    /// Inner dimension of its pair.
+    pub rank: usize,
+    /// `alpha / rank`, or `alpha / √rank`.
+    pub scale: f32,
+}
+
+/// The products of every layer.
+pub(crate) fn products(model: &Config) -> impl Iterator<Item = (usize, Module)> {
+    (0..model.layers).flat_map(|layer| Module::ALL.map(|module| (layer, module)))
+}
+
+/// A product's name in transformers: `model.layers.0.self_attn.q_proj`.
+pub(crate) fn name_of((layer, module): (usize, Module)) -> String {
+    let (block, name) = module.path();
+    format!("model.layers.{layer}.{block}.{name}")
+}
+
+/// The modules of a model in which PEFT looks for targets, apart from the products.
+fn other_modules(model: &Config) -> impl Iterator<Item = String> {
+    let ends = ["model", "model.embed_tokens", "model.layers", "model.norm"];
+    let ends = ends.into_iter().chain(["model.rotary_emb", "lm_head"]);
+    let layer = |layer: usize| {
+        let parts = [
+            "",
+            ".self_attn",
+            ".self_attn.q_norm",
+            ".self_attn.k_norm",
+            ".mlp",
+            ".mlp.act_fn",
+            ".input_layernorm",
+            ".post_attention_layernorm",
+        ];
+        parts.map(|part| format!("model.layers.{layer}{part}"))
+    };
+    ends.map(str::to_owned)
+        .chain((0..model.layers).flat_map(layer))
+}
+
+/// A regular expression of the settings, in a frame of ours.
+fn regex(key: &'static str, pattern: &str, framed: &str) -> Result<Regex, Unfit> {
+    Regex::new(framed).map_err(|error| {
+        let reason = format!("holds `{pattern}`, no regular expression: {error}");
+        Unfit { key, reason }
+    })
+}
+
+/// Whether it matches; a search that takes too many steps is an error.
+fn is_match(key: &'static str, regex: &Regex, name: &str) -> Result<bool, Unfit> {
+    regex.is_match(name).map_err(|error| Unfit {
+        key,
+        reason: format!("cannot be matched against {name}: {error}"),
+    })
+}
+
+/// The targets of a model, in its order.
+///
+/// # Errors
+/// If a name matches no product, or the pattern matches none or also what can
+/// have no adapter here.
+pub(crate) fn resolve(targets: &Targets, model: &Config) -> Result<Vec<(usize, Module)>, Unfit> {
+    const KEY: &str = "target_modules";
+    let unfit = |reason: String| Err(Unfit { key: KEY, reason });
+    let all = || products(model).map(|product| (product, name_of(product)));
+    match targets {
+        Targets::Names(names) => {
+            let meant = |target: &String, name: &str| {
+                let before = name.strip_suffix(target.as_str());
+                before.is_some_and(|before| before.is_empty() || before.ends_with('.'))
+            };
+            let stray = |target: &&String| !all().any(|(_, name)| meant(target, &name));
+            if names.is_empty() {
+                return unfit("is empty: nothing would be trained".into());
+            }
+            if let Some(stray) = names.iter().find(stray) {
+                let known = Module::ALL.map(Module::name).join(", ");
+                return unfit(format!(
+                    "holds `{stray}`, which matches nothing; there are {known}, all-linear \
+                     for these seven, and longer names such as layers.0.mlp.up_proj"
+                ));
+            }
+            let chosen = all().filter(|(_, name)| names.iter().any(|target| meant(target, name)));
+            Ok(chosen.map(|(product, _)| product).collect())
+        }
+        Targets::Pattern(pattern) => {
+            let whole = regex(KEY, pattern, &format!(r"\A(?:{pattern})\z"))?;
+            for name in other_modules(model) {
+                if is_match(KEY, &whole, &name)? {
+                    return unfit(format!(
+                        "`{pattern}` matches {name} too, which can have no adapter here"
+                    ));
+                }
+            }
+            let mut chosen = Vec::new();
+            for (product, name) in all() {
+                if is_match(KEY, &whole, &name)? {
+                    chosen.push(product);
+                }
+            }
+            if chosen.is_empty() {
+                return unfit(format!(
+                    "`{pattern}` matches nothing: a text is a regular expression over whole \
+                     names such as {}; plain names go into a list: [q_proj]",
+                    name_of((0, Module::Q))
+                ));
+            }
+            Ok(chosen)
+        }
+    }
+}
+
+/// For each target the value of the first key that its name ends with, or matches
+/// as a regular expression from the start or behind a dot.
+///
+/// # Errors
+/// If a key is no regular expression, or gives no target its value.
+pub(crate) fn by_pattern<T: Copy>(
+    key: &'static str,
+    patterns: &[(String, T)],
+    targets: &[(usize, Module)],
+) -> Result<BTreeMap<(usize, Module), T>, Unfit> {
+    let mut found = BTreeMap::new();
+    for (pattern, value) in patterns {
+        let tail = regex(key, pattern, &format!(r"\A(.*\.)?({pattern})\z"))?;
+        let before = found.len();
+        for &target in targets {
+            if !found.contains_key(&target) && is_match(key, &tail, &name_of(target))? {
+                found.insert(target, *value);
+            }
+        }
+        if found.len() == before {
+            let reason =
+                format!("holds `{pattern}`, which matches no target that an earlier key does not");
+            return Err(Unfit { key, reason });
+        }
+    }
+    Ok(found)
+}
