@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use engine::{AdamW, Backend, Reading, Result, Stretch};
+use engine::{AdamW, Backend, MOMENT_BLOCK, Reading, Result, Stretch};
 
 use crate::LoraLayout;
 
@@ -17,31 +17,179 @@ pub struct Update {
     pub max_norm: Option<f32>,
 }
 
-/// The moments of AdamW (β 0.9 and 0.999, ε 1e-8) and the number of updates done.
+/// What an optimiser is, for as long as it lives.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct OptimiserKind {
+    /// Moments in 8 bits, each block of 256 values with a scale of its own, in about
+    /// a quarter of the memory.
+    ///
+    /// Blocks are those of bitsandbytes' AdamW8bit: they begin with each factor. It
+    /// keeps those of fewer than 4,096 values in 32 bits; here every one is in 8, as
+    /// factors that small are of ranks below 4.
+    pub eight_bit: bool,
+    /// How many times as fast as the A factors the B factors learn (LoRA+, Hayou et
+    /// al., arXiv 2402.12354), and DoRA's magnitudes with them, as peft has it.
+    pub lr_ratio: f64,
+}
+
+impl Default for OptimiserKind {
+    /// Moments in f32, one learning rate.
+    fn default() -> Self {
+        Self {
+            eight_bit: false,
+            lr_ratio: 1.0,
+        }
+    }
+}
+
+impl OptimiserKind {
+    /// The stretches of the parameters in order, each with its rate over the
+    /// update's: as few as one rate, and blocks that begin with each factor, allow.
+    fn stretches(&self, layout: &LoraLayout) -> Vec<(Range<usize>, f64)> {
+        let mut stretches: Vec<(Range<usize>, f64)> = Vec::new();
+        for (range, fast) in layout.tensors() {
+            let rate = if fast { self.lr_ratio } else { 1.0 };
+            match stretches.last_mut() {
+                Some((last, same))
+                    if *same == rate
+                        && (!self.eight_bit || last.len().is_multiple_of(MOMENT_BLOCK)) =>
+                {
+                    last.end = range.end;
+                }
+                _ => stretches.push((range, rate)),
+            }
+        }
+        stretches
+    }
+
+    /// Blocks of one moment in 8 bits.
+    fn blocks(&self, layout: &LoraLayout) -> usize {
+        let stretches = self.stretches(layout);
+        let blocks = |(range, _): &(Range<usize>, f64)| range.len().div_ceil(MOMENT_BLOCK);
+        stretches.iter().map(blocks).sum()
+    }
+
+    /// Bytes that the moments take on the device.
+    pub fn moment_bytes(&self, layout: &LoraLayout) -> usize {
+        2 * match self.eight_bit {
+            false => layout.len() * size_of::<f32>(),
+            true => self.blocks(layout) * (MOMENT_BLOCK + size_of::<f32>()),
+        }
+    }
+}
+
+/// A moment in 8 bits, as [`engine::Backend::adamw_8bit`] keeps it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CodedMoment {
+    /// A code for each value of the blocks, the last of a factor being filled up.
+    pub codes: Vec<u8>,
+    /// The scale of each block.
+    pub absmax: Vec<f32>,
+}
+
+/// First and second moments, to be saved.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Moments {
+    /// A float for each parameter.
+    F32 {
+        /// First moments.
+        m: Vec<f32>,
+        /// Second moments.
+        v: Vec<f32>,
+    },
+    /// A byte for each parameter.
+    EightBit {
+        /// First moments.
+        m: CodedMoment,
+        /// Second moments.
+        v: CodedMoment,
+    },
+}
+
+impl Moments {
+    /// Whether an optimiser of this kind can go on from them.
+    pub fn fit(&self, kind: &OptimiserKind, layout: &LoraLayout) -> bool {
+        match self {
+            Self::F32 { m, v } => {
+                !kind.eight_bit && [m, v].iter().all(|moment| moment.len() == layout.len())
+            }
+            Self::EightBit { m, v } => {
+                let blocks = kind.blocks(layout);
+                let size = |moment: &CodedMoment| (moment.codes.len(), moment.absmax.len());
+                let fits = |moment| size(moment) == (blocks * MOMENT_BLOCK, blocks);
+                kind.eight_bit && fits(m) && fits(v)
+            }
+        }
+    }
+}
+
+/// Codes and scales on the device.
+struct OnDevice<B: Backend> {
+    codes: B::Ids,
+    absmax: B::F32,
+}
+
+impl<B: Backend> OnDevice<B> {
+    fn zero(backend: &B, blocks: usize) -> Result<Self> {
+        Ok(Self {
+            codes: backend.alloc_ids(blocks * MOMENT_BLOCK / 4)?,
+            absmax: backend.alloc_f32(blocks)?,
+        })
+    }
+
+    fn upload(backend: &B, moment: &CodedMoment) -> Result<Self> {
+        let words = moment.codes.as_chunks().0.iter();
+        let words: Vec<u32> = words.map(|&bytes| u32::from_le_bytes(bytes)).collect();
+        Ok(Self {
+            codes: backend.upload_ids(&words)?,
+            absmax: backend.upload_f32(&moment.absmax)?,
+        })
+    }
+
+    fn read(&self, backend: &B, blocks: usize) -> Result<CodedMoment> {
+        let words = backend.read_ids(&self.codes, blocks * MOMENT_BLOCK / 4)?;
+        Ok(CodedMoment {
+            codes: words.iter().flat_map(|word| word.to_le_bytes()).collect(),
+            absmax: backend.read_f32(&self.absmax, 0..blocks).wait()?,
+        })
+    }
+}
+
+enum State<B: Backend> {
+    F32 { m: B::F32, v: B::F32 },
+    EightBit { m: OnDevice<B>, v: OnDevice<B> },
+}
+
+/// AdamW (β 0.9 and 0.999, ε 1e-8): its moments, and the number of updates done.
 pub struct Optimiser<B: Backend> {
-    m: B::F32,
-    v: B::F32,
+    state: State<B>,
     norm: B::F32,
+    /// Trained parameters.
     len: usize,
+    /// Blocks of a moment in 8 bits.
+    blocks: usize,
+    stretches: Vec<(Range<usize>, f64)>,
     steps: u64,
-    /// Stretches of the parameters in order, each with its rate over the update's.
-    rates: Vec<(Range<usize>, f64)>,
 }
 
 impl<B: Backend> Optimiser<B> {
-    /// Zero moments for `len` parameters.
+    /// Zero moments.
     ///
     /// # Errors
     /// If the device has no room.
-    pub fn new(backend: &B, len: usize) -> Result<Self> {
-        Ok(Self {
-            m: backend.alloc_f32(len)?,
-            v: backend.alloc_f32(len)?,
-            norm: backend.alloc_f32(1)?,
-            len,
-            steps: 0,
-            rates: vec![(0..len, 1.0)],
-        })
+    pub fn new(backend: &B, layout: &LoraLayout, kind: OptimiserKind) -> Result<Self> {
+        let blocks = kind.blocks(layout);
+        let state = match kind.eight_bit {
+            false => State::F32 {
+                m: backend.alloc_f32(layout.len())?,
+                v: backend.alloc_f32(layout.len())?,
+            },
+            true => State::EightBit {
+                m: OnDevice::zero(backend, blocks)?,
+                v: OnDevice::zero(backend, blocks)?,
+            },
+        };
+        Self::with(backend, layout, kind, state, 0)
     }
 
     /// Continues from saved moments, after `steps` updates.
@@ -50,39 +198,61 @@ impl<B: Backend> Optimiser<B> {
     /// If the device has no room.
     ///
     /// # Panics
-    /// If the moments differ in length.
-    pub fn restore(backend: &B, m: &[f32], v: &[f32], steps: u64) -> Result<Self> {
-        assert_eq!(m.len(), v.len(), "moments");
-        Ok(Self {
-            m: backend.upload_f32(m)?,
-            v: backend.upload_f32(v)?,
-            norm: backend.alloc_f32(1)?,
-            len: m.len(),
-            steps,
-            rates: vec![(0..m.len(), 1.0)],
-        })
+    /// If the moments do not [fit](Moments::fit).
+    pub fn restore(
+        backend: &B,
+        layout: &LoraLayout,
+        kind: OptimiserKind,
+        moments: &Moments,
+        steps: u64,
+    ) -> Result<Self> {
+        assert!(moments.fit(&kind, layout), "moments of another optimiser");
+        let state = match moments {
+            Moments::F32 { m, v } => State::F32 {
+                m: backend.upload_f32(m)?,
+                v: backend.upload_f32(v)?,
+            },
+            Moments::EightBit { m, v } => State::EightBit {
+                m: OnDevice::upload(backend, m)?,
+                v: OnDevice::upload(backend, v)?,
+            },
+        };
+        Self::with(backend, layout, kind, state, steps)
     }
 
-    /// Lets the B factors learn `ratio` times as fast as the A factors (LoRA+,
-    /// Hayou et al., arXiv 2402.12354).
-    #[must_use]
-    pub fn with_lr_ratio(mut self, layout: &LoraLayout, ratio: f64) -> Self {
-        if ratio != 1.0 {
-            self.rates = layout
-                .factors()
-                .flat_map(|(a, b)| [(a, 1.0), (b, ratio)])
-                .collect();
-        }
-        self
+    fn with(
+        backend: &B,
+        layout: &LoraLayout,
+        kind: OptimiserKind,
+        state: State<B>,
+        steps: u64,
+    ) -> Result<Self> {
+        Ok(Self {
+            state,
+            norm: backend.alloc_f32(1)?,
+            len: layout.len(),
+            blocks: kind.blocks(layout),
+            stretches: kind.stretches(layout),
+            steps,
+        })
     }
 
     /// First and second moments, to be saved.
     ///
     /// # Errors
     /// If the device failed.
-    pub fn moments(&self, backend: &B) -> Result<(Vec<f32>, Vec<f32>)> {
+    pub fn moments(&self, backend: &B) -> Result<Moments> {
         let read = |moment| backend.read_f32(moment, 0..self.len).wait();
-        Ok((read(&self.m)?, read(&self.v)?))
+        Ok(match &self.state {
+            State::F32 { m, v } => Moments::F32 {
+                m: read(m)?,
+                v: read(v)?,
+            },
+            State::EightBit { m, v } => Moments::EightBit {
+                m: m.read(backend, self.blocks)?,
+                v: v.read(backend, self.blocks)?,
+            },
+        })
     }
 
     /// Updates done.
@@ -112,10 +282,18 @@ impl<B: Backend> Optimiser<B> {
             lr: with.lr * rate,
             decay: with.weight_decay,
         };
-        let stretches: Vec<_> = self.rates.iter().map(stretch).collect();
+        let stretches: Vec<_> = self.stretches.iter().map(stretch).collect();
         backend.global_norm(grads, self.len, &mut self.norm);
-        let moments = (&mut self.m, &mut self.v);
-        backend.adamw(&settings, &stretches, (grads, &self.norm), params, moments);
+        let gradient = (&*grads, &self.norm);
+        match &mut self.state {
+            State::F32 { m, v } => {
+                backend.adamw(&settings, &stretches, gradient, params, (m, v));
+            }
+            State::EightBit { m, v } => {
+                let moments = [m, v].map(|moment| (&mut moment.codes, &mut moment.absmax));
+                backend.adamw_8bit(&settings, &stretches, gradient, params, moments);
+            }
+        }
         backend.zero(grads, self.len);
         backend.read_f32(&self.norm, 0..1)
     }
