@@ -1,0 +1,178 @@
+//! What the CPU does in a second: training, generating and quantising, on models with
+//! random weights that are made on the spot. `make bench` keeps the figures.
+//!
+//! Each measurement is a process of its own. All are run in turn, and then again: what
+//! disturbs the machine meanwhile is spread over them, and medians are told. Tokens per
+//! CPU-second count all threads, so they hold up on a machine that is busy.
+
+mod machine;
+mod model;
+mod rows;
+mod task;
+
+use std::io::{self, IsTerminal};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use candle_core::DType;
+use clap::{Parser, Subcommand, ValueEnum};
+use jsonl::Output;
+use serde::Serialize;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use machine::Machine;
+use task::{Measured, Task, What};
+
+/// Time training, generation and quantising on this machine
+///
+/// Figures go to standard output as JSON lines, a table to standard error.
+#[derive(Parser)]
+#[command(version, args_conflicts_with_subcommands = true)]
+struct Bench {
+    #[command(subcommand)]
+    one: Option<One>,
+    /// Times that everything is measured; medians are told
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// Only what has this in its name, such as `train-real f32`
+    #[arg(long, default_value = "")]
+    only: String,
+}
+
+#[derive(Subcommand)]
+enum One {
+    /// Measure one thing, in this process
+    Measure {
+        #[command(flatten)]
+        task: Task,
+        /// Folder of the models
+        #[arg(long)]
+        models: PathBuf,
+    },
+}
+
+/// A line of figures.
+#[derive(Serialize)]
+struct Line<'a> {
+    v: u64,
+    #[serde(flatten)]
+    task: Task,
+    /// Of `amount`, in a second by the clock; median.
+    per_s: f64,
+    /// Of `amount`, in a second of one core; median.
+    per_cpu_s: f64,
+    /// The most memory, in MB; median.
+    peak_mb: f64,
+    runs: &'a [Measured],
+    machine: &'a Machine,
+    date: &'a str,
+    version: &'static str,
+    commit: &'a str,
+    command: &'a str,
+}
+
+fn main() -> Result<()> {
+    let bench = Bench::parse();
+    if let Some(One::Measure { task, models }) = bench.one {
+        let mut out = Output::stdout();
+        out.json(&task.measure(&models)?)?;
+        return Ok(out.finish()?);
+    }
+    let tasks: Vec<Task> = Task::all(machine::cores())
+        .into_iter()
+        .filter(|task| name(task).contains(&bench.only))
+        .collect();
+    ensure!(!tasks.is_empty(), "nothing is called {}", bench.only);
+    let (machine, commit) = (Machine::new(), machine::commit());
+    let date = OffsetDateTime::now_utc()
+        .replace_nanosecond(0)?
+        .format(&Rfc3339)?;
+    let command = std::env::args().collect::<Vec<_>>().join(" ");
+
+    let models = tempfile::tempdir().context("a folder for the models")?;
+    model::write(
+        &models.path().join("middling"),
+        model::middling(),
+        DType::F32,
+    )?;
+    if tasks.iter().any(|task| task.what == What::Quantise) {
+        model::write(&models.path().join("wide"), model::wide(), DType::BF16)?;
+    }
+    let on_terminal = io::stderr().is_terminal();
+    let mut runs: Vec<Vec<Measured>> = tasks.iter().map(|_| Vec::new()).collect();
+    for run in 1..=bench.runs {
+        for (task, runs) in tasks.iter().zip(&mut runs) {
+            if on_terminal {
+                eprint!("\r\x1b[Krun {run} of {}: {}", bench.runs, name(task));
+            }
+            runs.push(measure(task, models.path()).with_context(|| name(task))?);
+        }
+    }
+    if on_terminal {
+        eprint!("\r\x1b[K");
+    }
+    eprintln!(
+        "{:20} {:>14} {:>18} {:>10}",
+        "", "per second", "per CPU-second", "peak MB"
+    );
+    let mut out = Output::stdout();
+    for (&task, runs) in tasks.iter().zip(&runs) {
+        let median = |of: fn(&Measured) -> f64| {
+            let mut values: Vec<f64> = runs.iter().map(of).collect();
+            values.sort_by(f64::total_cmp);
+            let middle = values.len() / 2;
+            (values[(values.len() - 1) / 2] + values[middle]) / 2.0
+        };
+        let line = Line {
+            v: 1,
+            task,
+            per_s: median(|run| run.amount / run.wall_s),
+            per_cpu_s: median(|run| run.amount / run.cpu_s),
+            peak_mb: median(|run| run.peak_mb),
+            runs,
+            machine: &machine,
+            date: &date,
+            version: env!("CARGO_PKG_VERSION"),
+            commit: &commit,
+            command: &command,
+        };
+        let (unit, scale) = match task.what {
+            What::Quantise => ("MB", 1e6),
+            _ => ("tokens", 1.0),
+        };
+        let [wall, cpu] =
+            [line.per_s, line.per_cpu_s].map(|rate| format!("{:.0} {unit}", rate / scale));
+        eprintln!(
+            "{:20} {wall:>14} {cpu:>18} {:>10.0}",
+            name(&task),
+            line.peak_mb
+        );
+        out.json(&line)?;
+    }
+    Ok(out.finish()?)
+}
+
+/// `train-real f32 2`, as the arguments are.
+fn name(task: &Task) -> String {
+    let value = |value: Option<clap::builder::PossibleValue>| {
+        value.map_or_else(String::new, |value| value.get_name().to_owned())
+    };
+    let (what, base) = (task.what.to_possible_value(), task.base.to_possible_value());
+    format!("{} {} {}", value(what), value(base), task.threads)
+}
+
+/// Measures in a process of its own.
+fn measure(task: &Task, models: &Path) -> Result<Measured> {
+    let output = Command::new(std::env::current_exe()?)
+        .arg("measure")
+        .args(name(task).split(' '))
+        .arg("--models")
+        .arg(models)
+        .env("RAYON_NUM_THREADS", task.threads.to_string())
+        .stderr(Stdio::inherit())
+        .output()?;
+    ensure!(output.status.success(), "it ended with {}", output.status);
+    Ok(serde_json::from_slice(&output.stdout)?)
+}

@@ -1,0 +1,255 @@
+//! Models by their name on the Hugging Face hub: `Qwen/Qwen3-8B` is downloaded
+//! once, to `data/cache/models/Qwen/Qwen3-8B`; `Qwen/Qwen3-8B@REVISION`, a branch,
+//! tag or commit of it, to a folder of its own beside that.
+//!
+//! A small client of our own: the hub's crate (hf-hub 1.0) brings 284 others along,
+//! its storage backend and a second TLS library among them, and of what it does we
+//! need two requests. What matters here is the rest: a file appears under its name
+//! only after its SHA-256 was found right, an interrupted download goes on where it
+//! was, at the same commit, and the token goes to the hub and nowhere else.
+
+mod download;
+mod error;
+mod name;
+
+use std::cell::RefCell;
+use std::fmt;
+use std::fs::{self, File};
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use httpclient::{Client, Policy, Retrying, Scheme, Secret};
+use serde::{Deserialize, Serialize};
+
+pub use error::Error;
+pub use name::repository;
+
+use name::Name;
+
+/// The hub, unless `HF_ENDPOINT` names a mirror.
+pub const ENDPOINT: &str = "https://huggingface.co";
+
+/// Where downloaded models lie, by their names.
+pub const FOLDER: &str = "data/cache/models";
+
+/// What a download is of; with it, the folder is whole or can be made so.
+const STATE: &str = ".hub.json";
+
+/// Requests at most for a name of which nothing is here yet. It may be a mistyped
+/// path, on a machine without a network: half a minute of patience would be silence.
+const ATTEMPTS_OF_A_GUESS: u32 = 3;
+
+/// Where models come from, and what opens the door.
+pub struct Hub {
+    endpoint: String,
+    token: Option<String>,
+}
+
+/// How a download goes.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// Once, before the first byte.
+    Begins(Plan),
+    /// Bytes that are here, of [`Plan::bytes`].
+    Bytes(u64),
+    /// A request failed and is going to be repeated.
+    Retrying(Retrying),
+}
+
+/// What is going to be downloaded.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The name as it was asked for.
+    pub model: String,
+    /// The commit, in hex.
+    pub commit: String,
+    /// Where to.
+    pub folder: PathBuf,
+    /// Of all files together, those that are here already included.
+    pub bytes: u64,
+    /// How many files.
+    pub files: usize,
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (commit, folder) = (&self.commit, self.folder.display());
+        write!(
+            f,
+            "downloading {} at {} to {folder}: {} MB in {} files",
+            self.model,
+            commit.get(..12).unwrap_or(commit),
+            self.bytes / 1_000_000,
+            self.files
+        )
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct State {
+    model: String,
+    commit: String,
+    complete: bool,
+}
+
+impl State {
+    fn read(folder: &Path) -> Option<Self> {
+        serde_json::from_slice(&fs::read(folder.join(STATE)).ok()?).ok()
+    }
+
+    fn write(&self, folder: &Path) -> Result<(), Error> {
+        let json = serde_json::to_vec(self).expect("strings and a truth value are JSON");
+        Ok(jsonl::write_atomically(&folder.join(STATE), &json)?)
+    }
+}
+
+/// Where a model lies, if it is on this machine: in the folder of that path, or under
+/// that name in [`FOLDER`], downloaded or put there by hand.
+pub fn find(model: &str) -> Option<PathBuf> {
+    let is_model = |folder: &Path| folder.join("config.json").exists();
+    if is_model(Path::new(model)) {
+        return Some(model.into());
+    }
+    let folder = Name::parse(model)?.folder();
+    let whole = match State::read(&folder) {
+        Some(state) => state.complete,
+        None => is_model(&folder),
+    };
+    whole.then_some(folder)
+}
+
+impl Hub {
+    /// The hub at `endpoint` ([`ENDPOINT`] where there is none), with a token for what
+    /// is private or gated.
+    pub fn new(endpoint: Option<String>, token: Option<String>) -> Self {
+        Self {
+            endpoint: endpoint.unwrap_or_else(|| ENDPOINT.into()),
+            token,
+        }
+    }
+
+    /// Where a model lies, after downloading it if need be. `told` hears how that goes.
+    ///
+    /// # Errors
+    /// Where there is no such model, or it does not come whole; see [`Error::is_usage`].
+    pub fn fetch(&self, model: &str, told: impl FnMut(Event)) -> Result<PathBuf, Error> {
+        if let Some(folder) = find(model) {
+            return Ok(folder);
+        }
+        let name = Name::parse(model).filter(|_| !Path::new(model).exists());
+        let name = name.ok_or_else(|| Error::NoModel(model.into()))?;
+        let folder = name.folder();
+        fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+        let lock_path = folder.join(".lock");
+        let lock = File::create(&lock_path).map_err(Error::io(&lock_path))?;
+        if lock.try_lock().is_err() {
+            return Err(Error::Busy(folder));
+        }
+        let fetched = self.fetch_to(&folder, &name, told);
+        if State::read(&folder).is_none() {
+            // Nothing was begun: a mistyped name leaves no folders behind.
+            let _ = fs::remove_file(&lock_path);
+            for empty in folder.ancestors().take(2) {
+                let _ = fs::remove_dir(empty);
+            }
+        }
+        fetched.map(|()| folder)
+    }
+
+    fn fetch_to(
+        &self,
+        folder: &Path,
+        name: &Name<'_>,
+        told: impl FnMut(Event),
+    ) -> Result<(), Error> {
+        let begun = State::read(folder);
+        let mut policy = Policy::default();
+        if begun.is_none() {
+            policy.attempts = ATTEMPTS_OF_A_GUESS;
+        }
+        let (sender, retries) = mpsc::channel();
+        let asking = self.client(policy, sender.clone())?;
+        let loading = self.client(Policy::default(), sender)?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(Error::Runtime)?;
+        let told = RefCell::new(told);
+        let tell = |event| told.borrow_mut()(event);
+        runtime.block_on(attended(&retries, &tell, async {
+            let (mut state, files) = self.ask(&asking, name, begun).await?;
+            state.write(folder)?;
+            download::all(&loading, name, &state.commit, &files, folder, &tell).await?;
+            state.complete = true;
+            state.write(folder)
+        }))
+    }
+
+    fn client(&self, policy: Policy, told: mpsc::Sender<Retrying>) -> Result<Client, Error> {
+        let mut client = Client::new(&self.endpoint, policy)?.with_retries_told(told);
+        if let Some(token) = &self.token {
+            let secret = Secret::bind("HF_TOKEN", token, Scheme::Bearer, &self.endpoint)?;
+            client = client.with_secret(secret);
+        }
+        Ok(client)
+    }
+
+    /// The commit that a name means, and the files of it that make a model.
+    async fn ask(
+        &self,
+        client: &Client,
+        name: &Name<'_>,
+        begun: Option<State>,
+    ) -> Result<(State, Vec<download::Sibling>), Error> {
+        // What was begun is finished at its own commit, whatever came since.
+        let begun = begun.map(|state| state.commit);
+        let revision = begun.as_deref().unwrap_or(name.revision.unwrap_or("main"));
+        let path = format!("api/models/{}/revision/{revision}", name.repository);
+        let answer = client.get(&path)?.query([("blobs", "true")]).send().await;
+        let answer = answer.map_err(|source| {
+            let (model, endpoint) = (name.to_string(), self.endpoint.clone());
+            match source.status() {
+                Some(401 | 404) => Error::Nowhere {
+                    model,
+                    endpoint,
+                    source,
+                },
+                Some(403) => Error::Gated { model, source },
+                _ => Error::NotAsked { model, source },
+            }
+        })?;
+        let commit: download::Commit = answer.json()?;
+        let files = commit.files();
+        if !files.iter().any(|f| f.rfilename.ends_with(".safetensors")) {
+            return Err(Error::NoWeights(name.to_string()));
+        }
+        let state = State {
+            model: name.to_string(),
+            commit: commit.sha,
+            complete: false,
+        };
+        Ok((state, files))
+    }
+}
+
+/// Finishes `work`, passing on meanwhile what it says of its retries.
+async fn attended<T>(
+    retries: &mpsc::Receiver<Retrying>,
+    tell: &impl Fn(Event),
+    work: impl Future<Output = T>,
+) -> T {
+    let mut work = pin!(work);
+    loop {
+        let done = tokio::select! {
+            done = &mut work => Some(done),
+            () = tokio::time::sleep(Duration::from_millis(100)) => None,
+        };
+        retries.try_iter().map(Event::Retrying).for_each(tell);
+        if let Some(done) = done {
+            return done;
+        }
+    }
+}

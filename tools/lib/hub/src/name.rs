@@ -1,0 +1,84 @@
+//! Names of models: `organisation/model`, or `organisation/model@revision`.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use crate::FOLDER;
+
+/// A name, and nothing that could be another path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Name<'a> {
+    /// `organisation/model`
+    pub(crate) repository: &'a str,
+    /// A branch, tag or commit.
+    pub(crate) revision: Option<&'a str>,
+}
+
+impl<'a> Name<'a> {
+    /// The name that `model` is, if it is one.
+    pub(crate) fn parse(model: &'a str) -> Option<Self> {
+        let part = |part: &str| {
+            let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+            !part.is_empty() && !part.starts_with('.') && part.chars().all(fits)
+        };
+        let (repository, revision) = match model.split_once('@') {
+            Some((repository, revision)) => (repository, Some(revision)),
+            None => (model, None),
+        };
+        let (organisation, name) = repository.split_once('/')?;
+        let right = part(organisation) && part(name) && revision.is_none_or(part);
+        right.then_some(Self {
+            repository,
+            revision,
+        })
+    }
+
+    /// Where a model of that name is downloaded to.
+    pub(crate) fn folder(&self) -> PathBuf {
+        Path::new(FOLDER).join(self.to_string())
+    }
+}
+
+impl fmt::Display for Name<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let at = if self.revision.is_some() { "@" } else { "" };
+        write!(f, "{}{at}{}", self.repository, self.revision.unwrap_or(""))
+    }
+}
+
+/// A model as other programs name it: without the revision where `model` is a name on
+/// the hub that has one, else as it is.
+pub fn repository(model: &str) -> &str {
+    match Name::parse(model) {
+        Some(name) if !Path::new(model).exists() => name.repository,
+        _ => model,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_no_path() {
+        for name in [
+            "Qwen/Qwen3-8B",
+            "a/b.c_d",
+            "Qwen/Qwen3-8B@main",
+            "a/b@0123abc",
+        ] {
+            assert_eq!(
+                Name::parse(name).map(|n| n.to_string()).as_deref(),
+                Some(name)
+            );
+        }
+        for path in [
+            "model", "a/b/c", "../up", "./a/b", "/a/b", "a/..", "a/", "/b", "a/b@", "a/b@..",
+            "a/b@c/d", "a/b@c@d", "a b/c", "", "@", "é/b",
+        ] {
+            assert_eq!(Name::parse(path), None, "{path}");
+        }
+        assert_eq!(repository("Qwen/Qwen3-8B@main"), "Qwen/Qwen3-8B");
+        assert_eq!(repository("/models/a@b"), "/models/a@b");
+    }
+}
