@@ -17,6 +17,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use crate::cpu::simd::vectorised;
 use crate::dynamic::Dynamic;
 
 /// Values that share one `absmax`.
@@ -231,10 +232,8 @@ impl Nf4Tensor {
             .zip(scales.par_chunks_mut(CHUNK / BLOCK))
             .zip(values.par_chunks(CHUNK))
             .for_each(|((packed, scales), values)| {
-                let blocks = values.chunks(BLOCK).zip(packed.chunks_mut(BLOCK / 2));
-                for ((values, packed), scale) in blocks.zip(scales) {
-                    *scale = quantize_block(values, packed);
-                }
+                let values: Vec<f32> = values.iter().map(|v| v.widen()).collect();
+                encode(&values, packed, scales);
             });
         check_finite([rows, cols], &scales, values)?;
         let absmax = if double_quant && !scales.is_empty() {
@@ -433,31 +432,43 @@ fn check_length(
     }
 }
 
-/// Codes of up to [`BLOCK`] values; returns their scale, which is not finite
-/// where a value is not.
-fn quantize_block<T: Element>(values: &[T], packed: &mut [u8]) -> f32 {
-    let mut x = [0f32; BLOCK];
-    for (x, v) in x.iter_mut().zip(values) {
-        *x = v.widen();
-    }
-    // Magnitudes compare as their bits do, and NaN above all: unlike a maximum of
-    // floats this needs no order, so it vectorises, and it loses no NaN.
-    let largest = x.iter().map(|x| x.abs().to_bits() as i32).max();
-    let absmax = f32::from_bits(largest.unwrap_or(0) as u32);
-    let reciprocal = 1.0 / absmax.max(MIN_ABSMAX);
-    let scaled = x.map(|x| x * reciprocal);
-    // A code is the number of midpoints below. Counting one midpoint at a time for
-    // the whole block has no branches, and vectorises. Padding counts as 0.0.
-    let mut codes = [0u32; BLOCK];
-    for m in MIDPOINTS {
-        for (code, &s) in codes.iter_mut().zip(&scaled) {
-            *code = code.wrapping_add(u32::from(m < s));
+vectorised! {
+    /// Codes and scales, block by block; a scale is not finite where a value of its
+    /// block is not.
+    #[allow(clippy::needless_range_loop, reason = "as in simd.rs")]
+    fn encode(values: &[f32], packed: &mut [u8], scales: &mut [f32]) {
+        for b in 0..scales.len() {
+            let values = &values[b * BLOCK..];
+            let values = &values[..values.len().min(BLOCK)];
+            let mut x = [0f32; BLOCK];
+            x[..values.len()].copy_from_slice(values);
+            // Magnitudes compare as their bits do, and NaN above all: unlike a
+            // maximum of floats this needs no order, so it vectorises, and it loses
+            // no NaN.
+            let mut largest = 0;
+            for i in 0..BLOCK {
+                largest = largest.max((x[i].to_bits() & (u32::MAX >> 1)) as i32);
+            }
+            let absmax = f32::from_bits(largest as u32);
+            let reciprocal = 1.0 / absmax.max(MIN_ABSMAX);
+            for i in 0..BLOCK {
+                x[i] *= reciprocal;
+            }
+            // A code is the number of midpoints below. Counting one midpoint at a time
+            // for the whole block has no branches, and vectorises. Padding counts as 0.0.
+            let mut codes = [0u32; BLOCK];
+            for m in 0..MIDPOINTS.len() {
+                for i in 0..BLOCK {
+                    codes[i] = codes[i].wrapping_add(u32::from(MIDPOINTS[m] < x[i]));
+                }
+            }
+            let packed = &mut packed[b * BLOCK / 2..];
+            for i in 0..values.len().div_ceil(2) {
+                packed[i] = (codes[2 * i] << 4 | codes[2 * i + 1]) as u8;
+            }
+            scales[b] = absmax;
         }
     }
-    for (byte, pair) in packed.iter_mut().zip(codes.chunks_exact(2)) {
-        *byte = (pair[0] << 4 | pair[1]) as u8;
-    }
-    absmax
 }
 
 /// What the codes of double quantisation stand for: [`Dynamic::signed`].

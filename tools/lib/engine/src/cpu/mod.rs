@@ -9,7 +9,7 @@ mod optimiser;
 mod product;
 mod rounded;
 mod rows;
-mod simd;
+pub(crate) mod simd;
 
 use std::ops::Range;
 

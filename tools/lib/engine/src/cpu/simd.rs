@@ -49,7 +49,7 @@ macro_rules! vectorised {
         }
     )*};
 }
-pub(super) use vectorised;
+pub(crate) use vectorised;
 
 const LANES: usize = 16;
 
