@@ -5,8 +5,10 @@
 use std::collections::HashMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use candle_core::{DType, IndexOp};
+use harness::server::{Reply, Server};
 use harness::{Conventions, Run, Tool};
 use qwen3::{Chat, Checkpoint, LossOn, Message};
 use serde_json::{Value, json};
@@ -538,6 +540,202 @@ fn a_downloaded_base_goes_by_its_name() {
     assert_eq!(run.records().len(), 5);
 }
 
+/// A base that nobody downloaded yet is, by the name that the adapter has for it; in
+/// tests/qlora-train-hub.rs the network behaves worse.
+#[test]
+fn a_base_is_downloaded_by_the_name_that_the_adapter_has_for_it() {
+    let fixture = Fixture::new();
+    let served = fixture.folder("model");
+    let files: HashMap<String, Vec<u8>> = std::fs::read_dir(&served)
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .map(|entry| {
+            let bytes = std::fs::read(entry.path()).unwrap();
+            (entry.file_name().into_string().unwrap(), bytes)
+        })
+        .collect();
+    let here = fixture.run(&["--adapter=run1"]).exits(0).stdout;
+    let siblings: Vec<Value> = files
+        .iter()
+        .map(|(name, bytes)| json!({ "rfilename": name, "size": bytes.len() }))
+        .collect();
+    let hub = Server::start(move |request, before| {
+        if request.path == "/api/models/demo/tiny/revision/v1" {
+            return match before {
+                0 => Reply::text(503, "not now"),
+                _ => Reply::json(200, &json!({ "sha": "c0ffee", "siblings": siblings })),
+            };
+        }
+        match request.path.strip_prefix("/demo/tiny/resolve/c0ffee/") {
+            Some(name) => Reply::bytes(200, &files[name]),
+            None => Reply::text(404, "no"),
+        }
+    });
+    std::fs::remove_dir_all(&served).unwrap();
+    let named = fixture
+        .tool
+        .read("run1/adapter_config.json")
+        .replace(r#""model""#, r#""demo/tiny@v1""#);
+    fixture.tool.file("run1/adapter_config.json", &named);
+    let Fixture { tool, config } = fixture;
+    let fixture = Fixture {
+        tool: tool.env("HF_ENDPOINT", &hub.url()),
+        config,
+    };
+    let arguments = [
+        "--adapter=run1",
+        "--quantization=none",
+        "--max-new-tokens=12",
+    ];
+    let run = |says: &str| {
+        let run = fixture.tool.run(&arguments, &fixture.pairs()).exits(0);
+        run.says(says).stdout
+    };
+    let fetched = run("HTTP 503: not now; attempt 1 of 3, the next in ");
+    assert_eq!(fetched, here);
+    let asked = hub.requests().len();
+    assert_eq!(run("computing on"), here);
+    assert_eq!(hub.requests().len(), asked, "it was here already");
+
+    let with = |model: &str| fixture.tool.run(&["--model", model], "");
+    with("demo/other")
+        .exits(4)
+        .says("neither a model in a folder demo/other nor one of that name on http://127.0.0.1");
+    assert_eq!(hub.requests().len(), asked + 1, "a 404 is final");
+    with("a/b/c").exits(2).says("no model in a/b/c");
+}
+
+/// Forty items, so that there are blocks to be interrupted between.
+fn many(fixture: &Fixture) -> String {
+    let pairs = fixture
+        .pairs()
+        .replace(r#""split":"train","#, "")
+        .replace(r#""split":"eval","#, "");
+    (0..6)
+        .flat_map(|round| {
+            let numbered =
+                move |line: &str| line.replacen(r#""id":"p"#, &format!(r#""id":"{round}p"#), 1);
+            pairs.lines().map(numbered).collect::<Vec<_>>()
+        })
+        .map(|line| line + "\n")
+        .collect()
+}
+
+#[test]
+fn killed_at_any_moment_it_goes_on_to_the_same_bytes() {
+    let fixture = Fixture::new();
+    fixture.tool.file("many.jsonl", &many(&fixture));
+    let plain = [
+        "--model=model",
+        "--adapter=run1",
+        "--quantization=none",
+        "--max-new-tokens=40",
+        "--temperature=1.1",
+        "--batch-size=1",
+    ];
+    let whole = fixture.tool.run(&plain, &many(&fixture)).exits(0).stdout;
+    let arguments = [&plain[..], &["--state=state"]].concat();
+    let journal = fixture.folder("state/answers.jsonl");
+    let lines = || std::fs::read_to_string(&journal).map_or(0, |text| text.lines().count());
+
+    // A random number of blocks, and then a random moment of the next.
+    let seed = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .subsec_nanos();
+    println!("seed {seed}");
+    let mut state = u64::from(seed) | 1;
+    let mut random = move |below: u64| {
+        state = state
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (state >> 33) % below
+    };
+    let mut kills = 0;
+    for _ in 0..4 {
+        let until = lines() + 1 + random(4) as usize;
+        let mut child = fixture
+            .tool
+            .command(&arguments)
+            .stdin(std::fs::File::open(fixture.folder("many.jsonl")).unwrap())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        while lines() < until && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        std::thread::sleep(Duration::from_micros(random(5_000)));
+        kills += u32::from(child.try_wait().unwrap().is_none());
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    assert!(kills > 0, "it was done before it could be killed");
+    // As a crash in the middle of writing would leave it.
+    let mut text = std::fs::read_to_string(&journal).unwrap();
+    text.push_str(r#"{"first":0,"sys"#);
+    std::fs::write(&journal, text).unwrap();
+
+    let resumed = fixture.tool.run(&arguments, &many(&fixture)).exits(0);
+    assert_eq!(resumed.stdout, whole);
+    resumed
+        .says("going on: ")
+        .says("replies are in state/answers.jsonl already");
+    let done = std::fs::read(&journal).unwrap();
+    let again = fixture.tool.run(&arguments, &many(&fixture)).exits(0);
+    assert_eq!(again.stdout, whole);
+    again.says("going on: 84 replies");
+    assert_eq!(
+        std::fs::read(&journal).unwrap(),
+        done,
+        "nothing was left to do"
+    );
+}
+
+#[test]
+fn kept_replies_of_another_run_are_refused() {
+    let fixture = Fixture::new();
+    let run = |more: &[&str]| fixture.run(&[&["--adapter=run1", "--state=state"], more].concat());
+    run(&[]).exits(0);
+    let kept = fixture.tool.read("state/answers.jsonl");
+    let refused = run(&["--seed=7", "--temperature=0.5"]).exits(2);
+    assert_eq!(refused.stdout, "");
+    refused
+        .says("generation.seed (was 42, is 7)")
+        .says("generation.temperature (was 0.0, is 0.5)")
+        .says("delete state to begin anew")
+        .never_says("generation.top_p");
+    run(&["--adapter=other=run2"])
+        .exits(2)
+        .says("adapter other (was not there, is ");
+    let fewer: String = fixture
+        .pairs()
+        .lines()
+        .take(4)
+        .map(|line| format!("{line}\n"))
+        .collect();
+    let arguments = [
+        "--model=model",
+        "--quantization=none",
+        "--max-new-tokens=12",
+        "--adapter=run1",
+        "--state=state",
+    ];
+    fixture
+        .tool
+        .run(&arguments, &fewer)
+        .exits(2)
+        .says("items (was ");
+    fixture.adapter("run1", 9);
+    run(&[]).exits(2).says("adapter lora (was ");
+    assert_eq!(fixture.tool.read("state/answers.jsonl"), kept);
+
+    fixture.tool.file("state/answers.jsonl", "{\"v\":1}\n");
+    run(&[])
+        .exits(3)
+        .says("state/answers.jsonl:1: no kept answers");
+}
+
 #[test]
 fn several_adapters_stand_side_by_side() {
     let fixture = Fixture::new();
@@ -584,11 +782,19 @@ fn what_does_not_fit_together_is_named() {
         .run(&["--max-bad-lines=1"])
         .exits(2)
         .says("--rejects");
+    let nameless = fixture
+        .tool
+        .read("run2/adapter_config.json")
+        .replace(r#""model""#, "null");
+    fixture.tool.file("nameless/adapter_config.json", &nameless);
     fixture
         .tool
-        .run(&["--adapter=run1"], "")
+        .file("nameless/adapter_model.safetensors", "not read yet");
+    fixture
+        .tool
+        .run(&["--adapter=nameless"], "")
         .exits(2)
-        .says("--model DIR is needed");
+        .says("--model is needed");
     fixture
         .tool
         .run(&["--model=nowhere"], "")

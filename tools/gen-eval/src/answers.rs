@@ -8,6 +8,7 @@ use qwen3::{Chat, Finish, Model};
 use settings::Generation;
 
 use crate::items::Item;
+use crate::journal::Journal;
 use crate::lines::{ItemLine, Ordered, SystemLine, SystemScores};
 use crate::scores::Corpus;
 use crate::setup::Setup;
@@ -66,13 +67,15 @@ impl Tally {
 }
 
 /// Answers all items block by block and writes each block as it is done; the figures
-/// of each system over all of them.
+/// of each system over all of them. Answers that `journal` has are taken from it, and
+/// new ones put there.
 pub fn write_items<'a, B: Backend>(
     app: &App,
     settings: &Generation,
     setup: &'a Setup,
     model: &Model<B>,
     items: &[Item],
+    mut journal: Option<&mut Journal>,
     out: &mut Output,
 ) -> Result<Vec<(&'a str, SystemScores)>> {
     let mut systems = vec![System::base()];
@@ -100,8 +103,19 @@ pub fn write_items<'a, B: Backend>(
     for block in items.chunks(settings.batch_size.saturating_mul(4)) {
         let mut answers = Vec::new(); // [systems][items of the block]
         for system in &systems {
-            let said = |done| progress.set_with(replies + done as u64, &system.name);
-            answers.push(system.answer(model, &mut pass, block, first, &decoding, said)?);
+            let name = &system.name;
+            let kept = journal.as_mut().and_then(|j| j.take(first, name));
+            answers.push(match kept {
+                Some(answers) => answers,
+                None => {
+                    let said = |done| progress.set_with(replies + done as u64, name);
+                    let new = system.answer(model, &mut pass, block, first, &decoding, said)?;
+                    if let Some(journal) = &mut journal {
+                        journal.keep(first, name, &new)?;
+                    }
+                    new
+                }
+            });
             replies += block.len() as u64;
         }
         for (i, item) in block.iter().enumerate() {

@@ -3,17 +3,19 @@
 use anyhow::Result;
 use cli::{App, Failure};
 use jsonl::Position;
-use qwen3::{Chat, Config, LossOn, Message};
+use qwen3::{Chat, Config, LossOn, Message, PromptTemplate};
 use record::{Record, Split};
 use settings::TextChoice;
 
 /// How a pair is put to the model: the same for every system of a comparison.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Debug)]
 pub struct Wording {
     /// Which text of a pair.
     pub text: TextChoice,
     /// Put before every conversation; empty for none.
     pub system_prompt: String,
+    /// The user's turn.
+    pub prompt: PromptTemplate,
 }
 
 /// A pair as it was read.
@@ -21,13 +23,15 @@ pub struct Source {
     pub id: String,
     pub conversation_id: String,
     pub tweet: String,
+    /// The user's turn: the tweet in the words of the prompt template.
+    pub prompt: String,
     pub reference: String,
     pub split: Option<Split>,
 }
 
 impl Source {
     /// The pair in a record.
-    pub fn new(record: &Record, text: TextChoice) -> Result<Self, record::Error> {
+    pub fn new(record: &Record, wording: &Wording) -> Result<Self, record::Error> {
         let pair = record.pair()?;
         let normalized = |key: &str| -> Result<String, record::Error> {
             record.get(key)?.ok_or_else(|| record::Error::Field {
@@ -35,18 +39,28 @@ impl Source {
                 cause: "missing: run pair-dedup, or take the raw texts with --text raw".into(),
             })
         };
-        let (tweet, reference) = match text {
+        let (tweet, reference) = match wording.text {
             TextChoice::Raw => (pair.tweet, pair.reply),
             TextChoice::Normalized => (
                 normalized("tweet_normalized")?,
                 normalized("reply_normalized")?,
             ),
         };
+        let mut fields = record.values()?;
+        fields.insert("tweet".into(), tweet.as_str().into());
+        let prompt = wording
+            .prompt
+            .render(&fields)
+            .map_err(|error| record::Error::Field {
+                key: error.key().into(),
+                cause: error.to_string(),
+            })?;
         let split = record.get("split")?;
         Ok(Self {
             id: pair.id,
             conversation_id: pair.conversation_id,
             tweet,
+            prompt,
             reference,
             split,
         })
@@ -77,7 +91,7 @@ impl Item {
         if !wording.system_prompt.is_empty() {
             messages.push(Message::system(&wording.system_prompt));
         }
-        messages.push(Message::user(&source.tweet));
+        messages.push(Message::user(&source.prompt));
         let prompt = chat
             .encode_prompt(&messages)
             .map_err(|e| refuse(e.to_string()))?;
@@ -146,7 +160,7 @@ pub fn held_out(app: &App, sources: Vec<(Position, Source)>) -> Vec<(Position, S
 /// A tweet that spells out `<|im_end|>` ends its own turn, in training as here.
 pub fn warn_of_special_tokens(app: &App, chat: &Chat, items: &[Item]) {
     for item in items {
-        let texts = [&item.source.tweet, &item.source.reference];
+        let texts = [&item.source.prompt, &item.source.reference];
         if let Some(token) = texts.into_iter().find_map(|text| chat.special_in(text)) {
             app.warn(format_args!(
                 "pair {}: a text spells out {token}, which the model reads as such",

@@ -6,7 +6,9 @@
 //! other and mostly measure luck; they are here because readers expect them.
 
 mod answers;
+mod hub;
 mod items;
+mod journal;
 mod lines;
 mod scores;
 mod setup;
@@ -26,6 +28,7 @@ use serde::Serialize;
 use settings::EvalSettings;
 
 use crate::items::{Item, Source};
+use crate::journal::Journal;
 use crate::lines::{CorpusLine, CorpusOnly, Ordered, Systems};
 use crate::scores::Corpus;
 use crate::setup::Setup;
@@ -41,9 +44,9 @@ use crate::systems::Named;
 #[derive(Parser)]
 #[command(version, after_long_help = cli::after_help(EXAMPLES))]
 struct GenEval {
-    /// Base model: a folder in Hugging Face layout, or the name of one that qlora-train
-    /// downloaded [default: the adapter's own]
-    #[arg(long, value_name = "DIR")]
+    /// Base model: a folder in Hugging Face layout, or a name on the hub, such as
+    /// Qwen/Qwen3-8B, that is downloaded to data/cache/models [default: the adapter's own]
+    #[arg(long, value_name = "MODEL")]
     model: Option<String>,
     /// An adapter, PEFT format; DIR alone is called `lora`; may be given again
     #[arg(long = "adapter", value_name = "[NAME=]DIR")]
@@ -52,7 +55,7 @@ struct GenEval {
     #[arg(long)]
     any_base: bool,
     /// Score lines {"prediction","reference"}; no model is needed
-    #[arg(long, conflicts_with_all = ["model", "adapters", "any_base"])]
+    #[arg(long, conflicts_with_all = ["model", "adapters", "any_base", "state"])]
     score_only: bool,
     /// Longest reply, in tokens
     #[arg(long, value_name = "N")]
@@ -81,6 +84,10 @@ struct GenEval {
     /// How the base's weights are held [default: as the adapter was trained]
     #[arg(long, value_name = "KIND")]
     quantization: Option<QuantizationFlag>,
+    /// Keep finished replies in this folder: after an interruption the same command goes on
+    /// from them
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
     /// Where malformed lines go (see --max-bad-lines)
     #[arg(long, value_name = "FILE")]
     rejects: Option<PathBuf>,
@@ -110,6 +117,7 @@ const EXAMPLES: &str = "
 $ gen-eval --model model --adapter run1 --max-new-tokens 8 < pairs.jsonl
 $ gen-eval --model model --adapter a=run1 --adapter b=run2 --max-new-tokens 8 < pairs.jsonl
 $ gen-eval --model model --temperature 0.8 --seed 7 --max-new-tokens 8 < pairs.jsonl
+$ gen-eval --model model --adapter run1 --state replies --max-new-tokens 8 < pairs.jsonl
 $ gen-eval --score-only < predictions.jsonl
 ";
 
@@ -208,7 +216,7 @@ impl GenEval {
         let mut sources = Vec::new();
         let mut counts = self.each_record(
             app,
-            |record| Source::new(&record, setup.wording.text),
+            |record| Source::new(&record, &setup.wording),
             |position, source| {
                 sources.push((position, source));
                 Ok(())
@@ -228,17 +236,34 @@ impl GenEval {
         items::warn_of_special_tokens(app, &setup.chat, &items);
         let mut out = Output::stdout();
         if !items.is_empty() {
+            let kind = match device {
+                Device::Cpu(_) => "cpu",
+                Device::Cuda(_) => "cuda",
+            };
+            let mut journal = None;
+            if let Some(folder) = &self.state {
+                let identity = setup.identity(resolved, &items, kind);
+                let opened = journal.insert(Journal::open(folder, &identity)?);
+                if opened.replies() > 0 {
+                    app.info(format_args!(
+                        "going on: {} replies are in {} already",
+                        opened.replies(),
+                        opened.path().display()
+                    ));
+                }
+            }
+            let kept = journal.as_mut();
             let loading = "loading the base model";
             let corpus = match device {
                 Device::Cpu(cpu) => {
                     let model =
                         Model::load(cpu, &setup.checkpoint, setup.storage).context(loading)?;
-                    answers::write_items(app, settings, &setup, &model, &items, &mut out)?
+                    answers::write_items(app, settings, &setup, &model, &items, kept, &mut out)?
                 }
                 Device::Cuda(cuda) => {
                     let model =
                         Model::load(cuda, &setup.checkpoint, setup.storage).context(loading)?;
-                    answers::write_items(app, settings, &setup, &model, &items, &mut out)?
+                    answers::write_items(app, settings, &setup, &model, &items, kept, &mut out)?
                 }
             };
             let signature = setup.signature(resolved, &items);

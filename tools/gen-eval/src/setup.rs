@@ -1,14 +1,14 @@
 //! What is known before the weights are loaded: whether model, adapters and
 //! prompts go together.
 
-use std::path::{Path, PathBuf};
-
 use anyhow::{Context, Result};
 use cli::{App, Failure, PrintConfig, Resolved, Signature};
-use qwen3::{Adapter, Chat, Checkpoint, GenerationConfig, Storage};
+use qwen3::{Adapter, Chat, Checkpoint, GenerationConfig, PromptTemplate, Storage};
 use settings::{EvalSettings, Generation, Quantization, TrainSettings};
 
+use crate::hub;
 use crate::items::{Item, Wording};
+use crate::journal::Identity;
 use crate::systems::Named;
 
 /// Settings that parse and cannot work.
@@ -33,22 +33,6 @@ pub fn check(settings: &Generation) -> Result<(), Failure> {
         );
     }
     Ok(())
-}
-
-/// Where qlora-train keeps the models that it downloaded, by their name.
-const DOWNLOADED: &str = "data/cache/models";
-
-/// The folder of a model: of that path, or downloaded under that name.
-fn find(model: &str) -> Result<PathBuf, Failure> {
-    [PathBuf::from(model), Path::new(DOWNLOADED).join(model)]
-        .into_iter()
-        .find(|folder| folder.join("config.json").exists())
-        .ok_or_else(|| {
-            let remedy = "name the folder of the base model with --model DIR";
-            Failure::Usage(format!(
-                "no model in {model}, nor in {DOWNLOADED}: {remedy}"
-            ))
-        })
 }
 
 /// Everything but the weights.
@@ -84,24 +68,27 @@ impl Setup {
             .collect::<Result<_>>()?;
         let of_training = trained.iter().find_map(|(_, settings)| settings.as_ref());
 
-        let folder = settings
-            .model
-            .clone()
-            .or_else(|| of_training.map(|t| t.model.path.clone()));
-        let folder = folder.ok_or_else(|| {
-            Failure::Usage(
-                "--model DIR is needed: no adapter says which base it was trained on".into(),
-            )
+        let base = match (&settings.model, of_training) {
+            (Some(model), _) => Some(model.clone()),
+            (None, Some(training)) => Some(training.model.path.clone()),
+            (None, None) => named.first().map(Named::names_base).transpose()?.flatten(),
+        };
+        let base = base.ok_or_else(|| {
+            let cause = "--model is needed: no adapter says which base it was trained on";
+            Failure::Usage(cause.into())
         })?;
-        let folder = find(&folder)?;
+        let folder = hub::fetch(app, &base)?;
         let defaults = TrainSettings::default();
         let like = of_training.unwrap_or(&defaults);
+        let template = (settings.prompt_template.as_ref()).unwrap_or(&like.data.prompt_template);
         let wording = Wording {
             text: settings.text.unwrap_or(like.data.text),
             system_prompt: settings
                 .system_prompt
                 .clone()
                 .unwrap_or_else(|| like.data.system_prompt.clone()),
+            prompt: PromptTemplate::new(template)
+                .map_err(|error| Failure::Usage(format!("generation.prompt_template: {error}")))?,
         };
         let quantization = settings.quantization.unwrap_or(like.model.quantization);
         for (name, settings) in &trained {
@@ -116,6 +103,10 @@ impl Setup {
                 (
                     "system prompt",
                     settings.data.system_prompt != wording.system_prompt,
+                ),
+                (
+                    "prompt template",
+                    settings.data.prompt_template != *template,
                 ),
                 ("quantization", settings.model.quantization != quantization),
             ] {
@@ -175,6 +166,39 @@ impl Setup {
         })
     }
 
+    /// What the answers depend on; `device` is the kind of it.
+    pub fn identity(
+        &self,
+        resolved: &Resolved<EvalSettings>,
+        items: &[Item],
+        device: &str,
+    ) -> Identity {
+        let mut parts = vec![("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned())];
+        let shown = resolved.show(PrintConfig::Key);
+        let settings = shown.lines().filter_map(|line| line.split_once(" = "));
+        // Where the model lies changes no answer.
+        let settings = settings.filter(|(key, _)| *key != "generation.model");
+        parts.extend(settings.map(|(key, value)| (key.to_owned(), value.to_owned())));
+        let other = [
+            ("device", device),
+            ("model", &self.fingerprint),
+            ("quantization", self.held_as()),
+            ("chat", self.chat.fingerprint()),
+            ("items", &hash(items)),
+        ];
+        parts.extend(other.map(|(key, value)| (key.to_owned(), value.to_owned())));
+        let adapters = self.adapters.iter();
+        parts.extend(adapters.map(|(name, a)| (format!("adapter {name}"), a.fingerprint())));
+        Identity(parts)
+    }
+
+    fn held_as(&self) -> &'static str {
+        match self.storage {
+            Storage::Nf4 => "nf4",
+            Storage::AsStored => "none",
+        }
+    }
+
     /// What the figures depend on.
     pub fn signature(&self, resolved: &Resolved<EvalSettings>, items: &[Item]) -> String {
         // Where the model lies changes no figure; what it is has a hash of its own.
@@ -183,28 +207,23 @@ impl Setup {
             .lines()
             .filter(|line| !line.starts_with("generation.model "))
             .collect();
-        let data: Vec<u8> = items
-            .iter()
-            .flat_map(|item| &item.ids)
-            .flat_map(|id| id.to_le_bytes())
-            .collect();
         let mut signature = Signature::new("gen-eval")
             .with("seed", resolved.settings.generation.seed)
             .with_hash("config", &cli::sha256_hex(config.as_bytes()))
-            .with_hash("data", &cli::sha256_hex(&data))
+            .with_hash("data", &hash(items))
             .with_hash("model", &self.fingerprint)
-            .with(
-                "quantization",
-                if self.storage == Storage::Nf4 {
-                    "nf4"
-                } else {
-                    "none"
-                },
-            )
+            .with("quantization", self.held_as())
             .with_hash("chat", self.chat.fingerprint());
         for (name, adapter) in &self.adapters {
             signature = signature.with_hash(name, &adapter.fingerprint());
         }
         signature.to_string()
     }
+}
+
+/// SHA-256 over the tokens of the items.
+fn hash(items: &[Item]) -> String {
+    let ids = items.iter().flat_map(|item| &item.ids);
+    let bytes: Vec<u8> = ids.flat_map(|id| id.to_le_bytes()).collect();
+    cli::sha256_hex(&bytes)
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use cli::Failure;
 use engine::{Backend, Sampling};
-use qwen3::{Adapter, Batch, Completion, Config, Keep, Lora, LoraLayout, Model, Pass, Prompt, Row};
+use qwen3::{Adapter, Batch, Completion, Config, Keep, Lora, Model, OwnedLora, Pass, Prompt, Row};
 use serde::Deserialize;
 use settings::TrainSettings;
 
@@ -77,6 +77,21 @@ impl Named {
         Ok(Some(run.model))
     }
 
+    /// The base that the adapter names, as PEFT writes it.
+    pub fn names_base(&self) -> Result<Option<String>> {
+        #[derive(Deserialize)]
+        struct AdapterConfig {
+            base_model_name_or_path: Option<String>,
+        }
+        let path = self.folder.join("adapter_config.json");
+        let shown = || path.display().to_string();
+        let text = std::fs::read_to_string(&path).with_context(shown)?;
+        let config: AdapterConfig = serde_json::from_str(&text).with_context(shown)?;
+        Ok(config
+            .base_model_name_or_path
+            .filter(|name| !name.is_empty()))
+    }
+
     /// Fails before anything is read where there is no adapter, or a half-trained one.
     pub fn check(&self) -> Result<(), Failure> {
         let has = |file: &str| self.folder.join(file).exists();
@@ -116,7 +131,7 @@ impl Named {
 /// A system on the device.
 pub struct System<B: Backend> {
     pub name: String,
-    adapter: Option<(LoraLayout, B::F32)>,
+    adapter: Option<OwnedLora<B>>,
 }
 
 /// What a system says of the reference, and says itself.
@@ -145,21 +160,14 @@ impl<B: Backend> System<B> {
 
     /// The base with an adapter.
     pub fn adapted(name: &str, adapter: &Adapter, model: &Model<B>) -> Result<Self> {
-        let config = &adapter.config;
-        let layout = LoraLayout::new(model.config(), &config.targets, config.rank, config.scale());
-        let params = model
-            .backend()
-            .upload_f32(&layout.flatten(&adapter.pairs))?;
         Ok(Self {
             name: name.into(),
-            adapter: Some((layout, params)),
+            adapter: Some(model.load_adapter(adapter)?),
         })
     }
 
     fn lora(&self) -> Option<Lora<'_, B>> {
-        self.adapter
-            .as_ref()
-            .map(|(layout, params)| Lora { layout, params })
+        self.adapter.as_ref().map(OwnedLora::lora)
     }
 
     /// Scores the references of items and replies to them. `first` is the number of

@@ -31,6 +31,8 @@ pub struct Generation {
     pub text: Option<TextChoice>,
     /// Put before every conversation; empty for none.
     pub system_prompt: Option<String>,
+    /// The user's turn, a Jinja template over the record's fields.
+    pub prompt_template: Option<String>,
     /// Longest reply, in tokens.
     pub max_new_tokens: usize,
     /// 0 takes the likeliest token each time.
@@ -52,6 +54,7 @@ impl Default for Generation {
             quantization: None,
             text: None,
             system_prompt: None,
+            prompt_template: None,
             max_new_tokens: 96,
             temperature: 0.0,
             top_p: 1.0,
