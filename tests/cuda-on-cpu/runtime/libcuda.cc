@@ -6,10 +6,12 @@
 // CUDA_STAND_IN makes it unfit: `old` (driver), `none` (no GPU), `ancient` (GPU), `full` (memory).
 #include "internal.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -18,7 +20,7 @@ extern "C" const char *cuda_on_cpu_launch(const char *, const unsigned *, const 
 
 namespace {
 
-enum Result { Success = 0, Invalid = 1, OutOfMemory = 2, NoDevice = 100, NotFound = 500, LaunchFailed = 719 };
+enum Result { Success = 0, Invalid = 1, OutOfMemory = 2, NoDevice = 100, NotFound = 500, NotReady = 600, LaunchFailed = 719 };
 
 bool unfit(const char *how) {
   const char *set = getenv("CUDA_STAND_IN");
@@ -30,7 +32,21 @@ thread_local int *current_context;
 std::map<std::string, std::string> functions; // stable addresses: a handle is a name
 std::map<const void *, int> shared_limit;
 std::map<void *, size_t> memory;
+std::set<void *> page_locked;
 std::mutex one; // call at a time, of those that change what is above or run
+
+// Copies from page-locked memory are done late, when something needs them: memory
+// that was used again before its event passed shows by then.
+struct Upload {
+  void *to;
+  const void *from;
+  size_t bytes;
+};
+std::vector<Upload> uploads;
+void settle() {
+  for (const Upload &u : uploads) memcpy(u.to, u.from, u.bytes);
+  uploads.clear();
+}
 
 } // namespace
 
@@ -65,11 +81,23 @@ EXPORTED int cuCtxSetCurrent(void *context) { return current_context = static_ca
 EXPORTED int cuDeviceGetDefaultMemPool(void **pool, int) { return *pool = &the_context, Success; }
 EXPORTED int cuMemPoolSetAttribute(void *, int attribute, void *) { return attribute == 4 ? Success : Invalid; }
 EXPORTED int cuStreamCreate(void **stream, unsigned flags) { return *stream = &the_stream, flags == 1 ? Success : Invalid; }
-EXPORTED int cuStreamSynchronize(void *) { return Success; }
+EXPORTED int cuStreamSynchronize(void *) {
+  std::lock_guard lock(one);
+  return settle(), Success;
+}
 EXPORTED int cuStreamDestroy_v2(void *) { return Success; }
-EXPORTED int cuEventCreate(void **event, unsigned) { return *event = malloc(1), Success; }
+// An event has not passed when it is asked for the first time.
+EXPORTED int cuEventCreate(void **event, unsigned) { return *event = calloc(1, sizeof(int)), Success; }
 EXPORTED int cuEventRecord(void *, void *) { return Success; }
-EXPORTED int cuEventSynchronize(void *) { return Success; }
+EXPORTED int cuEventQuery(void *event) {
+  std::lock_guard lock(one);
+  if (!(*static_cast<int *>(event))++) return NotReady;
+  return settle(), Success;
+}
+EXPORTED int cuEventSynchronize(void *) {
+  std::lock_guard lock(one);
+  return settle(), Success;
+}
 EXPORTED int cuEventDestroy_v2(void *event) { return free(event), Success; }
 
 EXPORTED int cuModuleLoadData(void **module, const void *image) {
@@ -93,6 +121,7 @@ EXPORTED int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned g
   IN_CONTEXT;
   if (stream != &the_stream) return Invalid;
   std::lock_guard lock(one);
+  settle();
   if (shared > 48 << 10 && (int)shared > shared_limit[function]) return Invalid;
   const unsigned grid[] = {gx, gy, gz}, block[] = {bx, by, bz};
   const char *name = static_cast<std::string *>(function)->c_str();
@@ -101,6 +130,14 @@ EXPORTED int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned g
   return problem ? LaunchFailed : Success;
 }
 
+// A device of 1 GiB.
+EXPORTED int cuMemGetInfo_v2(size_t *free, size_t *total) {
+  IN_CONTEXT;
+  std::lock_guard lock(one);
+  *free = *total = size_t(1) << 30;
+  for (const auto &[address, bytes] : memory) *free -= std::min(*free, bytes);
+  return Success;
+}
 EXPORTED int cuMemAllocAsync(void **address, size_t bytes, void *) {
   IN_CONTEXT;
   if (unfit("full") && bytes < 16 << 20) return OutOfMemory;
@@ -113,14 +150,34 @@ EXPORTED int cuMemAllocAsync(void **address, size_t bytes, void *) {
 EXPORTED int cuMemFreeAsync(void *address, void *) {
   IN_CONTEXT;
   std::lock_guard lock(one);
+  settle();
   if (!memory.erase(address)) return Invalid;
   return free(address), Success;
 }
-EXPORTED int cuMemsetD8Async(void *at, unsigned char value, size_t bytes, void *) { return memset(at, value, bytes), Success; }
-EXPORTED int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *) { return memcpy(to, from, bytes), Success; }
-EXPORTED int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void *) { return memcpy(to, from, bytes), Success; }
-EXPORTED int cuMemHostAlloc(void **at, size_t bytes, unsigned) { return *at = malloc(bytes), Success; }
-EXPORTED int cuMemFreeHost(void *at) { return free(at), Success; }
+EXPORTED int cuMemsetD8Async(void *at, unsigned char value, size_t bytes, void *) {
+  std::lock_guard lock(one);
+  settle();
+  return memset(at, value, bytes), Success;
+}
+EXPORTED int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *) {
+  std::lock_guard lock(one);
+  if (page_locked.count(const_cast<void *>(from))) return uploads.push_back({to, from, bytes}), Success;
+  settle();
+  return memcpy(to, from, bytes), Success;
+}
+EXPORTED int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void *) {
+  std::lock_guard lock(one);
+  settle();
+  return memcpy(to, from, bytes), Success;
+}
+EXPORTED int cuMemHostAlloc(void **at, size_t bytes, unsigned) {
+  std::lock_guard lock(one);
+  return page_locked.insert(*at = malloc(bytes)), Success;
+}
+EXPORTED int cuMemFreeHost(void *at) {
+  std::lock_guard lock(one);
+  return page_locked.erase(at), free(at), Success;
+}
 
 // cuBLASLt thinks in columns: element (i, j) of a matrix is at i + j · ld.
 struct Layout {
@@ -174,6 +231,10 @@ EXPORTED int cublasLtMatmul(void *, void *description, const float *alpha, const
                             void *, size_t, void *stream) {
   IN_CONTEXT;
   if (stream != &the_stream) return 7;
+  {
+    std::lock_guard lock(one);
+    settle();
+  }
   const auto &t = static_cast<Descriptor *>(description)->transposed;
   const uint64_t m = t[0] ? la->cols : la->rows, k = t[0] ? la->rows : la->cols;
   const uint64_t n = t[1] ? lb->rows : lb->cols;

@@ -10,7 +10,8 @@
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_void};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use engine::cuda::{Address, Driver, Launch, Operand, Pending, Precision, Product};
 use engine::{Error, Result};
@@ -65,6 +66,26 @@ pub struct Emulated {
     checked: bool,
     /// Live buffers: base → size.
     buffers: Mutex<BTreeMap<Address, usize>>,
+    meter: Arc<Meter>,
+}
+
+/// How much of a device's memory is, and was at most, in use.
+#[derive(Default)]
+pub struct Meter {
+    used: AtomicUsize,
+    peak: AtomicUsize,
+}
+
+impl Meter {
+    /// Bytes in use.
+    pub fn used(&self) -> usize {
+        self.used.load(Relaxed)
+    }
+
+    /// The most bytes that were in use at once.
+    pub fn peak(&self) -> usize {
+        self.peak.load(Relaxed)
+    }
 }
 
 /// The runtime has one block under way at a time, in the whole process.
@@ -93,7 +114,13 @@ impl Emulated {
             order,
             checked,
             buffers: Mutex::default(),
+            meter: Arc::default(),
         }
+    }
+
+    /// What counts this device's memory, also once a backend has taken it over.
+    pub fn meter(&self) -> Arc<Meter> {
+        self.meter.clone()
     }
 
     /// The memory of `bytes` at `address`, if it is inside a live buffer.
@@ -172,6 +199,10 @@ impl Driver for Emulated {
         )
     }
 
+    fn free(&self) -> Result<usize> {
+        Ok(usize::MAX - self.meter.used.load(Relaxed))
+    }
+
     fn allocate(&self, what: &'static str, bytes: usize) -> Result<Address> {
         let _running = runtime();
         // SAFETY: the size is not zero.
@@ -185,6 +216,8 @@ impl Driver for Emulated {
         unsafe { cuda_on_cpu_buffer(memory as usize, bytes) };
         let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
         buffers.insert(memory as usize as Address, bytes);
+        let used = self.meter.used.fetch_add(bytes, Relaxed) + bytes;
+        self.meter.peak.fetch_max(used, Relaxed);
         Ok(memory as usize as Address)
     }
 
@@ -192,6 +225,7 @@ impl Driver for Emulated {
         let _running = runtime();
         let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(bytes) = buffers.remove(&address) {
+            self.meter.used.fetch_sub(bytes, Relaxed);
             // SAFETY: came from `allocate` with this size, and was in the list once.
             unsafe {
                 cuda_on_cpu_free(address as usize);

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod kernels;
+mod memory;
 mod model;
 mod nvidia;
 mod runtime;

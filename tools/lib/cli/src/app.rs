@@ -156,6 +156,15 @@ impl App {
         self.say(format_args!("{}: {message}", self.name));
     }
 
+    /// A message that can be looked up: to the log at any rate, to the user unless
+    /// there is to be quiet.
+    pub fn detail(&self, message: impl fmt::Display) {
+        match self.common.quiet {
+            false => self.info(message),
+            true => self.log_line(&printable(&format!("{}: {message}", self.name))),
+        }
+    }
+
     /// Something that may be wrong, and goes on.
     pub fn warn(&self, message: impl fmt::Display) {
         self.say(format_args!("{}: warning: {message}", self.name));

@@ -112,30 +112,44 @@ struct Run<'a, B: Backend> {
 }
 
 impl<B: Backend> Model<B> {
-    /// Loads a checkpoint layer by layer, its products in the given storage.
+    /// Loads a checkpoint layer by layer, its products in the given storage,
+    /// quantised on the device if they are to be.
     ///
     /// # Errors
     /// If a file cannot be read or the device has no room.
     pub fn load(backend: B, checkpoint: &Checkpoint, storage: Storage) -> crate::Result<Self> {
         let config = checkpoint.config().clone();
-        let layers = (0..config.layers).map(|i| checkpoint.layer(i, storage));
+        let layer = |b: &B, i| checkpoint.layer_by(i, storage, |matrix| b.quantize(matrix));
         let ends = Ends {
             embedding: checkpoint.embedding()?,
             final_norm: checkpoint.final_norm()?,
             lm_head: checkpoint.lm_head()?,
         };
-        Self::new(backend, config, ends, layers)
+        Self::assemble(backend, config, ends, layer)
     }
 
     /// Takes over weights, layer by layer.
     ///
     /// # Errors
     /// The first error of `layers`, or of the device, which may not have such heads.
+    ///
+    /// # Panics
+    /// If `layers` ends early.
     pub fn new<E: From<engine::Error>>(
         backend: B,
         config: Config,
         ends: Ends,
-        layers: impl Iterator<Item = Result<LayerWeights, E>>,
+        mut layers: impl Iterator<Item = Result<LayerWeights, E>>,
+    ) -> Result<Self, E> {
+        let next = |_: &B, _| layers.next().expect("weights for every layer");
+        Self::assemble(backend, config, ends, next)
+    }
+
+    fn assemble<E: From<engine::Error>>(
+        backend: B,
+        config: Config,
+        ends: Ends,
+        mut layer: impl FnMut(&B, usize) -> Result<LayerWeights, E>,
     ) -> Result<Self, E> {
         backend.accepts(config.attention())?;
         let upload = |weights: LayerWeights| -> Result<Layer<B>> {
@@ -157,8 +171,8 @@ impl<B: Backend> Model<B> {
                 ],
             })
         };
-        let layers = layers
-            .map(|weights| Ok(upload(weights?)?))
+        let layers = (0..config.layers)
+            .map(|i| Ok(upload(layer(&backend, i)?)?))
             .collect::<Result<_, E>>()?;
         Ok(Self {
             embedding: backend.upload_matrix(ends.embedding)?,

@@ -3,22 +3,42 @@
 //! Everything that backward needs from forward has a name here. Buffers grow to
 //! the largest batch seen and are then reused, so a training step allocates
 //! nothing after the first few.
+//!
+//! Buffers are made through an [`Account`], which can also go through the motions
+//! with empty ones: so what a plan says and what a pass takes are the same code.
 
 use engine::{Backend, Result};
 
+use crate::lora::Ranks;
 use crate::model::Model;
-use crate::{Config, Lora};
+use crate::plan::{Account, Extent, Part};
+use crate::{Config, Lora, LoraLayout};
 
 /// What a pass is for, which decides what it keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Keep {
     /// Nothing: evaluation and generation.
     Nothing,
-    /// The inputs of every layer; its inside is computed again in the backward
-    /// pass. A third more arithmetic, a fraction of the memory, the same bits.
-    LayerInputs,
+    /// The inputs of every layer and the insides of so many; those of the others
+    /// are computed again in the backward pass. Recomputing all of them is about a
+    /// third more arithmetic, a fraction of the memory, and the same bits.
+    Layers(usize),
     /// Everything.
     All,
+}
+
+impl Keep {
+    /// Buffers for the insides of so many layers that are trained or above one that
+    /// is. Those for which there is none of their own share the last one, in which
+    /// backward still finds the last layer.
+    fn insides(self, trained: usize) -> usize {
+        let kept = match self {
+            Self::Nothing => 0,
+            Self::Layers(kept) => kept,
+            Self::All => usize::MAX,
+        };
+        trained.min(kept.saturating_add(1)).max(1)
+    }
 }
 
 /// What a layer computes on the way, beside its input and output.
@@ -47,25 +67,30 @@ pub(crate) struct LayerActs<B: Backend> {
 }
 
 impl<B: Backend> LayerActs<B> {
-    fn new(backend: &B, c: &Config, tokens: usize, ranks: [usize; 4]) -> Result<Self> {
-        let act = |width: usize| backend.alloc_act(tokens * width);
-        let f32 = |width: usize| backend.alloc_f32(tokens * width);
+    fn new(
+        account: &mut Account<'_, B>,
+        part: Part,
+        c: &Config,
+        tokens: usize,
+        ranks: Ranks,
+    ) -> Result<Self> {
         let heads = c.attention();
-        let [r0, r1, r2, r3] = ranks;
+        let [r0, r1, r2, r3] = ranks.groups;
+        let mut of = account.rows(part, tokens);
         Ok(Self {
-            rstd1: f32(1)?,
-            norm1: act(c.hidden_size)?,
-            xa: [act(r0)?, act(r1)?, act(r2)?, act(r3)?],
-            qkv: act(heads.qkv())?,
-            rstd_qk: f32(heads.query + heads.kv)?,
-            qk: act(heads.qk())?,
-            attended: act(heads.q())?,
-            lse: f32(heads.query)?,
-            middle: act(c.hidden_size)?,
-            rstd2: f32(1)?,
-            norm2: act(c.hidden_size)?,
-            gate_up: act(2 * c.intermediate_size)?,
-            inner: act(c.intermediate_size)?,
+            rstd1: of.f32(1)?,
+            norm1: of.act(c.hidden_size)?,
+            xa: [of.act(r0)?, of.act(r1)?, of.act(r2)?, of.act(r3)?],
+            qkv: of.act(heads.qkv())?,
+            rstd_qk: of.f32(heads.query + heads.kv)?,
+            qk: of.act(heads.qk())?,
+            attended: of.act(heads.q())?,
+            lse: of.f32(heads.query)?,
+            middle: of.act(c.hidden_size)?,
+            rstd2: of.f32(1)?,
+            norm2: of.act(c.hidden_size)?,
+            gate_up: of.act(2 * c.intermediate_size)?,
+            inner: of.act(c.intermediate_size)?,
         })
     }
 }
@@ -100,20 +125,34 @@ pub(crate) struct GradActs<B: Backend> {
 
 /// How large the buffers are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Size {
-    tokens: usize,
-    labelled: usize,
-    longest: usize,
-    ranks: [usize; 4],
+pub(crate) struct Size {
+    pub tokens: usize,
+    pub labelled: usize,
+    pub longest: usize,
+    /// Layers from the lowest with an adapter upwards.
+    pub trained: usize,
+    pub ranks: Ranks,
 }
 
 impl Size {
+    /// Of a batch of `[tokens, predictions, longest row]` with an adapter.
+    pub fn new([tokens, labelled, longest]: [usize; 3], layout: Option<&LoraLayout>) -> Self {
+        Self {
+            tokens,
+            labelled,
+            longest,
+            trained: layout.map_or(0, LoraLayout::trained_layers),
+            ranks: layout.map_or_else(Ranks::default, LoraLayout::ranks),
+        }
+    }
+
     fn max(self, other: Self) -> Self {
         Self {
             tokens: self.tokens.max(other.tokens),
             labelled: self.labelled.max(other.labelled),
             longest: self.longest.max(other.longest),
-            ranks: std::array::from_fn(|i| self.ranks[i].max(other.ranks[i])),
+            trained: self.trained.max(other.trained),
+            ranks: self.ranks.max(other.ranks),
         }
     }
 }
@@ -125,6 +164,8 @@ pub(crate) struct Buffers<B: Backend> {
     /// in turn where nothing is kept.
     pub stream: Vec<B::Act>,
     pub layers: Vec<LayerActs<B>>,
+    /// Which of `layers` is each layer's.
+    pub inside: Vec<usize>,
     pub head: HeadActs<B>,
     pub grads: Option<GradActs<B>>,
     pub scratch: B::Workspace,
@@ -150,20 +191,38 @@ impl<B: Backend> Pass<B> {
         self.keep
     }
 
+    /// Gives its memory back; the next batch brings its need again.
+    pub fn release(&mut self) {
+        self.buffers = None;
+    }
+
+    /// Makes room for batches of this extent at once, so that training allocates
+    /// nothing but the batches themselves.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    pub fn reserve(
+        &mut self,
+        model: &Model<B>,
+        extent: Extent,
+        layout: &LoraLayout,
+    ) -> Result<()> {
+        let batch = [extent.tokens, extent.labelled, extent.longest];
+        self.hold(model, Size::new(batch, Some(layout))).map(drop)
+    }
+
     /// Buffers for `[tokens, predictions, longest row]`, grown where they were
     /// too small.
     pub(crate) fn fit(
         &mut self,
         model: &Model<B>,
-        [tokens, labelled, longest]: [usize; 3],
+        batch: [usize; 3],
         lora: Option<Lora<'_, B>>,
     ) -> Result<&mut Buffers<B>> {
-        let mut size = Size {
-            tokens,
-            labelled,
-            longest,
-            ranks: lora.map_or([0; 4], |l| l.layout.ranks()),
-        };
+        self.hold(model, Size::new(batch, lora.map(|lora| lora.layout)))
+    }
+
+    fn hold(&mut self, model: &Model<B>, mut size: Size) -> Result<&mut Buffers<B>> {
         // The old buffers go before the new ones come.
         let old = self.buffers.take();
         let kept = match old {
@@ -172,7 +231,10 @@ impl<B: Backend> Pass<B> {
                 if let Some(old) = old {
                     size = size.max(old.size);
                 }
-                Buffers::new(model, size, self.keep)?
+                let scratch =
+                    model.scratch([size.tokens, size.labelled, size.longest], size.ranks);
+                let mut account = Account::new(model.backend());
+                Buffers::new(&mut account, model.config(), size, self.keep, scratch)?
             }
         };
         Ok(self.buffers.insert(kept))
@@ -180,48 +242,72 @@ impl<B: Backend> Pass<B> {
 }
 
 impl<B: Backend> Buffers<B> {
-    fn new(model: &Model<B>, size: Size, keep: Keep) -> Result<Self> {
-        let (backend, c) = (model.backend(), model.config());
+    /// `scratch` is in bytes.
+    pub fn new(
+        account: &mut Account<'_, B>,
+        c: &Config,
+        size: Size,
+        keep: Keep,
+        scratch: usize,
+    ) -> Result<Self> {
         let Size {
-            tokens, labelled, ..
+            tokens,
+            labelled,
+            trained,
+            ranks,
+            ..
         } = size;
-        let act = |width: usize| backend.alloc_act(tokens * width);
-        let (streams, inside) = match keep {
-            Keep::Nothing => (2, 1),
-            Keep::LayerInputs => (c.layers + 1, 1),
-            Keep::All => (c.layers + 1, c.layers),
+        let streams = match keep {
+            Keep::Nothing => 2,
+            Keep::Layers(_) | Keep::All => c.layers + 1,
         };
-        let picked = || backend.alloc_act(labelled * c.hidden_size);
-        let heads = c.attention();
-        let grads = || -> Result<_> {
-            Ok(GradActs {
-                stream: act(c.hidden_size)?,
-                normed: act(c.hidden_size)?,
-                qkv: act(heads.qkv())?,
-                attended: act(heads.q())?,
-                gate_up: act(2 * c.intermediate_size)?,
-                inner: act(c.intermediate_size)?,
+        let mut of = account.rows(Part::Streams, tokens);
+        let stream = (0..streams)
+            .map(|_| of.act(c.hidden_size))
+            .collect::<Result<_>>()?;
+        let insides = keep.insides(trained);
+        let own = |l: usize| l.saturating_sub(c.layers - trained);
+        let layers = (1..=insides)
+            .map(|number| {
+                let part = match number < insides || insides == trained {
+                    true => Part::Insides,
+                    false => Part::Shared,
+                };
+                LayerActs::new(account, part, c, tokens, ranks)
             })
+            .collect::<Result<_>>()?;
+        let mut of = account.rows(Part::Predictions, labelled);
+        let head = HeadActs {
+            picked: of.act(c.hidden_size)?,
+            rstd: of.f32(1)?,
+            normed: of.act(c.hidden_size)?,
+            dnormed: of.act(c.hidden_size)?,
+            dpicked: of.act(c.hidden_size)?,
+            nll: of.f32(1)?,
+        };
+        let heads = c.attention();
+        let grads = match keep {
+            Keep::Nothing => None,
+            Keep::Layers(_) | Keep::All => {
+                let mut of = account.rows(Part::Down, tokens);
+                Some(GradActs {
+                    stream: of.act(c.hidden_size)?,
+                    normed: of.act(c.hidden_size)?,
+                    qkv: of.act(heads.qkv())?,
+                    attended: of.act(heads.q())?,
+                    gate_up: of.act(2 * c.intermediate_size)?,
+                    inner: of.act(c.intermediate_size)?,
+                })
+            }
         };
         Ok(Self {
             size,
-            stream: (0..streams)
-                .map(|_| act(c.hidden_size))
-                .collect::<Result<_>>()?,
-            layers: (0..inside)
-                .map(|_| LayerActs::new(backend, c, tokens, size.ranks))
-                .collect::<Result<_>>()?,
-            head: HeadActs {
-                picked: picked()?,
-                rstd: backend.alloc_f32(labelled)?,
-                normed: picked()?,
-                dnormed: picked()?,
-                dpicked: picked()?,
-                nll: backend.alloc_f32(labelled)?,
-            },
-            grads: (keep != Keep::Nothing).then(grads).transpose()?,
-            scratch: backend
-                .alloc_workspace(model.scratch([tokens, labelled, size.longest], size.ranks))?,
+            stream,
+            layers,
+            inside: (0..c.layers).map(|l| own(l).min(insides - 1)).collect(),
+            head,
+            grads,
+            scratch: account.workspace(scratch)?,
         })
     }
 }

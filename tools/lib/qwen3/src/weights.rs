@@ -10,8 +10,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use engine::HostMatrix;
 use engine::nf4::{self, Absmax, BLOCK, NESTED_BLOCK, Nf4Tensor};
+use engine::{HostMatrix, MatrixKind};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::tensor::{Metadata, TensorInfo};
@@ -208,16 +208,33 @@ impl Checkpoint {
         self.vector(FINAL_NORM)
     }
 
-    /// Layer `index`, its products held as `storage` says. Quantising uses all
-    /// threads of the current pool; the result does not depend on their number.
+    /// Layer `index`, its products held as `storage` says; what is to be quantised
+    /// is so on all threads of the current pool.
     ///
     /// # Errors
-    /// If a product to be quantised holds NaN or an infinity, or one that is
-    /// stored quantised has a malformed state.
+    /// As [`layer_by`](Self::layer_by).
     ///
     /// # Panics
     /// If there is no such layer.
     pub fn layer(&self, index: usize, storage: Storage) -> Result<LayerWeights> {
+        self.layer_by(index, storage, |matrix| Ok(matrix.quantize()?))
+    }
+
+    /// [`layer`](Self::layer), quantised by `quantize`: a device, say
+    /// ([`Backend::quantize`](engine::Backend::quantize)).
+    ///
+    /// # Errors
+    /// If a product to be quantised holds NaN or an infinity, one that is stored
+    /// quantised has a malformed state, or the device has no room.
+    ///
+    /// # Panics
+    /// If there is no such layer.
+    pub fn layer_by(
+        &self,
+        index: usize,
+        storage: Storage,
+        quantize: impl Fn(&HostMatrix) -> engine::Result<Nf4Tensor>,
+    ) -> Result<LayerWeights> {
         assert!(
             index < self.config.layers,
             "layer {index} of {}",
@@ -230,7 +247,7 @@ impl Checkpoint {
             }
             match storage {
                 Storage::AsStored => self.dense(&name),
-                Storage::Nf4 => self.quantize(&name),
+                Storage::Nf4 => self.quantize(&name, &quantize),
             }
         };
         let norm = |name| self.vector(&format!("model.layers.{index}.{name}.weight"));
@@ -250,6 +267,23 @@ impl Checkpoint {
                 product(down)?,
             ],
         })
+    }
+
+    /// A weight's shape and storage without its values, as a model loaded with
+    /// `storage` holds it.
+    ///
+    /// # Errors
+    /// If it is lm_head and tied.
+    pub(crate) fn hollow(&self, weight: Weight, storage: Storage) -> Result<HostMatrix> {
+        let (name, shape) = (weight.name(), weight.shape(&self.config));
+        let product = matches!(weight, Weight::Product(..));
+        let kind = match self.info(&name)?.1.dtype {
+            Dtype::U8 => MatrixKind::Nf4,
+            _ if product && storage == Storage::Nf4 => MatrixKind::Nf4,
+            Dtype::BF16 => MatrixKind::Bf16,
+            _ => MatrixKind::F32,
+        };
+        Ok(HostMatrix::hollow([shape[0], shape[1]], kind))
     }
 
     /// A name for exactly these weights: SHA-256, in hex, over the digests of
@@ -383,16 +417,18 @@ impl Checkpoint {
         })
     }
 
-    fn quantize(&self, name: &str) -> Result<HostMatrix> {
-        let (shard, info) = self.info(name)?;
-        let shape = [info.shape[0], info.shape[1]];
-        let bytes = shard.bytes(info);
-        let tensor = match info.dtype {
-            Dtype::BF16 => Nf4Tensor::quantize(shape, &bf16s(bytes), true),
-            Dtype::F16 => Nf4Tensor::quantize(shape, &f16s(bytes), true),
-            _ => Nf4Tensor::quantize(shape, &f32s(bytes), true),
-        };
-        let tensor = tensor.map_err(|error| Error::tensor(&shard.path, name, error.to_string()))?;
+    fn quantize(
+        &self,
+        name: &str,
+        quantize: impl Fn(&HostMatrix) -> engine::Result<Nf4Tensor>,
+    ) -> Result<HostMatrix> {
+        let tensor = quantize(&self.dense(name)?).map_err(|error| match error {
+            engine::Error::Unfit(why) => match self.info(name) {
+                Ok((shard, _)) => Error::tensor(&shard.path, name, why.to_string()),
+                Err(missing) => missing,
+            },
+            other => other.into(),
+        })?;
         Ok(HostMatrix::nf4(tensor))
     }
 

@@ -127,6 +127,12 @@ pub trait Driver: Send + Sync {
     /// The device in words.
     fn describe(&self) -> String;
 
+    /// Bytes that are free on the device, for anyone.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn free(&self) -> Result<usize>;
+
     /// Memory with undefined contents, aligned to 256 bytes; `bytes` is not 0.
     ///
     /// # Errors

@@ -29,6 +29,10 @@ impl Queue {
         self.driver.describe()
     }
 
+    pub fn free(&self) -> Result<usize> {
+        self.driver.free()
+    }
+
     /// The failure so far, if any.
     fn check(&self) -> Result<()> {
         let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);

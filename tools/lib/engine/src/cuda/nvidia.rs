@@ -2,7 +2,7 @@
 //! device is asked for. Everything that can be missing or too old is found out
 //! here, before any memory is touched, and said with its remedy.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::{CStr, CString, c_void};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -80,6 +80,17 @@ struct Pinned {
     bytes: usize,
 }
 
+/// Largest upload that is staged. A copy from pageable memory may wait for all that
+/// is queued; a batch's ids, which come while the device is busy, must not. Weights
+/// are larger, and come when there is nothing to wait for.
+const STAGED: usize = 4 << 20;
+
+/// A staged upload: page-locked memory, and the event behind its copy.
+struct Staged {
+    event: sys::CUevent,
+    pinned: Pinned,
+}
+
 /// The parts of a device that readings outlive.
 struct Context {
     ordinal: usize,
@@ -87,6 +98,8 @@ struct Context {
     context: sys::CUcontext,
     stream: sys::CUstream,
     pinned: Mutex<Vec<Pinned>>,
+    /// Uploads under way, in their order.
+    staged: Mutex<VecDeque<Staged>>,
 }
 
 // SAFETY: the handles may be used from any thread whose current context is this
@@ -117,6 +130,42 @@ impl Context {
     fn unpin(&self, pinned: Pinned) {
         let mut free = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
         free.push(pinned);
+    }
+
+    /// An event behind what is queued so far.
+    fn event(&self) -> Result<sys::CUevent, cuda::DriverError> {
+        let event = cuda::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
+        // SAFETY: the event was just created, and the stream lives as `self` does.
+        unsafe { cuda::event::record(event, self.stream) }?;
+        Ok(event)
+    }
+
+    /// Queues a copy by way of page-locked memory, and takes back that of copies
+    /// that are done.
+    fn stage(&self, bytes: &[u8], to: Address) -> Result<()> {
+        let with = |e| failed("copying to the GPU", e);
+        let mut staged = self.staged.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: events in the list are live.
+        while let Some(first) = staged.front()
+            && unsafe { sys::cuEventQuery(first.event) } == sys::CUresult::CUDA_SUCCESS
+        {
+            let Staged { event, pinned } = staged.pop_front().expect("there is a first");
+            // SAFETY: the event is nobody else's.
+            unsafe { cuda::event::destroy(event) }.map_err(with)?;
+            self.unpin(pinned);
+        }
+        let pinned = self.pin(bytes.len())?;
+        // SAFETY: the memory is at least this large and, being in no list, nobody
+        // else's until the event behind the copy has passed.
+        unsafe {
+            let at = pinned.at.cast::<u8>();
+            at.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+            let source = std::slice::from_raw_parts(at, bytes.len());
+            cuda::memcpy_htod_async(to, source, self.stream).map_err(with)?;
+        }
+        let event = self.event().map_err(with)?;
+        staged.push_back(Staged { event, pinned });
+        Ok(())
     }
 }
 
@@ -238,7 +287,8 @@ impl Nvidia {
                 name,
                 context,
                 stream,
-                pinned: Mutex::new(Vec::new()),
+                pinned: Mutex::default(),
+                staged: Mutex::default(),
             }),
             module,
             functions: Mutex::default(),
@@ -397,8 +447,18 @@ impl Drop for Context {
                 .pinned
                 .get_mut()
                 .unwrap_or_else(PoisonError::into_inner);
-            // SAFETY: the last owner of these handles lets go of them.
+            let staged = self
+                .staged
+                .get_mut()
+                .unwrap_or_else(PoisonError::into_inner);
+            // SAFETY: the last owner of these handles lets go of them; the copies out of
+            // staged memory are over when the stream has come to rest.
             unsafe {
+                let _ = cuda::stream::synchronize(self.stream);
+                for Staged { event, pinned } in staged.drain(..) {
+                    let _ = cuda::event::destroy(event);
+                    let _ = cuda::free_host(pinned.at);
+                }
                 for p in pinned {
                     let _ = cuda::free_host(p.at);
                 }
@@ -458,6 +518,13 @@ impl Driver for Nvidia {
         format!("cuda:{} {}, bf16", self.context.ordinal, self.context.name)
     }
 
+    fn free(&self) -> Result<usize> {
+        self.context.enter()?;
+        let (free, _total) =
+            cuda::mem_get_info().map_err(|e| failed("asking for free memory", e))?;
+        Ok(free)
+    }
+
     fn allocate(&self, what: &'static str, bytes: usize) -> Result<Address> {
         self.context.enter()?;
         // SAFETY: the memory is only used on this stream.
@@ -487,6 +554,9 @@ impl Driver for Nvidia {
 
     fn write(&self, bytes: &[u8], to: Address) -> Result<()> {
         self.context.enter()?;
+        if bytes.len() <= STAGED {
+            return self.context.stage(bytes, to);
+        }
         // SAFETY: the range is inside a buffer of the backend's. From pageable memory
         // the driver has read the source when the call returns.
         unsafe { cuda::memcpy_htod_async(to, bytes, self.context.stream) }

@@ -1,0 +1,85 @@
+//! The plan of memory against what the backend allocates.
+
+use std::path::Path;
+
+use cuda_on_cpu::{Emulated, Order};
+use engine::{Backend, Cuda, Reading};
+use qwen3::plan::{self, Extent, Outline};
+use qwen3::{
+    AdapterConfig, Batch, Checkpoint, Keep, Lora, LoraLayout, Model, Optimiser, OptimiserKind,
+    Pass, Row, Storage, Update,
+};
+
+#[test]
+fn the_plan_is_what_is_allocated() {
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo/model");
+    let checkpoint = Checkpoint::open(&demo).unwrap();
+    for (storage, keep, dora, eight_bit) in [
+        (Storage::Nf4, Keep::All, false, false),
+        (Storage::Nf4, Keep::Layers(0), false, true),
+        (Storage::AsStored, Keep::Layers(2), false, false),
+    ] {
+        let emulated = Emulated::new(Order::Forward, false);
+        let meter = emulated.meter();
+        let cuda = Cuda::new(Box::new(emulated)).unwrap();
+        let tables = meter.used();
+        let adapter = AdapterConfig {
+            dora,
+            ..AdapterConfig::new(8, 8.0)
+        };
+        let kind = OptimiserKind {
+            eight_bit,
+            lr_ratio: 1.0,
+        };
+        let layout = LoraLayout::new(checkpoint.config(), &adapter).unwrap();
+        let rows: Vec<(Vec<u32>, Vec<bool>)> = [11, 30, 5]
+            .map(|len| ((0..len).collect(), (0..len).map(|i| i > 4).collect()))
+            .into();
+        let rows: Vec<_> = (0..)
+            .zip(&rows)
+            .map(|(number, (ids, labelled))| Row {
+                number,
+                ids,
+                labelled,
+            })
+            .collect();
+
+        let outline = Outline::new(&cuda, &checkpoint, storage).unwrap();
+        let pass = outline.pass(&cuda, &layout, Extent::of(&rows), keep);
+        let weights = outline.weights(&cuda);
+        let planned = weights + plan::adapter(&layout, &kind) + pass.unwrap();
+        assert_eq!(meter.used(), tables, "a plan allocates nothing");
+
+        let model = Model::load(cuda, &checkpoint, storage).unwrap();
+        assert_eq!(meter.used(), tables + weights.total(), "{storage:?}");
+        let initial = model.initial(&layout, 0).unwrap();
+        let mut params = model.adapter_params(&layout, &initial).unwrap();
+        let b = model.backend();
+        let mut grads = b.alloc_f32(layout.len()).unwrap();
+        let mut optimiser = Optimiser::new(b, &layout, kind).unwrap();
+        let mut pass = Pass::new(keep);
+        for _ in 0..2 {
+            let batch = Batch::new(b, &rows).unwrap();
+            let lora = Lora {
+                layout: &layout,
+                params: &params,
+            };
+            let losses = model
+                .losses_and_gradients(&mut pass, &batch, lora, None, (&mut grads, 0.1))
+                .unwrap();
+            let with = Update {
+                lr: 1e-3,
+                weight_decay: 0.0,
+                max_norm: None,
+            };
+            let norm = optimiser.update(b, with, &mut grads, &mut params);
+            model.renew_norms(&mut pass, &layout, &mut params).unwrap();
+            assert!(norm.wait().unwrap()[0].is_finite());
+            losses.wait().unwrap();
+        }
+        let norm = size_of::<f32>(); // of the gradients
+        let (planned, peak) = (planned.total() + tables + norm, meter.peak());
+        println!("{storage:?}, {keep:?}: {planned} planned, {peak} used");
+        assert_eq!(planned, peak, "{storage:?}, {keep:?}");
+    }
+}
