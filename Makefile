@@ -75,7 +75,7 @@ fetch   := --config $(CONFIG)/data.yaml --method $(METHOD) $(if $(INPUT),--input
 train   := --config $(CONFIG)/train.yaml $(model)
 adapters := --adapter lora=$(ADAPTER) $(if $(CONTROL),--adapter shuffled=$(SHUFFLED))
 
-.PHONY: help setup build models data train eval results demo test lint check test-parity kernels tiny-model demo-data FORCE
+.PHONY: help setup build models data train eval results demo test lint check test-parity bench kernels tiny-model demo-data FORCE
 .DEFAULT_GOAL := help
 
 help: ## this page
@@ -167,8 +167,8 @@ $(MINILM)/model.safetensors:
 # Evaluation. The judge's key is asked for before anything is generated.
 $(EVAL)/items.jsonl: $(PAIRS)/pairs.jsonl $(ADAPTER)/adapter_model.safetensors $(if $(CONTROL),$(SHUFFLED)/adapter_model.safetensors) $(EVAL)/generate.key
 	@$(BIN)/judge --config $(CONFIG)/eval.yaml $(judge) --check
-	$(lock) $(BIN)/gen-eval --config $(CONFIG)/eval.yaml $(model) $(adapters) --device $(DEVICE) $(call log,generate) < $< > $@.part
-	@mv $@.part $@
+	$(lock) $(BIN)/gen-eval --config $(CONFIG)/eval.yaml $(model) $(adapters) --device $(DEVICE) --state $(EVAL)/generate-state $(call log,generate) < $< > $@.part
+	@mv $@.part $@ && rm -rf $(EVAL)/generate-state
 
 $(EVAL)/judged.jsonl: $(EVAL)/items.jsonl $(EVAL)/judge.key
 	$(lock) $(BIN)/judge --config $(CONFIG)/eval.yaml $(judge) --state $(EVAL)/judge-state $(call log,judge) < $< > $@.part
@@ -193,6 +193,11 @@ check: lint test ## formatting, lints, tests
 
 test-parity: $(MINILM)/model.safetensors | build ## compare with the Python packages, live
 	tests/parity/run
+
+bench: | build ## time training and generating on this machine's CPU (minutes)
+	@mkdir -p output/logs
+	@$(BIN)/bench > output/logs/bench_$(STAMP).jsonl
+	@echo output/logs/bench_$(STAMP).jsonl
 
 # What is generated and committed.
 demo-data: | build ## regenerate the demo's tweets
