@@ -8,7 +8,7 @@ use crate::support::{Draw, Machine, compare, emulated, gpu, only_gpu};
 use cuda_on_cpu::Order;
 use engine::nf4::{self, Nf4Tensor};
 use engine::{
-    AdamW, Adapter, Backend, Cache, Cuda, Dropout, Group, Heads, HostMatrix, LinearGrad,
+    AdamW, Adapter, Backend, Cache, Cuda, Dora, Dropout, Group, Heads, HostMatrix, LinearGrad,
     MOMENT_BLOCK, Member, Neftune, QkNorms, Ragged, Reading, Rounded, Sampling, Stretch,
 };
 use half::bf16;
@@ -257,10 +257,23 @@ fn the_cache_and_attention_over_it() {
 /// A group's forward and backward; `kinds` says of each member whether it is
 /// quantised.
 fn group<B: Machine>(b: &B, kinds: &[Option<bool>], dropout: f32, residual: bool) -> Vec<Vec<f32>> {
+    let lengths = [(4, 9), (11, 6)];
+    adapted_group(b, kinds, &lengths, dropout, residual, false)
+}
+
+/// The same over rows of other lengths, and with DoRA: then first come the norms of
+/// each member, and last the gradients of its magnitudes.
+fn adapted_group<B: Machine>(
+    b: &B,
+    kinds: &[Option<bool>],
+    lengths: &[(u32, usize)],
+    dropout: f32,
+    residual: bool,
+    dora: bool,
+) -> Vec<Vec<f32>> {
     let mut draw = Draw(kinds.len() as u64 + 20);
     let inputs = 72;
-    let lengths = [(4, 9), (11, 6)];
-    let rows = Ragged::new(b, &lengths).unwrap();
+    let rows = Ragged::new(b, lengths).unwrap();
     let tokens = rows.tokens();
     let outputs = [40, 24, 136];
     let (mut weights, mut adapters, mut params) = (Vec::new(), Vec::new(), 0);
@@ -280,20 +293,35 @@ fn group<B: Machine>(b: &B, kinds: &[Option<bool>], dropout: f32, residual: bool
             let a = params + 5;
             let after = a + rank * inputs + 3;
             params = after + shape[0] * rank;
+            let (magnitude, norm) = (params + 1, params + 2 + shape[0]);
+            if dora {
+                params = norm + shape[0];
+            }
             Adapter {
                 rank,
                 scale: 1.5,
                 a,
                 b: after,
                 module: i as u32 + 2,
-                dora: None,
+                dora: dora.then_some(Dora { magnitude, norm }),
             }
         }));
     }
     let values: Vec<f32> = draw.vec(params).iter().map(|x| x * 0.5).collect();
     // Representable, so that rounding the factors is no difference.
     let values: Vec<f32> = values.iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
-    let factors = b.upload_f32(&values).unwrap();
+    let mut factors = b.upload_f32(&values).unwrap();
+    let mut results = Vec::new();
+    for (weight, adapter) in weights.iter().zip(&adapters) {
+        let Some((adapter, Dora { norm, .. })) = adapter.and_then(|a| Some((a, a.dora?))) else {
+            continue;
+        };
+        let bytes = b.dora_scratch(weight, adapter.rank);
+        let mut scratch = b.alloc_workspace(bytes).unwrap();
+        b.dora_norms(weight, &adapter, &mut factors, &mut scratch);
+        let norms = norm..norm + b.shape(weight)[0];
+        results.push(b.read_f32(&factors, norms).wait().unwrap());
+    }
     let members: Vec<_> = weights
         .iter()
         .zip(&adapters)
@@ -317,7 +345,7 @@ fn group<B: Machine>(b: &B, kinds: &[Option<bool>], dropout: f32, residual: bool
         b.poisoned(tokens * group.rank()),
     );
     let all: Vec<_> = weights.iter().collect();
-    let bytes = b.linear_scratch(&all, [tokens, group.rank()], false);
+    let bytes = b.linear_scratch(&all, [tokens, group.rank()], dora);
     let mut scratch = b.alloc_workspace(bytes).unwrap();
     b.linear(
         &group,
@@ -346,12 +374,39 @@ fn group<B: Machine>(b: &B, kinds: &[Option<bool>], dropout: f32, residual: bool
         want,
         &mut scratch,
     );
-    vec![
+    results.extend([
         b.read_act(&out, tokens * width).unwrap(),
         b.read_act(&xa, tokens * group.rank()).unwrap(),
         b.read_act(&dx, tokens * inputs).unwrap(),
         b.read_f32(&grads, 0..params).wait().unwrap(),
-    ]
+    ]);
+    for (weight, adapter) in weights.iter().zip(&adapters) {
+        if let Some(Dora { magnitude, .. }) = adapter.and_then(|a| a.dora) {
+            let range = magnitude..magnitude + b.shape(weight)[0];
+            results.push(b.read_f32(&grads, range).wait().unwrap());
+        }
+    }
+    results
+}
+
+#[test]
+fn products_with_rescaled_rows() {
+    // The middle member has no adapter: it is copied as it is, or gets the residual.
+    const KINDS: [Option<bool>; 3] = [Some(true), None, Some(false)];
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        adapted_group(b, &KINDS, &[(4, 9), (11, 6)], 0.0, true, true)
+    }
+    fn dropped<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        adapted_group(b, &KINDS, &[(1, 70), (2, 1)], 0.2, false, true)
+    }
+    let limits = [F32, F32, BF16, BF16, BF16, BF16, BF16, BF16];
+    compare("linear, DoRA", &limits, run(&Rounded), run);
+    compare(
+        "linear, DoRA and dropout",
+        &limits,
+        dropped(&Rounded),
+        dropped,
+    );
 }
 
 #[test]
@@ -594,7 +649,9 @@ fn quantising_gives_the_hosts_bits() {
         check(&gpu);
     }
     if !only_gpu() {
-        Order::ALL.into_iter().for_each(|order| check(&emulated(order)));
+        Order::ALL
+            .into_iter()
+            .for_each(|order| check(&emulated(order)));
     }
 }
 

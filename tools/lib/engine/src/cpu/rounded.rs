@@ -15,8 +15,8 @@ use super::product::{Into, View, ViewMut, product};
 use super::{Cpu, Workspace, linear, zeroed};
 use crate::rng::{self, Purpose, Stream};
 use crate::{
-    AdamW, Adapter, Backend, Cache, Dropout, Group, Heads, HostMatrix, LinearGrad, MatrixData,
-    Neftune, QkNorms, Ragged, Result, Sampling, Stretch,
+    AdamW, Adapter, Backend, Cache, Dora, Dropout, Group, Heads, HostMatrix, LinearGrad,
+    MatrixData, Neftune, QkNorms, Ragged, Result, Sampling, Stretch,
 };
 
 /// Queries, and keys, of a tile of the kernels' attention.
@@ -619,7 +619,16 @@ impl Backend for Rounded {
         params: &mut Vec<f32>,
         scratch: &mut Workspace,
     ) {
-        Cpu.dora_norms(&weight.values, adapter, params, scratch);
+        let Some(Dora { norm, .. }) = adapter.dora else {
+            return;
+        };
+        let HostMatrix { rows, cols, .. } = weight.values;
+        // Of the update that the products make, with rounded factors.
+        let mut used = params.clone();
+        round(&mut used[adapter.a..][..adapter.rank * cols]);
+        round(&mut used[adapter.b..][..adapter.rank * rows]);
+        Cpu.dora_norms(&weight.values, adapter, &mut used, scratch);
+        params[norm..][..rows].copy_from_slice(&used[norm..][..rows]);
     }
 
     fn qk_norm_rope(

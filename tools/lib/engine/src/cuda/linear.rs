@@ -6,7 +6,7 @@ use super::driver::{Address, Operand, Precision, Product};
 use super::memory::{Buffer, Room, piece};
 use super::{Arg, Cuda, Matrix, Store, args, few};
 use crate::rng::{self, Purpose};
-use crate::{Adapter, Dropout, Group, LinearGrad};
+use crate::{Adapter, Dora, Dropout, Group, LinearGrad};
 
 const BF16: u64 = size_of::<bf16>() as u64;
 
@@ -17,7 +17,7 @@ fn decoded_len<'a>(weights: impl Iterator<Item = &'a Matrix>) -> usize {
 }
 
 /// Bytes for a group of these weights; the order of [`Run::new`]'s pieces.
-pub(super) fn scratch(weights: &[&Matrix], [tokens, ranks]: [usize; 2]) -> usize {
+pub(super) fn scratch(weights: &[&Matrix], [tokens, ranks]: [usize; 2], dora: bool) -> usize {
     let inputs = weights.first().map_or(0, |w| w.cols);
     let outputs: usize = weights.iter().map(|w| w.rows).sum();
     let mut bytes = piece::<bf16>(decoded_len(weights.iter().copied()));
@@ -27,7 +27,65 @@ pub(super) fn scratch(weights: &[&Matrix], [tokens, ranks]: [usize; 2]) -> usize
             + piece::<bf16>(tokens * ranks)
             + piece::<bf16>(tokens * inputs);
     }
+    if dora {
+        bytes += piece::<bf16>(tokens * outputs);
+    }
     bytes
+}
+
+/// Bytes for the norms of an updated weight; the order of
+/// [`row_norms`](Cuda::row_norms)'s pieces.
+pub(super) fn norms_scratch(weight: &Matrix, rank: usize) -> usize {
+    piece::<bf16>(decoded_len([weight].into_iter()))
+        + piece::<bf16>(rank * weight.cols)
+        + piece::<f32>(weight.rows * rank)
+        + piece::<f32>(rank * rank)
+}
+
+impl Cuda {
+    /// The lengths of the rows of `W + scale · B A`, to the parameters.
+    pub(super) fn row_norms(
+        &self,
+        weight: &Matrix,
+        adapter: &Adapter,
+        params: &Buffer<f32>,
+        scratch: &Buffer<u8>,
+    ) {
+        let Some(Dora { norm, .. }) = adapter.dora else {
+            return;
+        };
+        let (rows, cols, rank) = (weight.rows, weight.cols, adapter.rank);
+        let mut room = Room::new(scratch);
+        let decoded = room.take::<bf16>(decoded_len([weight].into_iter()));
+        let a = room.take::<bf16>(rank * cols);
+        let (u, gram) = (room.take::<f32>(rows * rank), room.take::<f32>(rank * rank));
+        let w = self.decode(weight, 0..rows, decoded);
+        let range = adapter.a..adapter.a + rank * cols;
+        self.round(params.at(range), rank * cols, a);
+        for (left, count, to) in [(w, rows, u), (a, rank, gram)] {
+            self.queue.multiply(&Product {
+                size: [count, rank, cols],
+                a: Operand::new(left, cols),
+                b: Operand::new(a, cols).t(),
+                out: (to, rank),
+                precision: Precision::F32,
+                add: None,
+                scale: 1.0,
+            });
+        }
+        let args = args![
+            w,
+            params.at(adapter.b..adapter.b + rows * rank),
+            u,
+            gram,
+            rows,
+            cols,
+            rank,
+            adapter.scale,
+            params.at(norm..norm + rows),
+        ];
+        self.launch_shaped("dora_norms", [rows.div_ceil(4), 1, 1], 128, 0, args);
+    }
 }
 
 /// Where one member's outputs and ranks lie among the group's.
@@ -53,6 +111,9 @@ struct Scratch {
     dxa: Address,
     /// `[tokens, inputs]`: an input after dropout, or a gradient before it.
     dropped: Address,
+    /// `[tokens, Σ outputs]` with DoRA: outputs before they are rescaled, then the
+    /// gradient by them.
+    unscaled: Address,
 }
 
 /// One group in one direction.
@@ -67,6 +128,8 @@ pub(super) struct Run<'a> {
     /// Outputs, and ranks, of all members.
     width: usize,
     ranks: usize,
+    /// Whether any member's rows are rescaled.
+    dora: bool,
     x: Address,
     xa: Address,
     scratch: Scratch,
@@ -109,17 +172,20 @@ impl<'a> Run<'a> {
         );
         let mut room = Room::new(scratch);
         let weights = room.take::<bf16>(decoded_len(places.iter().map(|p| p.weight)));
-        let mut adapters_take = |len: usize| match ranks {
-            0 => 0,
-            _ => room.take::<bf16>(len),
+        let mut take = |wanted: bool, len: usize| match wanted {
+            true => room.take::<bf16>(len),
+            false => 0,
         };
+        let (adapters, dora) = (ranks > 0, group.dora());
         Self {
             scratch: Scratch {
                 weights,
-                factors: adapters_take(ranks * inputs + b),
-                dxa: adapters_take(tokens * ranks),
-                dropped: adapters_take(tokens * inputs),
+                factors: take(adapters, ranks * inputs + b),
+                dxa: take(adapters, tokens * ranks),
+                dropped: take(adapters, tokens * inputs),
+                unscaled: take(dora, tokens * width),
             },
+            dora,
             x: x.first(tokens * inputs),
             xa: xa.first(tokens * ranks),
             layer: group.layer,
@@ -248,7 +314,16 @@ impl<'a> Run<'a> {
         self.cuda.queue.multiply(&product);
     }
 
-    /// `out = x Wᵀ + scale · drop(x) Aᵀ Bᵀ (+ residual)`, saving `xa`.
+    /// Where a member's magnitudes and norms lie; null where nothing is rescaled.
+    fn lengths(&self, p: &Place<'_>) -> [Address; 2] {
+        let found = p.adapter.and_then(|a| a.dora).zip(self.params);
+        found.map_or([0; 2], |(dora, params)| {
+            [dora.magnitude, dora.norm].map(|at| params.at(at..at + p.weight.rows))
+        })
+    }
+
+    /// `out = x Wᵀ + scale · drop(x) Aᵀ Bᵀ (+ residual)`, saving `xa`; with DoRA
+    /// rescaled before the residual comes.
     pub fn forward(&self, residual: Option<&Buffer<bf16>>, out: &Buffer<bf16>) {
         let (tokens, width) = (self.tokens, self.width);
         let out = out.first(tokens * width);
@@ -275,6 +350,25 @@ impl<'a> Run<'a> {
             }
         }
         let residual = residual.map(|r| r.first(tokens * width));
+        if !self.dora {
+            return self.products(residual, out);
+        }
+        self.products(None, out);
+        for p in &self.places {
+            let (rows, [magnitude, norm]) = (p.weight.rows, self.lengths(p));
+            let shift = p.out as u64 * BF16;
+            let residual = residual.map_or(0, |r| r + shift);
+            let args = args![magnitude, norm, residual, tokens, rows, width, out + shift];
+            if magnitude != 0 || residual != 0 {
+                self.cuda
+                    .launch_each("dora_rescale", tokens * rows / 8, args);
+            }
+        }
+    }
+
+    /// `out = x Wᵀ + scale · xa Bᵀ (+ residual)`.
+    fn products(&self, residual: Option<Address>, out: Address) {
+        let (tokens, width) = (self.tokens, self.width);
         let direct = few::suits(tokens, self.inputs);
         let (direct, decoded): (Vec<_>, Vec<_>) = self
             .places
@@ -310,12 +404,48 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// The gradient by the outputs before DoRA rescales them, `[tokens, Σ outputs]`,
+    /// and onto that of the magnitudes, for which the outputs are computed again.
+    fn before_rescaling(&self, dout: Address, grads: Option<&Buffer<f32>>) -> Address {
+        let unscaled = self.scratch.unscaled;
+        if grads.is_some() {
+            self.products(None, unscaled);
+        }
+        for p in &self.places {
+            let (rows, [magnitude, norm]) = (p.weight.rows, self.lengths(p));
+            let grads = p.adapter.and_then(|a| a.dora).zip(grads);
+            let grads = grads.map_or(0, |(dora, grads)| {
+                grads.at(dora.magnitude..dora.magnitude + rows)
+            });
+            let shift = p.out as u64 * BF16;
+            let args = args![
+                dout + shift,
+                magnitude,
+                norm,
+                self.tokens,
+                rows,
+                self.width,
+                unscaled + shift,
+                grads,
+            ];
+            self.cuda.launch("dora_backward", rows.div_ceil(64), args);
+        }
+        unscaled
+    }
+
     /// The gradients that are wanted: by the input, and onto those of the factors.
     pub fn backward(&self, dout: &Buffer<bf16>, want: LinearGrad<'_, Cuda>) {
         let (tokens, width) = (self.tokens, self.width);
         let dout = dout.first(tokens * width);
         let dx = want.dx.map(|dx| dx.first(tokens * self.inputs));
         let grads = want.grads;
+        if let Some(params) = self.params {
+            self.round_factors(params);
+        }
+        let dout = match self.dora {
+            true => self.before_rescaling(dout, grads.as_deref()),
+            false => dout,
+        };
         if let Some(dx) = dx {
             let to = (dx, self.inputs);
             let mut add = None;
@@ -346,9 +476,6 @@ impl<'a> Run<'a> {
                 scale,
             });
         };
-        if let Some(params) = self.params {
-            self.round_factors(params);
-        }
         for (p, a) in self.adapters() {
             let rows = p.weight.rows;
             let d = Operand::new(dout + p.out as u64 * BF16, width);

@@ -389,12 +389,12 @@ impl Backend for Cuda {
         [matrix.rows, matrix.cols]
     }
 
-    fn linear_scratch(&self, weights: &[&Matrix], size: [usize; 2], _: bool) -> usize {
-        linear::scratch(weights, size)
+    fn linear_scratch(&self, weights: &[&Matrix], size: [usize; 2], dora: bool) -> usize {
+        linear::scratch(weights, size, dora)
     }
 
-    fn dora_scratch(&self, _: &Matrix, _: usize) -> usize {
-        0
+    fn dora_scratch(&self, weight: &Matrix, rank: usize) -> usize {
+        linear::norms_scratch(weight, rank)
     }
 
     fn attention_scratch(&self, _: Heads, _: usize) -> usize {
@@ -532,9 +532,14 @@ impl Backend for Cuda {
         run.backward(dout, want);
     }
 
-    fn dora_norms(&self, _: &Matrix, _: &Adapter, _: &mut Buffer<f32>, _: &mut Buffer<u8>) {
-        self.queue
-            .fail("DoRA has no kernels for the GPU yet; use --device cpu");
+    fn dora_norms(
+        &self,
+        weight: &Matrix,
+        adapter: &Adapter,
+        params: &mut Buffer<f32>,
+        scratch: &mut Buffer<u8>,
+    ) {
+        self.row_norms(weight, adapter, params, scratch);
     }
 
     fn qk_norm_rope(
