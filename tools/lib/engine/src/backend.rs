@@ -577,8 +577,9 @@ pub trait Backend: Sized + Send + Sync {
     /// [`Dynamic::unsigned`](crate::dynamic::Dynamic::unsigned) for `v`. Zeros
     /// everywhere are zero moments.
     ///
-    /// Where this and bitsandbytes' kernel differ is in last bits: it decays the
-    /// parameters after the update, not before, and divides approximately.
+    /// bitsandbytes' CUDA kernel decays the parameters after the update, forms 1 - β in
+    /// f32 and divides approximately, which makes parts in 10⁵; and it passes over
+    /// gradients that are no numbers, where here they show.
     fn adamw_8bit(
         &self,
         settings: &AdamW,
