@@ -152,7 +152,7 @@ impl Template {
     }
 }
 
-fn to_jinja(value: &Json) -> Value {
+pub(crate) fn to_jinja(value: &Json) -> Value {
     match value {
         Json::Null => Value::from(()),
         Json::Bool(truth) => Value::from(*truth),

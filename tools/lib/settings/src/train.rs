@@ -276,8 +276,9 @@ pub struct Training {
     /// Uniform noise on the embeddings in training, scaled by this over the root of
     /// a row's length times the width (NEFTune, arXiv 2310.05914).
     pub neftune_noise_alpha: Option<f64>,
-    /// A step whose loss or gradient norm is above this many times the median of
-    /// the steps before is a spike; 0 watches for none.
+    /// A step whose loss or gradient norm is so many deviations above the median of
+    /// the steps before is a spike, of which is warned; when the loss stays there, the
+    /// run stops. 0 watches for none.
     pub spike_factor: f64,
     /// Memory of the device that the run may take, such as `8GB`; none: what is free.
     pub max_memory: Option<String>,
