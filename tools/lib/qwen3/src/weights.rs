@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use engine::nf4::{self, Absmax, BLOCK, NESTED_BLOCK, Nf4Tensor};
 use engine::{HostMatrix, MatrixKind};
 use half::{bf16, f16};
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::Deserialize;
@@ -114,6 +114,14 @@ impl Shard {
         })
     }
 
+    /// Lets the system take back the pages that were read. They count as this
+    /// process's memory otherwise: a base read once is 16 GB of them.
+    fn release(&self) {
+        // SAFETY: the map is of a file and only read, so a page that is touched
+        // again holds what it held. A system that does not take the advice loses nothing.
+        let _ = unsafe { self.map.unchecked_advise(UncheckedAdvice::DontNeed) };
+    }
+
     fn bytes(&self, info: &TensorInfo) -> &[u8] {
         let (from, to) = info.data_offsets;
         &self.map[self.start + from..self.start + to]
@@ -167,6 +175,7 @@ impl Checkpoint {
     /// # Errors
     /// If it is stored in 4 bits and malformed, or is lm_head and tied.
     pub fn values(&self, weight: Weight) -> Result<Values<'_>> {
+        self.release(); // what was read of the weight before
         let (name, shape) = (weight.name(), weight.shape(&self.config));
         let (shard, info) = self.info(&name)?;
         let [rows, cols] = [
@@ -252,7 +261,7 @@ impl Checkpoint {
         };
         let norm = |name| self.vector(&format!("model.layers.{index}.{name}.weight"));
         let [q, k, v, o, gate, up, down] = Module::ALL;
-        Ok(LayerWeights {
+        let weights = LayerWeights {
             input_norm: norm("input_layernorm")?,
             post_attention_norm: norm("post_attention_layernorm")?,
             q_norm: norm("self_attn.q_norm")?,
@@ -266,7 +275,9 @@ impl Checkpoint {
                 product(up)?,
                 product(down)?,
             ],
-        })
+        };
+        self.release();
+        Ok(weights)
     }
 
     /// A weight's shape and storage without its values, as a model loaded with
@@ -298,6 +309,7 @@ impl Checkpoint {
         whole.update(digest(&read(&self.folder.join("config.json"))?));
         for shard in &self.shards {
             whole.update(digest(&shard.map));
+            shard.release();
         }
         Ok(hex(&whole.finalize()))
     }
@@ -391,6 +403,10 @@ impl Checkpoint {
             ));
         }
         Ok(())
+    }
+
+    fn release(&self) {
+        self.shards.iter().for_each(Shard::release);
     }
 
     fn dense_bytes(&self, name: &str) -> Result<&[u8]> {
