@@ -73,6 +73,7 @@ model   := $(if $(MODEL),--model $(MODEL))
 judge   := $(if $(JUDGE),--provider $(JUDGE))
 fetch   := --config $(CONFIG)/data.yaml --method $(METHOD) $(if $(INPUT),--input $(INPUT)) $(if $(TARGET),--target $(TARGET))
 train   := --config $(CONFIG)/train.yaml $(model)
+card     = $(BIN)/qlora-train card --quiet --evaluation $(EVAL)/tests.jsonl $(ADAPTER)
 adapters := --adapter lora=$(ADAPTER) $(if $(CONTROL),--adapter shuffled=$(SHUFFLED))
 
 .PHONY: help setup build models data train eval results demo test lint check test-parity bench kernels tiny-model demo-data FORCE
@@ -104,12 +105,14 @@ models: $(MINILM)/model.safetensors ## fetch the sentence-embedding model (90 MB
 data: $(PAIRS)/pairs.jsonl ## collect, validate, deduplicate
 train: $(ADAPTER)/adapter_model.safetensors ## fine-tune
 eval: $(EVAL)/tests.jsonl ## generate, judge, test
+	@$(card)
 	@$(BIN)/report --run $(RUN) --data $(DATA)
 
 results: | build ## print the results again
 	@$(BIN)/report --run $(RUN) --data $(DATA)
 
 demo: $(EVAL)/tests.jsonl ## the whole pipeline on bundled data and a tiny model, on the CPU
+	@$(card)
 	@$(BIN)/report --run $(RUN) --data $(DATA)
 
 # A key file is looked at in every run and changes only with its content; `+`
@@ -157,11 +160,14 @@ $(PAIRS)/pairs.jsonl: $(PAIRS)/valid.jsonl $(PAIRS)/dedup.key | $(MINILM)/model.
 $(MINILM)/model.safetensors:
 	tools/setup/fetch-minilm $(MINILM)
 
+# What the model card tells of the data; data from before may lack one.
+provenance = $(foreach step,validate dedup,$(addprefix --provenance ,$(shell ls $(PAIRS)/$(step)-summary.json 2>/dev/null)))
+
 # Training. qlora-train finishes what was begun, does nothing to what is done,
 # and refuses (2) where settings or data are no longer those of the run. The
 # control, RUN-shuffled, is trained alike, but each tweet has another's reply.
 %/adapter_model.safetensors: $(PAIRS)/pairs.jsonl %/train.key
-	$(BIN)/qlora-train $(train) --data $< --out $(@D) --resume --device $(DEVICE) $(call log,$(@D:output/models/%=train-%)) > /dev/null
+	$(BIN)/qlora-train $(train) --data $< $(provenance) --out $(@D) --resume --device $(DEVICE) $(call log,$(@D:output/models/%=train-%)) > /dev/null
 	@touch $@
 
 # Evaluation. The judge's key is asked for before anything is generated.

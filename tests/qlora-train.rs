@@ -161,6 +161,53 @@ fn killed_anywhere_and_resumed_leaves_the_same_bytes() {
     assert!(killed >= 5, "only {killed} kills met a running tool");
 }
 
+#[test]
+fn noise_and_moments_in_8_bits_are_resumed_to_the_byte() {
+    let tool = tool();
+    train(&tool, "plain", &[]).exits(0);
+    let with = |more: &str| CONFIG.replace("training: {", &format!("training: {{{more}, "));
+    for (out, more) in [
+        ("noise", "neftune_noise_alpha: 5"),
+        ("bytes", "optim: adamw_8bit"),
+        ("both", "neftune_noise_alpha: 5, optim: adamw_8bit"),
+    ] {
+        tool.file("train.yaml", &with(more));
+        train(&tool, out, &[]).exits(0);
+    }
+    let mut killed = 0;
+    for after in [1, 6, 9, 13] {
+        let resume: &[&str] = match after {
+            1 => &[],
+            _ => &["--resume"],
+        };
+        killed += usize::from(signal_after(&tool, "killed", resume, after, "-KILL") == Some(-9));
+    }
+    assert!(killed >= 3, "only {killed} kills met a running tool");
+    train(&tool, "killed", &["--resume"]).exits(0);
+    same(&tool, "both", "killed");
+
+    // Noise is on the first step's loss already, and on no evaluation by itself.
+    let [plain, noise, bytes] = ["plain", "noise", "bytes"].map(|out| figures(&tool, out, "loss"));
+    assert!(noise[0] != plain[0] && bytes[0] == plain[0] && bytes[11] != plain[11]);
+    let evals = ["plain", "noise", "bytes"].map(|out| figures(&tool, out, "eval_loss"));
+    assert!(evals[1][0] == evals[0][0] && evals[1][1] != evals[0][1]);
+    // Measured on 2026-11-23, on the way from 12.1 to 8.2: 7.8e-4 and 5.1e-4.
+    for (a, b) in [(&plain, &bytes), (&evals[0], &evals[2])] {
+        let apart = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+        let apart = apart.fold(0.0, f64::max);
+        println!("moments in 8 bits: losses {apart:.1e} apart");
+        assert!(apart < 4e-3, "{apart}");
+    }
+
+    let size = |out: &str| {
+        let path = format!("{out}/checkpoints/step-12/state.safetensors");
+        fs::metadata(tool.folder().join(path)).unwrap().len() as f64
+    };
+    // A parameter and two moments of it: 4 + 2 · 65/64 bytes, for 4 + 8.
+    let share = size("bytes") / size("plain");
+    assert!((share - (4.0 + 65.0 / 32.0) / 12.0).abs() < 0.01, "{share}");
+}
+
 /// Between the last checkpoint and the adapter's appearance lies little time; what
 /// that leaves is made here by hand.
 #[test]
@@ -399,7 +446,9 @@ fn rows_that_teach_nothing_are_refused_by_line() {
     .exits(0);
     assert!(tool.read("bad.jsonl").contains(r#""line":2"#));
     tool.file("pairs.jsonl", "");
-    train(&tool, "empty", &[]).exits(3).says("empty");
+    train(&tool, "empty", &[])
+        .exits(3)
+        .says("pairs.jsonl: no rows");
     tool.file("pairs.jsonl", &good.replace("\"train\"", "\"eval\""));
     train(&tool, "held-out", &[]).exits(3).says("held out");
 }
@@ -422,6 +471,10 @@ fn settings_that_cannot_work_are_refused_by_key() {
             "more than 4 billion rows a step",
         ),
         ("lora: {dropout: 1.0}", "lora.dropout is 1"),
+        (
+            "training: {neftune_noise_alpha: -5}",
+            "training.neftune_noise_alpha is -5",
+        ),
         ("lora: {target_modules: [q_prj]}", "`q_prj` matches nothing"),
         ("lora: {target_modules: []}", "the list is empty"),
     ] {
@@ -701,4 +754,637 @@ fn the_cuda_backend_learns_what_the_processor_learns() {
         .exits(4)
         .says("there is no GPU 7");
     assert!(!tool.folder().join("none").exists());
+}
+
+/// As above: what is random and what is kept comes back as it was.
+#[test]
+fn the_cuda_backend_resumes_noise_and_moments_in_8_bits_to_the_byte() {
+    let tool = tool().env("LD_LIBRARY_PATH", &cuda_on_cpu::STAND_IN.join(":"));
+    let config = CONFIG
+        .replace(
+            "training: {",
+            "training: {neftune_noise_alpha: 5, optim: adamw_8bit, ",
+        )
+        .replace("save_steps: 3", "save_steps: 1");
+    tool.file("train.yaml", &config);
+    tool.file("pairs.jsonl", &pairs(6));
+    let few = ["--steps", "2", "--batch-size", "1", "--device", "cuda:0"];
+    train(&tool, "out", &few).exits(0);
+    let whole = result(&tool, "out");
+    let out = tool.folder().join("out");
+    fs::remove_dir_all(out.join("checkpoints/step-2")).unwrap();
+    fs::remove_file(out.join("adapter_model.safetensors")).unwrap();
+    train(&tool, "out", &[&few[..], &["--resume"]].concat())
+        .exits(0)
+        .says("step 1");
+    assert!(result(&tool, "out") == whole, "other bytes");
+}
+
+#[test]
+fn a_prompt_template_is_the_users_turn() {
+    let tool = tool();
+    let rows = |i: usize| {
+        format!(
+            r#"{{"id":"p{i}","author":"Ada {i}","tweet":"t","reply":"r","tweet_normalized":"Day {i}.","reply_normalized":"Good day {i}.","split":"train"}}"#
+        ) + "\n"
+    };
+    let with = |template: &str| {
+        let line = serde_json::to_string(template).unwrap();
+        tool.file(
+            "train.yaml",
+            &format!("{CONFIG}\ndata: {{prompt_template: {line}}}\n"),
+        );
+    };
+    tool.file("pairs.jsonl", &(0..6).map(rows).collect::<String>());
+    with("Reply to {{ author }}:\n{{ tweet }}");
+    train(&tool, "template", &["--steps", "2"]).exits(0);
+    let card = tool.read("template/README.md");
+    assert!(
+        card.contains("```jinja\nReply to {{ author }}:\n{{ tweet }}\n```"),
+        "{card}"
+    );
+
+    // The same as the prompts written out.
+    let prompts = (0..6).map(|i| {
+        format!(r#"{{"prompt":"Reply to Ada {i}:\nDay {i}.","completion":"Good day {i}."}}"#) + "\n"
+    });
+    tool.file("prompts.jsonl", &prompts.collect::<String>());
+    let prompts = ["--data", "prompts.jsonl", "--steps", "2"];
+    tool.file("train.yaml", CONFIG);
+    let mut arguments = arguments("prompts", &[]);
+    arguments.retain(|&a| a != "--data" && a != "pairs.jsonl");
+    tool.run(&[&arguments[..], &prompts].concat(), "").exits(0);
+    assert_eq!(
+        tool.read("template/metrics.jsonl"),
+        tool.read("prompts/metrics.jsonl")
+    );
+
+    with("{{ autor }}: {{ tweet }}");
+    train(&tool, "out", &[])
+        .exits(3)
+        .says("pairs.jsonl:1: key `autor`: missing, and the prompt template names it; the nearest there is `author`");
+    for (template, said) in [
+        ("{{ tweet", "data.prompt_template: syntax error"),
+        (
+            "{{ tweet }}{{ reply }}",
+            "`reply`, which is what the model is to learn",
+        ),
+        ("{ tweet }", "names no field of the pair"),
+    ] {
+        with(template);
+        train(&tool, "out", &[]).exits(2).says(said);
+        assert!(!tool.folder().join("out").exists());
+    }
+    // It is part of what a run is.
+    with("{{ tweet }}!");
+    train(&tool, "template", &["--steps", "2", "--resume"])
+        .exits(2)
+        .says(r#"data.prompt_template = "{{ tweet }}!", was "Reply to"#);
+}
+
+#[test]
+fn a_run_that_leaves_for_good_is_stopped_and_loses_nothing() {
+    let tool = tool();
+    // The demo's model knows nothing of these rows; a loss that can leave is learnt first.
+    let config = CONFIG
+        .replace("max_steps: 12", "max_steps: 60")
+        .replace("learning_rate: 2.0e-3", "learning_rate: 3.0e-2");
+    tool.file("train.yaml", &config);
+    train(&tool, "learnt", &[]).exits(0);
+    let config = CONFIG
+        .replace("max_steps: 12", "max_steps: 40")
+        .replace("warmup_steps: 2", "warmup_steps: 30")
+        .replace(
+            "learning_rate: 2.0e-3",
+            "learning_rate: 50.0, lr_scheduler: constant",
+        );
+    tool.file("train.yaml", &config);
+    let from = ["--init-adapter", "learnt"];
+    let run = train(&tool, "whole", &from)
+        .exits(4)
+        .says("in the steps before")
+        .says("far above")
+        .says("for 20 steps")
+        .says("lower training.learning_rate (50)");
+    let warnings = run.stderr.matches("in the steps before").count();
+    let losses = figures(&tool, "whole", "loss");
+    let stopped = losses.len();
+    assert!((20..40).contains(&stopped), "{stopped}");
+    assert!((1..5).contains(&warnings), "one warning a spike\n{run}");
+    let calm = losses[0];
+    assert!(
+        losses[stopped - 20..].iter().all(|&loss| loss > 1.5 * calm),
+        "{losses:?}"
+    );
+    let saved = format!("whole/checkpoints/step-{stopped}");
+    assert!(tool.folder().join(&saved).exists(), "{saved}");
+    assert!(
+        !tool
+            .folder()
+            .join("whole/adapter_model.safetensors")
+            .exists()
+    );
+
+    // Killed on the way and resumed, it stops at the same step.
+    let again = [&from[..], &["--resume"]].concat();
+    for (i, after) in [9, 20].into_iter().enumerate() {
+        let more = if i == 0 { &from[..] } else { &again };
+        signal_after(&tool, "killed", more, after, "-KILL");
+    }
+    train(&tool, "killed", &again).exits(4);
+    assert_eq!(
+        tool.read("whole/metrics.jsonl"),
+        tool.read("killed/metrics.jsonl")
+    );
+    // It is the user's to go on all the same.
+    train(&tool, "whole", &again).exits(4).says("for 20 steps");
+    tool.file(
+        "train.yaml",
+        &config.replace("save_steps: 3", "save_steps: 3, spike_factor: 0"),
+    );
+    train(&tool, "whole", &again).exits(0);
+    assert_eq!(figures(&tool, "whole", "loss").len(), 40);
+}
+
+#[test]
+fn the_card_says_where_the_rows_come_from_and_how_the_replies_were_found() {
+    let tool = tool();
+    let summary = |name: &str, read: u64, written: u64, reasons: &str| {
+        let text = format!(
+            r#"{{"v":1,"tool":"{name}","in":{read},"out":{written},"rejected":{},"bad_lines":1,"reasons":{reasons},"settings":["{name}.key = a|b"],"signature":"tool:{name}"}}"#,
+            read - written - 1
+        );
+        tool.file(&format!("{name}.json"), &text);
+    };
+    summary("validate", 60, 40, r#"{"too_short":12,"too | odd":9}"#);
+    summary("dedup", 40, 31, r#"{"exact":8}"#);
+    let from = [
+        "--provenance",
+        "validate.json",
+        "--provenance",
+        "dedup.json",
+    ];
+    let few = ["--steps", "2"];
+    let run = train(&tool, "out", &[&from[..], &few].concat()).exits(0);
+    assert!(
+        !run.stderr.contains("is --provenance that of this data"),
+        "{run}"
+    );
+    let card = tool.read("out/README.md");
+    for line in [
+        "| `validate` | 60 | 40 | `too_short` 12, `too \\| odd` 9, malformed 1 |",
+        "| `dedup` | 40 | 31 | `exact` 8, malformed 1 |",
+        "| `qlora-train` | 31 | 31 | none |",
+        "validate.key = a|b\ndedup.key = a|b",
+        "The base model's is not recorded",
+        "| 0 | ",
+        "| 2 | ",
+        "Not recorded: `make eval`",
+    ] {
+        assert!(card.contains(line), "{line}\n{card}");
+    }
+    let front = card.split("---\n").nth(1).unwrap();
+    let front: serde_json::Map<String, Value> = serde_saphyr::from_str(front).unwrap();
+    assert_eq!(front["base_model"], MODEL);
+
+    // Another's summary is not believed in silence, and no summary at all is said.
+    train(
+        &tool,
+        "other",
+        &["--provenance", "validate.json", "--steps", "1"],
+    )
+    .exits(0)
+    .says("validate wrote 40 rows, but pairs.jsonl has 31");
+    train(&tool, "none", &["--steps", "1"]).exits(0);
+    assert!(
+        tool.read("none/README.md")
+            .contains("before is not recorded (`--provenance`)")
+    );
+    tool.file("odd.json", "{}");
+    train(&tool, "odd", &["--provenance", "odd.json"])
+        .exits(2)
+        .says("--provenance odd.json: no summary");
+    train(&tool, "odd", &["--provenance", "no.json"])
+        .exits(2)
+        .says("No such file");
+
+    // Evaluation comes later; it may come again.
+    let test = |kind: &str, more: &str| {
+        format!(
+            r#"{{"v":1,"a":"systems.base","b":"systems.lora","metric":"nll","test":"{kind}","n":88,"mean_a":3.5,"mean_b":2.25,{more},"signature":"tool:sigtest|seed:42"}}"#
+        ) + "\n"
+    };
+    let lines = test("permutation", r#""p_holm":0.0002"#)
+        + &test("bootstrap", r#""p_holm":null,"ci_low":1.0,"ci_high":1.5"#);
+    tool.file("tests.jsonl", &lines);
+    for _ in 0..2 {
+        tool.run(&["card", "--evaluation", "tests.jsonl", "out"], "")
+            .exits(0);
+        let added = tool.read("out/README.md");
+        assert!(
+            added.contains("| `nll` | 3.500 | 2.250 | -1.500 to -1.000 | 0.0002 |"),
+            "{added}"
+        );
+        assert!(added.contains("`lora` against `base`, 88 held-out tweets"));
+        // Nothing but the section is another.
+        let outside = |card: &str| {
+            let (before, rest) = card.split_once("<!-- evaluation -->").unwrap();
+            let (_, after) = rest.split_once("<!-- end of evaluation -->").unwrap();
+            [before.to_owned(), after.to_owned()]
+        };
+        assert_eq!(outside(&card), outside(&added));
+    }
+    let own = "# Mine\n\nText.\n";
+    tool.file("out/README.md", own);
+    tool.run(&["card", "--evaluation", "tests.jsonl", "out"], "")
+        .exits(0);
+    let added = tool.read("out/README.md");
+    assert!(
+        added.starts_with(own) && added.contains("## Evaluation") && added.contains("3.500"),
+        "{added}"
+    );
+    // The run is as finished as before.
+    train(&tool, "out", &[&from[..], &few, &["--resume"]].concat())
+        .exits(0)
+        .says("finished");
+    tool.run(&["card", "--evaluation", "tests.jsonl", "nowhere"], "")
+        .exits(2)
+        .says("nowhere/README.md");
+    tool.file("tests.jsonl", "{}\n");
+    tool.run(&["card", "--evaluation", "tests.jsonl", "out"], "")
+        .exits(3)
+        .says("tests.jsonl:1: key `a` is missing");
+}
+
+#[test]
+fn a_damaged_adapter_is_not_taken_for_a_finished_one() {
+    let tool = tool();
+    train(&tool, "whole", &["--steps", "3"]).exits(0);
+    train(&tool, "out", &["--steps", "3"]).exits(0);
+    let weights = tool.folder().join("out/adapter_model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&weights, &bytes).unwrap();
+    train(&tool, "out", &["--steps", "3", "--resume"])
+        .exits(4)
+        .says("out/adapter_model.safetensors is not as it was written")
+        .says("delete adapter_model.safetensors");
+    // The remedy that it names is one.
+    fs::remove_file(&weights).unwrap();
+    train(&tool, "out", &["--steps", "3", "--resume"]).exits(0);
+    same(&tool, "whole", "out");
+    let sums = std::process::Command::new("sha256sum")
+        .args(["--check", "--quiet", "SHA256SUMS"])
+        .current_dir(tool.folder().join("out"))
+        .status();
+    assert!(sums.unwrap().success());
+}
+
+#[test]
+fn too_few_rows_are_refused_as_what_they_are() {
+    let tool = tool();
+    tool.file("pairs.jsonl", &pairs(1));
+    train(&tool, "out", &["--shuffled-replies"])
+        .exits(3)
+        .says("pairs.jsonl:1: the only row to train on has no other's reply to take");
+    let skip = CONFIG.replace("max_seq_length: 128", "max_seq_length: 8, long_rows: skip");
+    tool.file("train.yaml", &skip);
+    train(&tool, "out", &[])
+        .exits(3)
+        .says("every row is longer than training.max_seq_length");
+    assert!(!tool.folder().join("out").exists());
+}
+
+/// Each kill at a moment of its own: anywhere between start and end of what is left,
+/// loading and saving included.
+#[test]
+fn killed_at_random_moments_a_run_leaves_the_same_bytes() {
+    let tool = tool();
+    // 25 rows, 4 a step: epochs end inside steps. Evaluation and saving out of step.
+    let config = CONFIG
+        .replace("max_steps: 12", "max_steps: 40")
+        .replace("batch_size: 3", "batch_size: 2")
+        .replace("save_steps: 3", "save_steps: 4")
+        .replace("eval_steps: 4", "eval_steps: 7");
+    tool.file("train.yaml", &config);
+    let started = Instant::now();
+    train(&tool, "whole", &[]).exits(0);
+    let whole = started.elapsed();
+    let seed = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_nanos() as u64;
+    let mut state = seed | 1;
+    let mut uniform = || {
+        // xorshift64 (Marsaglia 2003).
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) as f64 / (1u64 << 53) as f64
+    };
+    let mut kills = 0;
+    let mut moments = Vec::new();
+    for round in 0..200 {
+        assert!(round < 199, "seed {seed}: no end after {moments:?}");
+        let out = tool.folder().join("killed");
+        let resume: &[&str] = if out.exists() { &["--resume"] } else { &[] };
+        let mut child = tool
+            .command(&arguments("killed", resume))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        // The first kills find little done; later ones must let it get on.
+        let wait = whole.mul_f64(uniform() * (0.5 + 0.1 * f64::from(round)));
+        moments.push(wait);
+        let spawned = Instant::now();
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break Some(status);
+            }
+            if spawned.elapsed() >= wait {
+                break None;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        match status {
+            Some(status) => {
+                assert_eq!(status.code(), Some(0), "seed {seed}: {moments:?}");
+                break;
+            }
+            None => {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                kills += 1;
+            }
+        }
+    }
+    println!("{kills} kills, a whole run takes {whole:?}");
+    for name in [
+        "README.md",
+        "metrics.jsonl",
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "train.yaml",
+        "run.json",
+        "SHA256SUMS",
+    ] {
+        let bytes = |out: &str| fs::read(tool.folder().join(out).join(name)).unwrap();
+        assert!(
+            bytes("whole") == bytes("killed"),
+            "seed {seed}: {name} differs after kills at {moments:?}"
+        );
+    }
+}
+
+/// Whether a process has a handler for SIGTERM (15), as Linux tells.
+fn heeds_termination(pid: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+    caught.is_some_and(|mask| u64::from_str_radix(mask.trim(), 16).unwrap() >> 14 & 1 == 1)
+}
+
+#[test]
+fn a_run_saved_before_its_first_step_goes_on_to_the_same_bytes() {
+    let tool = tool();
+    // Many held-out rows, so that the evaluation before the first step takes a while.
+    let mut rows = pairs(31);
+    let held_out = pairs(400)
+        .replace("\"train\"", "\"eval\"")
+        .replace("\"p", "\"e");
+    rows.push_str(&held_out);
+    tool.file("pairs.jsonl", &rows);
+    tool.file(
+        "train.yaml",
+        &CONFIG.replace("eval_steps: 4", "eval_steps: 0"),
+    );
+    train(&tool, "whole", &[]).exits(0);
+    for (out, signal) in [("asked", "-KILL"), ("ended", "-TERM")] {
+        let mut child = tool
+            .command(&arguments(out, &[]))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut running = || child.try_wait().unwrap().is_none();
+        let zero = tool.folder().join(out).join("checkpoints/step-0");
+        if signal == "-KILL" {
+            while !tool.folder().join(out).join("run.json").exists() && running() {
+                std::thread::yield_now();
+            }
+            fs::write(tool.folder().join(out).join("save-now"), "").unwrap();
+            while !zero.exists() && running() {
+                std::thread::yield_now();
+            }
+        }
+        while !heeds_termination(child.id()) && child.try_wait().unwrap().is_none() {
+            std::thread::yield_now();
+        }
+        let _ = std::process::Command::new("kill")
+            .args([signal, &child.id().to_string()])
+            .status();
+        let code = child.wait().unwrap().code();
+        assert!(
+            zero.exists(),
+            "{out}: no checkpoint of step 0, exit {code:?}"
+        );
+        if signal == "-TERM" {
+            assert_eq!(code, Some(130));
+            let only = fs::read_dir(zero.parent().unwrap()).unwrap().count();
+            assert_eq!(only, 1, "it was to end before its first step");
+        }
+        train(&tool, out, &["--resume"])
+            .exits(0)
+            .says("going on after step");
+        same(&tool, "whole", out);
+    }
+}
+
+#[test]
+fn rescaled_rows_and_ranks_of_their_own_are_resumed_to_the_byte() {
+    let tool = tool();
+    let lora = r"use_dora: true, lr_ratio: 4, rank_pattern: {down_proj: 2}, alpha_pattern: {'4\..*': 6},
+        target_modules: '.*\.([234])\.(self_attn\.[qv]|mlp\.down)_proj'";
+    let config = CONFIG.replace("dropout: 0.1", &format!("dropout: 0.1, {lora}"));
+    tool.file("train.yaml", &config);
+    train(&tool, "whole", &[]).exits(0);
+    for (after, more) in [(5, &[][..]), (11, &["--resume"])] {
+        assert_eq!(
+            signal_after(&tool, "killed", more, after, "-KILL"),
+            Some(-9)
+        );
+    }
+    train(&tool, "killed", &["--resume"]).exits(0);
+    same(&tool, "whole", "killed");
+    let losses = figures(&tool, "whole", "loss");
+    assert!(losses[11] < 0.9 * losses[0], "{losses:?}");
+
+    let text = tool.run(&["inspect", "whole", "--model", MODEL, "--strict"], "");
+    let text = text.exits(0).stdout;
+    for words in [
+        "DoRA",
+        "4; 2 for down_proj",
+        "alpha 8; 6 for 4",
+        "loads here     yes",
+    ] {
+        assert!(text.contains(words), "{words} not in {text}");
+    }
+    // It goes on from where it ended, if the settings are the same.
+    train(&tool, "more", &["--init-adapter", "whole"]).exits(0);
+    let [before, after] = ["whole", "more"].map(|out| figures(&tool, out, "eval_loss"));
+    assert_eq!(after[0], before[before.len() - 1]);
+    tool.file(
+        "train.yaml",
+        &config.replace("down_proj: 2", "down_proj: 3"),
+    );
+    train(&tool, "other", &["--init-adapter", "whole"])
+        .exits(2)
+        .says("--init-adapter: its ranks, alphas, target modules or DoRA");
+}
+
+/// A size in a line of the plan, in bytes: `memory: 12.3 MB in all` under `memory:`.
+#[track_caller]
+fn size_after(run: &Run, words: &str) -> f64 {
+    let at = run
+        .stderr
+        .find(words)
+        .unwrap_or_else(|| panic!("no {words:?}\n{run}"));
+    let mut parts = run.stderr[at + words.len()..].split_whitespace();
+    let number: f64 = parts.next().unwrap().parse().unwrap();
+    number
+        * match parts.next() {
+            Some("GB") => 1e9,
+            Some("MB") => 1e6,
+            unit => panic!("{unit:?}\n{run}"),
+        }
+}
+
+/// `--max-memory` for a part of what the run takes by itself.
+fn part_of(whole: &Run, part: f64) -> String {
+    format!("{:.0}", part * size_after(whole, "memory: "))
+}
+
+#[test]
+fn less_memory_keeps_fewer_layers_and_every_bit() {
+    let tool = tool();
+    let whole = train(&tool, "whole", &[]).exits(0);
+    let less = part_of(&whole, 0.75);
+    train(&tool, "less", &["--max-memory", &less])
+        .exits(0)
+        .says("of 5 layers")
+        .says("1 pass a step");
+    same(&tool, "whole", "less");
+}
+
+#[test]
+fn passes_stay_as_long_as_the_run_began_with() {
+    let tool = tool();
+    let whole = train(&tool, "whole", &["--dry-run"]).exits(0);
+    let little = part_of(&whole, 0.5);
+    let little = ["--max-memory", little.as_str()];
+    train(&tool, "little", &little)
+        .exits(0)
+        .says("passes a step");
+    let run: Value = serde_json::from_str(&tool.read("little/run.json")).unwrap();
+    assert!(run["pass_tokens"].as_u64().unwrap() < 512, "{run}");
+    // Killed, and gone on with where there is room for longer ones.
+    let code = signal_after(&tool, "moved", &little, 5, "-KILL");
+    train(&tool, "moved", &["--resume"]).exits(0);
+    same(&tool, "little", "moved");
+    assert_eq!(tool.read("little/run.json"), tool.read("moved/run.json"));
+    assert_eq!(code, Some(-9), "it was to be killed on its way");
+}
+
+#[test]
+fn memory_that_does_not_suffice_is_refused_with_what_would() {
+    let tool = tool();
+    let whole = train(&tool, "whole", &["--dry-run"]).exits(0);
+    let refused = train(&tool, "out", &["--max-memory", "1MB"]).exits(2);
+    refused
+        .says("tokens needs")
+        .says("training.max_memory allows 1.0 MB; ");
+    train(&tool, "out", &["--max-memory", "a lot"])
+        .exits(2)
+        .says("it must be a size such as 8GB");
+    // A longer row than any other: shorter ones would fit.
+    let long = pairs(1).replace("again.", &"again and ".repeat(40));
+    tool.file("pairs.jsonl", &format!("{}{long}", pairs(30)));
+    let enough = part_of(&whole, 0.36);
+    let refused = train(&tool, "out", &["--max-memory", &enough, "--dry-run"]).exits(2);
+    let refused = refused.says("(training.max_seq_length)");
+    let fits = refused.stderr.split("rows of up to ").nth(1).unwrap();
+    let fits: usize = fits.split(' ').next().unwrap().parse().unwrap();
+    assert!((20..130).contains(&fits), "{refused}");
+    assert!(!tool.folder().join("out").exists());
+}
+
+#[test]
+fn a_disk_without_room_is_refused_before_the_start() {
+    let tool = tool();
+    let disk = tool.folder().join("disk");
+    fs::create_dir(&disk).unwrap();
+    let mounted = std::process::Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"])
+        .arg(&disk)
+        .stderr(Stdio::null())
+        .status();
+    if !mounted.is_ok_and(|status| status.success()) {
+        println!("only root may mount a disk of 1 MB: left to the unit test");
+        return;
+    }
+    let run = train(&tool, "disk/out", &[]);
+    let written = disk.join("out").exists();
+    let unmounted = std::process::Command::new("umount").arg(&disk).status();
+    assert!(unmounted.unwrap().success());
+    run.exits(4)
+        .says("the disk has 1.0 MB free")
+        .says("training.save_total_limit");
+    assert!(!written);
+}
+
+#[test]
+fn the_plan_is_shown_unless_there_is_to_be_quiet() {
+    let tool = tool();
+    let run = train(&tool, "out", &["--dry-run"]).exits(0);
+    for words in [
+        "12 steps of 6 rows",
+        "1 pass a step, of ",
+        "packing: nothing is padding; of padded batches of 3 rows ",
+        "memory: ",
+        " the insides of layers",
+        "time: about ",
+    ] {
+        assert!(run.stderr.contains(words), "{words}\n{run}");
+    }
+    let run = train(&tool, "out", &["-q", "--log", "log"]).exits(0);
+    assert!(run.stderr.lines().count() <= 5, "{run}");
+    assert!(tool.read("log").contains("lora.rank = 4"));
+    // What was planned, and how it came out: on so small a model the program's own code,
+    // which is not counted, weighs more than a few percent.
+    let log = tool.read("log");
+    assert!(
+        log.contains("estimated: ") && log.contains("planned: "),
+        "{log}"
+    );
+}
+
+#[test]
+fn the_plan_is_what_a_gpu_is_asked_for() {
+    let tool = tool().env("LD_LIBRARY_PATH", &cuda_on_cpu::STAND_IN.join(":"));
+    tool.file("pairs.jsonl", &pairs(4));
+    let few = ["--steps", "2", "--batch-size", "1", "--device", "cuda:0"];
+    let all = train(&tool, "all", &few).exits(0);
+    // The stand-in has 1 GiB, of which a part stays free.
+    let all = all.says(" of 750.9 MB that can be had");
+    let less = part_of(&all, 0.85);
+    let less = [&few[..], &["--max-memory", &less]].concat();
+    let less = train(&tool, "less", &less).exits(0).says("of 5 layers");
+    same(&tool, "all", "less");
+    for run in [all, less] {
+        let (planned, taken) = (size_after(&run, "planned: "), size_after(&run, "taken: "));
+        assert!((planned / taken - 1.0).abs() < 0.05, "{run}");
+    }
 }

@@ -1,105 +1,544 @@
-//! The model card that goes with an adapter.
+//! The model card that goes with an adapter, and `qlora-train card`, which adds to
+//! it what was found out later.
+//!
+//! It is a function of the run and of what the steps before it left, without a date
+//! or a machine, so that an interrupted run leaves the same card. What is not known
+//! is said to be unknown.
 
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use cli::{App, Failure};
+use jsonl::{Lines, Records, write_atomically};
+use record::Record;
 use serde::Serialize;
-use settings::{TargetModules, TextChoice, TrainSettings};
+use settings::{LossOn, Optim, Quantization, TargetModules, TextChoice, TrainSettings};
 
-use crate::folder::Identity;
+use crate::commands::Messages;
+use crate::folder::{Figures, Identity};
+use crate::origin::Origin;
 use crate::rows::Rows;
 use crate::schedule::warmup;
 
+/// What a card is made of.
+pub struct Card<'a> {
+    /// All settings.
+    pub settings: &'a TrainSettings,
+    /// What the run is.
+    pub identity: &'a Identity,
+    /// What was learnt, and what was held out.
+    pub rows: &'a Rows,
+    /// Where the model and the rows come from.
+    pub origin: &'a Origin,
+    /// Every step's figures.
+    pub figures: &'a [Figures],
+    /// Updates done.
+    pub steps: u64,
+    /// The step whose parameters these are, where it is not the last.
+    pub best: Option<u64>,
+    /// Held-out loss of these parameters.
+    pub eval_loss: Option<f64>,
+    /// First steps of each row of spikes.
+    pub spikes: &'a [u64],
+}
+
+/// Evaluations in the table at most: the first, the last and some between.
+const CURVE: usize = 8;
+
+/// Between these stands what [`AddToCard`] writes.
+const EVALUATION: [&str; 2] = ["<!-- evaluation -->", "<!-- end of evaluation -->"];
+
 /// Markdown with the front matter that model hubs read.
-pub fn render(
-    settings: &TrainSettings,
-    identity: &Identity,
-    steps: u64,
-    rows: &Rows,
-    eval_loss: Option<f64>,
-) -> String {
-    let (lora, t) = (&settings.lora, &settings.training);
-    let base = &settings.model.path;
-    let targets = match &lora.target_modules {
-        TargetModules::Named(name) => name.clone(),
-        TargetModules::List(names) => names.join(", "),
-    };
-    let text = match settings.data.text {
-        TextChoice::Normalized => "normalised",
-        TextChoice::Raw => "raw",
-    };
-    let control = if settings.data.shuffled_replies {
-        "\n**A control, not for use:** each tweet was trained with another tweet's reply.\n"
-    } else {
-        ""
-    };
-    let held_out = eval_loss.map_or_else(
-        || "There were no held-out rows.".to_owned(),
-        |loss| {
-            format!(
-                "Held-out loss after training: {loss:.4} nats a token (perplexity {:.3}).",
-                loss.exp()
-            )
-        },
-    );
-    let prompt = if settings.data.system_prompt.is_empty() {
-        "No system prompt; the tweet is the user's turn.".to_owned()
-    } else {
-        format!(
-            "System prompt:\n\n    {}\n",
-            settings.data.system_prompt.replace('\n', "\n    ")
+pub fn render(card: &Card<'_>) -> String {
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = card.write(&mut out);
+    out
+}
+
+impl Card<'_> {
+    fn write(&self, out: &mut String) -> std::fmt::Result {
+        let base = quoted(&self.settings.model.path);
+        writeln!(
+            out,
+            "---\nbase_model: {base}\nbase_model_relation: adapter\nlibrary_name: peft\n\
+             pipeline_tag: text-generation\ntags: [lora, qlora, qwen3]\n---\n\n\
+             # A LoRA adapter that replies to tweets\n"
+        )?;
+        if self.settings.data.shuffled_replies {
+            writeln!(
+                out,
+                "**A control, not for use:** each tweet was trained with another tweet's reply.\n"
+            )?;
+        }
+        self.model(out)?;
+        self.data(out)?;
+        self.training(out)?;
+        writeln!(
+            out,
+            "\n## Evaluation\n\n{}\nNot recorded: `make eval`, or `qlora-train card`, adds it here.\n{}\n",
+            EVALUATION[0], EVALUATION[1]
+        )?;
+        self.usage(out)?;
+        writeln!(
+            out,
+            "\n## Intended use and limits\n\n\
+             It writes one reply to one tweet in the manner of the replies that it was trained on, which were \
+             chosen by how many people liked them. It has learnt how such replies sound. What it states as fact \
+             is the base model's guess; what the filters let through, it can repeat; likes measure attention, \
+             neither truth nor kindness. Nothing was tested beyond the figures above. Let a person read what it \
+             writes before anyone else does, and say that a machine wrote it.\n\n## Licence\n"
+        )?;
+        match &self.origin.licence {
+            Some((licence, file)) => {
+                write!(out, "The base model's is {} (its {file}). ", code(licence))?
+            }
+            None => write!(
+                out,
+                "The base model's is not recorded: its folder names none. "
+            )?,
+        }
+        writeln!(
+            out,
+            "The adapter's own is not chosen yet; it has to fit that one, and the terms under which the data \
+             was collected."
         )
-    };
-    format!(
-        "---
-base_model: {base_quoted}
-library_name: peft
-pipeline_tag: text-generation
-tags: [lora, qlora, qwen3]
----
+    }
 
-# A LoRA adapter that replies to tweets
-{control}
-| | |
-|---|---|
-| Base model | `{base}` (SHA-256 of its files {model}) |
-| Base weights in training | {quantization} |
-| Adapter | rank {rank}, alpha {alpha}, dropout {dropout}, on {targets} |
-| Data | {train} rows to train on, {eval} held out, {text} text (SHA-256 {data}) |
-| Training | {steps} steps of {batch} rows, learning rate {rate}, {scheduler}, warm-up steps {warmup}, weight decay {decay}, seed {seed} |
-| Tool | qlora-train {version} |
+    fn model(&self, out: &mut String) -> std::fmt::Result {
+        let (lora, settings) = (&self.settings.lora, self.settings);
+        let targets = match &lora.target_modules {
+            TargetModules::Named(name) => cell(name),
+            TargetModules::List(names) => {
+                names.iter().map(|n| cell(n)).collect::<Vec<_>>().join(", ")
+            }
+        };
+        let mut kind = format!(
+            "rank {}, alpha {}, dropout {}",
+            lora.rank, lora.alpha, lora.dropout
+        );
+        for (name, pattern) in [
+            ("ranks", pairs(&lora.rank_pattern)),
+            ("alphas", pairs(&lora.alpha_pattern)),
+        ] {
+            if !pattern.is_empty() {
+                write!(kind, ", other {name}: {pattern}")?;
+            }
+        }
+        for (name, on) in [("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)] {
+            if on {
+                write!(kind, ", {name}")?;
+            }
+        }
+        writeln!(
+            out,
+            "| | |\n|---|---|\n\
+             | Base model | {} (SHA-256 of its files {:.12}) |\n\
+             | Base weights in training | {} |\n\
+             | Adapter | {kind}, on {targets} |\n\
+             | Made by | qlora-train {} on {} |",
+            cell(&settings.model.path),
+            self.identity.model,
+            spelled(&settings.model.quantization),
+            self.identity.version,
+            self.identity.device,
+        )
+    }
 
-{held_out} Every step's figures are in `metrics.jsonl`, every setting in `train.yaml`.
+    fn data(&self, out: &mut String) -> std::fmt::Result {
+        let (rows, data) = (self.rows, &self.settings.data);
+        let text = match data.text {
+            TextChoice::Normalized => "normalised",
+            TextChoice::Raw => "raw",
+        };
+        writeln!(
+            out,
+            "\n## Data\n\n{} rows to train on, {} held out, {text} text (SHA-256 of the encoded rows {:.12}).\n",
+            rows.train.len(),
+            rows.eval.len(),
+            self.identity.data
+        )?;
+        writeln!(
+            out,
+            "| Step | Rows in | Rows out | Refused or dropped |\n|---|---|---|---|"
+        )?;
+        for step in &self.origin.steps {
+            let mut reasons: Vec<_> = step.reasons.iter().collect();
+            reasons.sort_by_key(|&(_, &count)| std::cmp::Reverse(count));
+            let mut reasons: Vec<String> = reasons
+                .into_iter()
+                .map(|(reason, count)| format!("{} {count}", cell(reason)))
+                .collect();
+            if step.bad_lines > 0 {
+                reasons.push(format!("malformed {}", step.bad_lines));
+            }
+            writeln!(
+                out,
+                "| {} | {} | {} | {} |",
+                cell(&step.tool),
+                step.read,
+                step.written,
+                if reasons.is_empty() {
+                    "none".into()
+                } else {
+                    reasons.join(", ")
+                }
+            )?;
+        }
+        let kept = rows.train.len() + rows.eval.len();
+        let mut refused = Vec::new();
+        for (count, what) in [(rows.left_out, "too long"), (rows.cut, "cut, and kept")] {
+            if count > 0 {
+                refused.push(format!("{what} {count}"));
+            }
+        }
+        writeln!(
+            out,
+            "| `qlora-train` | {} | {kept} | {} |\n",
+            kept + rows.left_out,
+            if refused.is_empty() {
+                "none".into()
+            } else {
+                refused.join(", ")
+            }
+        )?;
+        if self.origin.steps.is_empty() {
+            return writeln!(
+                out,
+                "What was done to the rows before is not recorded (`--provenance`), nor how they were collected."
+            );
+        }
+        let settings: Vec<&str> = (self.origin.steps.iter())
+            .flat_map(|step| &step.settings)
+            .map(String::as_str)
+            .collect();
+        writeln!(out, "A pair can be refused for several reasons.")?;
+        if !settings.is_empty() {
+            writeln!(
+                out,
+                "The steps went by these settings:\n\n{}",
+                fenced("", &settings.join("\n"))
+            )?;
+        }
+        writeln!(out, "How the pairs were collected is not recorded.")
+    }
 
-## Use
+    fn training(&self, out: &mut String) -> std::fmt::Result {
+        let (t, lora) = (&self.settings.training, &self.settings.lora);
+        write!(
+            out,
+            "\n## Training\n\n{} steps of {} rows, learning rate {}, {}, warm-up steps {}, weight decay {}, \
+             gradient norm at most {}, {}",
+            self.steps,
+            t.batch_size * t.gradient_accumulation_steps,
+            t.learning_rate,
+            spelled(&t.lr_scheduler),
+            warmup(t, self.steps),
+            t.weight_decay,
+            t.max_grad_norm,
+            match t.optim {
+                Optim::AdamW => "AdamW",
+                Optim::AdamW8bit => "AdamW with moments in 8 bits",
+            }
+        )?;
+        if lora.lr_ratio != 1.0 {
+            write!(out, ", LoRA+ ratio {}", lora.lr_ratio)?;
+        }
+        if let Some(alpha) = t.neftune_noise_alpha {
+            write!(out, ", NEFTune alpha {alpha}")?;
+        }
+        let on = match self.settings.data.loss_on {
+            LossOn::Reply => "reply",
+            LossOn::All => "whole conversation",
+        };
+        writeln!(out, ", seed {}, loss on the {on}.\n", t.seed)?;
 
-{prompt}
-The prompt is the model's own chat template with `enable_thinking=False`.
+        let losses = self
+            .figures
+            .iter()
+            .filter_map(|line| Some((line.step, line.loss?)));
+        if let Some(((first, before), (last, after))) = losses.clone().next().zip(losses.last()) {
+            writeln!(
+                out,
+                "Training loss {before:.4} at step {first}, {after:.4} at step {last}, in nats a token."
+            )?;
+        }
+        if let Some(step) = self.best {
+            writeln!(
+                out,
+                "The adapter is that of step {step}, the best held-out loss."
+            )?;
+        }
+        if !self.spikes.is_empty() {
+            let steps: Vec<String> = self.spikes.iter().map(u64::to_string).collect();
+            writeln!(
+                out,
+                "Loss or gradient norm spiked at step {}.",
+                steps.join(", ")
+            )?;
+        }
+        let curve: Vec<(u64, f64)> = (self.figures.iter())
+            .filter_map(|line| Some((line.step, line.eval_loss?)))
+            .collect();
+        match self.eval_loss {
+            None => writeln!(out, "There were no held-out rows.")?,
+            Some(loss) => {
+                writeln!(
+                    out,
+                    "Held-out loss after training: {loss:.4} nats a token (perplexity {:.3}).\n\n\
+                     | Step | Held-out loss | Perplexity |\n|---:|---:|---:|",
+                    loss.exp()
+                )?;
+                for (step, loss) in spread(&curve, CURVE) {
+                    writeln!(out, "| {step} | {loss:.4} | {:.3} |", loss.exp())?;
+                }
+            }
+        }
+        writeln!(
+            out,
+            "\nEvery step's figures are in `metrics.jsonl`, every setting in `train.yaml`."
+        )
+    }
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-base = {base_quoted}
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), \"this folder\")
-tokenizer = AutoTokenizer.from_pretrained(base)
-```
+    fn usage(&self, out: &mut String) -> std::fmt::Result {
+        let (data, lora) = (&self.settings.data, &self.settings.lora);
+        let base = &self.settings.model.path;
+        writeln!(
+            out,
+            "## Use\n\nThe prompt is the model's own chat template with `enable_thinking=False`."
+        )?;
+        match data.system_prompt.as_str() {
+            "" => writeln!(out, "There is no system prompt.")?,
+            prompt => writeln!(out, "The system prompt:\n\n{}", fenced("", prompt))?,
+        }
+        match data.prompt_template.as_str() {
+            "{{ tweet }}" => writeln!(out, "The user's turn is the tweet.\n")?,
+            template => writeln!(
+                out,
+                "The user's turn, a Jinja template over the pair's fields:\n\n{}",
+                fenced("jinja", template)
+            )?,
+        }
+        let system = match data.system_prompt.as_str() {
+            "" => String::new(),
+            prompt => format!(
+                "{{\"role\": \"system\", \"content\": {}}}, ",
+                quoted(prompt)
+            ),
+        };
+        let script = format!(
+            "from peft import PeftModel\n\
+             from transformers import AutoModelForCausalLM, AutoTokenizer\n\n\
+             base = {}\n\
+             tokenizer = AutoTokenizer.from_pretrained(base)\n\
+             model = AutoModelForCausalLM.from_pretrained(base, dtype=\"auto\")\n\
+             model = PeftModel.from_pretrained(model, \".\")  # this folder\n\
+             messages = [{system}{{\"role\": \"user\", \"content\": \"the tweet\"}}]\n\
+             prompt = tokenizer.apply_chat_template(\n    \
+                 messages, add_generation_prompt=True, enable_thinking=False, return_dict=True, return_tensors=\"pt\"\n)\n\
+             reply = model.generate(**prompt, max_new_tokens=96)[0, prompt[\"input_ids\"].shape[1] :]\n\
+             print(tokenizer.decode(reply, skip_special_tokens=True))",
+            quoted(base)
+        );
+        let four_bits = match self.settings.model.quantization {
+            Quantization::Nf4 => {
+                ", here over the base as it is; it was trained over NF4 (`load_in_4bit`), which is close"
+            }
+            Quantization::None => "",
+        };
+        writeln!(
+            out,
+            "With PEFT{four_bits}:\n\n{}",
+            fenced("python", &script)
+        )?;
+        if lora.use_dora || !lora.rank_pattern.is_empty() || !lora.alpha_pattern.is_empty() {
+            return writeln!(
+                out,
+                "vLLM takes neither DoRA nor ranks of their own: `qlora-train merge` writes the whole model, \
+                 also for llama.cpp and Ollama (`--gguf`)."
+            );
+        }
+        // The ranks that vLLM has room for.
+        let ranks = [8, 16, 32, 64, 128, 256, 320, 512];
+        let room = ranks.into_iter().find(|&room| room >= lora.rank);
+        if let Some(room) = room {
+            let serve = format!(
+                "vllm serve {} --enable-lora --max-lora-rank {room} --lora-modules replies=.",
+                shell(base)
+            );
+            writeln!(
+                out,
+                "With vLLM, and `\"chat_template_kwargs\": {{\"enable_thinking\": false}}` in each request to the \
+                 model `replies`:\n\n{}",
+                fenced("sh", &serve)
+            )?;
+        }
+        writeln!(
+            out,
+            "For llama.cpp and Ollama: `qlora-train merge --gguf` writes the whole model."
+        )
+    }
+}
 
-The adapter's licence has to fit those of the base model and of the data it was trained on.
-",
-        base_quoted = serde_json::Value::from(base.as_str()),
-        model = &identity.model[..12],
-        quantization = spelled(&settings.model.quantization),
-        rank = lora.rank,
-        alpha = lora.alpha,
-        dropout = lora.dropout,
-        train = rows.train.len(),
-        eval = rows.eval.len(),
-        data = &identity.data[..12],
-        batch = t.batch_size * t.gradient_accumulation_steps,
-        rate = t.learning_rate,
-        scheduler = spelled(&t.lr_scheduler),
-        warmup = warmup(t, steps),
-        decay = t.weight_decay,
-        seed = t.seed,
-        version = identity.version,
+/// Add to an adapter's card how its replies were found to be
+///
+/// Writes the comparisons of sigtest's lines into the section Evaluation of
+/// ADAPTER/README.md, in place of what stands there or at its end. Nothing else is
+/// changed.
+#[derive(Args)]
+#[command(name = "card", after_long_help = crate::commands::after_help(EXAMPLES))]
+pub struct AddToCard {
+    /// Lines of sigtest, as `make eval` leaves them in output/eval/RUN/tests.jsonl
+    #[arg(long, value_name = "FILE")]
+    evaluation: PathBuf,
+    /// The adapter's folder
+    #[arg(value_name = "ADAPTER")]
+    adapter: PathBuf,
+    #[command(flatten)]
+    pub messages: Messages,
+}
+
+const EXAMPLES: &str = "
+$ qlora-train card --evaluation tests.jsonl adapter
+";
+
+/// One line of sigtest, as far as the card shows it.
+struct Test {
+    a: String,
+    b: String,
+    metric: String,
+    kind: String,
+    n: u64,
+    means: [Option<f64>; 2],
+    p_holm: Option<f64>,
+    interval: Option<(f64, f64)>,
+    signature: String,
+}
+
+impl Test {
+    fn of(line: Record) -> Result<Self, record::Error> {
+        let interval = line.get("ci_low")?.zip(line.get("ci_high")?);
+        Ok(Self {
+            a: line.require("a")?,
+            b: line.require("b")?,
+            metric: line.require("metric")?,
+            kind: line.require("test")?,
+            n: line.require("n")?,
+            means: [line.get("mean_a")?, line.get("mean_b")?],
+            p_holm: line.get("p_holm")?,
+            interval,
+            signature: line.require("signature")?,
+        })
+    }
+}
+
+impl AddToCard {
+    /// Does it.
+    pub fn run(&self, app: &App) -> Result<()> {
+        let path = self.adapter.join("README.md");
+        let text = std::fs::read_to_string(&path).map_err(|error| {
+            let remedy = "name the folder of an adapter that qlora-train has finished";
+            Failure::Usage(format!("{}: {error}; {remedy}", path.display()))
+        })?;
+        let mut lines = Records::new(Lines::open(&self.evaluation)?, 0);
+        let mut tests = Vec::new();
+        while let Some((_, test)) = lines.next_with(&mut std::io::sink(), Test::of)? {
+            tests.push(test);
+        }
+        if tests.is_empty() {
+            let cause = "no lines: there is nothing to add";
+            return Err(Failure::Input(format!("{}: {cause}", self.evaluation.display())).into());
+        }
+        let mut section = String::new();
+        write_tests(&mut section, &tests).context("writing the section")?;
+        // A card without the marks is someone else's: the section goes to its end.
+        let heading = "\n## Evaluation\n\n";
+        let (before, after) = match (
+            text.split_once(EVALUATION[0]),
+            text.split_once(EVALUATION[1]),
+        ) {
+            (Some((before, _)), Some((_, after))) => (before.to_owned(), after),
+            _ => (format!("{text}{heading}"), "\n"),
+        };
+        let text = [&before, EVALUATION[0], "\n", &section, EVALUATION[1], after].concat();
+        write_atomically(&path, text.as_bytes())?;
+        app.info(format_args!("{} has the figures", path.display()));
+        Ok(())
+    }
+}
+
+/// A table a comparison: the bootstrap's interval, and the permutation test's p-value,
+/// adjusted over the figures.
+fn write_tests(out: &mut String, tests: &[Test]) -> std::fmt::Result {
+    let mut seen: Vec<(&str, &str)> = Vec::new();
+    for test in tests {
+        if seen.contains(&(&test.a, &test.b)) {
+            continue;
+        }
+        seen.push((&test.a, &test.b));
+        let same = |other: &&Test| other.a == test.a && other.b == test.b;
+        let name = |path: &str| cell(path.rsplit('.').next().unwrap_or(path));
+        let (a, b) = (name(&test.a), name(&test.b));
+        let judged = if test.a.starts_with("verdicts.") {
+            ", by the judge"
+        } else {
+            ""
+        };
+        writeln!(
+            out,
+            "\n{b} against {a}{judged}, {} held-out tweets:\n\n\
+             | Figure | {a} | {b} | 95% of {b} − {a} | p |\n|---|---:|---:|---:|---:|",
+            test.n
+        )?;
+        for test in tests
+            .iter()
+            .filter(same)
+            .filter(|t| t.kind == "permutation")
+        {
+            let bootstrap = tests.iter().filter(same);
+            let interval = bootstrap
+                .filter(|t| t.kind == "bootstrap" && t.metric == test.metric)
+                .find_map(|t| t.interval);
+            // sigtest's differences are a − b.
+            let interval = interval.map(|(low, high)| format!("{:+.3} to {:+.3}", -high, -low));
+            let figure = |x: Option<f64>| x.map(|x| format!("{x:.3}"));
+            let p = test.p_holm.map(|p| match p < 0.0001 {
+                true => "< 0.0001".into(),
+                false => format!("{p:.4}"),
+            });
+            let [a, b, interval, p] = [figure(test.means[0]), figure(test.means[1]), interval, p]
+                .map(|text| text.unwrap_or_else(|| "–".into()));
+            writeln!(
+                out,
+                "| {} | {a} | {b} | {interval} | {p} |",
+                cell(&test.metric)
+            )?;
+        }
+        writeln!(out, "\n{}", code(&test.signature))?;
+    }
+    writeln!(
+        out,
+        "\nLower is better for `nll` (nats a token of the reply that people liked), higher for the others. \
+         p: permutation test, adjusted over the figures of a table (Holm).\n"
     )
+}
+
+/// Up to `most` items, the first, the last and evenly between.
+fn spread<T: Copy>(items: &[T], most: usize) -> Vec<T> {
+    let (n, last) = (items.len().min(most), items.len().saturating_sub(1));
+    (0..n).map(|i| items[i * last / (n - 1).max(1)]).collect()
+}
+
+/// `name 32, other 8`
+fn pairs<'a, T: std::fmt::Display + 'a>(
+    pattern: impl IntoIterator<Item = (&'a String, &'a T)>,
+) -> String {
+    let pairs = pattern
+        .into_iter()
+        .map(|(name, value)| format!("{} {value}", cell(name)));
+    pairs.collect::<Vec<_>>().join(", ")
 }
 
 /// A choice as the settings spell it.
@@ -107,4 +546,71 @@ fn spelled(choice: &impl Serialize) -> String {
     // A variant without fields, which serialises as its name.
     let value = serde_json::to_value(choice).unwrap_or_default();
     value.as_str().unwrap_or_default().to_owned()
+}
+
+/// In double quotes, as JSON, YAML and Python read it.
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+/// One word to a shell.
+fn shell(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+@:".contains(c);
+    match !text.is_empty() && text.chars().all(plain) {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', r"'\''")),
+    }
+}
+
+/// Markdown's inline code; line breaks become spaces.
+fn code(text: &str) -> String {
+    let text = text.replace(['\n', '\r'], " ");
+    let fence = "`".repeat(longest_run(&text) + 1);
+    let pad = if text.starts_with('`') || text.ends_with('`') {
+        " "
+    } else {
+        ""
+    };
+    format!("{fence}{pad}{text}{pad}{fence}")
+}
+
+/// The same in a table, where a bar would end the cell even so.
+fn cell(text: &str) -> String {
+    code(text).replace('|', r"\|")
+}
+
+/// A block of code.
+fn fenced(language: &str, text: &str) -> String {
+    let fence = "`".repeat((longest_run(text) + 1).max(3));
+    let text = text.trim_end_matches('\n');
+    format!("{fence}{language}\n{text}\n{fence}\n")
+}
+
+fn longest_run(text: &str) -> usize {
+    text.split(|c| c != '`').map(str::len).max().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_text_breaks_out_of_its_place() {
+        assert_eq!(code("a `b` c"), "``a `b` c``");
+        assert_eq!(code("`"), "`` ` ``");
+        assert_eq!(cell("a|b\n| c"), r"`a\|b \| c`");
+        assert_eq!(fenced("sh", "x\n```\ny\n"), "````sh\nx\n```\ny\n````\n");
+        assert_eq!(shell("Qwen/Qwen3-8B"), "Qwen/Qwen3-8B");
+        assert_eq!(shell("it's; rm"), r"'it'\''s; rm'");
+        assert_eq!(quoted("a\"b\n"), r#""a\"b\n""#);
+    }
+
+    #[test]
+    fn a_long_curve_keeps_its_ends() {
+        let long: Vec<u64> = (0..100).collect();
+        assert_eq!(spread(&long, 8), [0, 14, 28, 42, 56, 70, 84, 99]);
+        assert_eq!(spread(&long[..3], 8), [0, 1, 2]);
+        assert_eq!(spread(&long[..1], 8), [0]);
+        assert!(spread(&long[..0], 8).is_empty());
+    }
 }

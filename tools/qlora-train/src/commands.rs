@@ -7,6 +7,8 @@ use anyhow::Result;
 use clap::{Args, Subcommand};
 use cli::{App, Common};
 
+use crate::bench::Bench;
+use crate::card::AddToCard;
 use crate::inspect::Inspect;
 use crate::merge::Merge;
 
@@ -15,6 +17,8 @@ use crate::merge::Merge;
 pub enum Command {
     Merge(Merge),
     Inspect(Inspect),
+    Bench(Bench),
+    Card(AddToCard),
 }
 
 impl Command {
@@ -23,6 +27,8 @@ impl Command {
         match self {
             Self::Merge(merge) => merge.messages.common(),
             Self::Inspect(inspect) => inspect.messages.common(),
+            Self::Bench(bench) => bench.messages.common(),
+            Self::Card(card) => card.messages.common(),
         }
     }
 
@@ -31,6 +37,8 @@ impl Command {
         match self {
             Self::Merge(merge) => merge.run(app),
             Self::Inspect(inspect) => inspect.run(app),
+            Self::Bench(bench) => bench.run(app),
+            Self::Card(card) => card.run(app),
         }
     }
 }

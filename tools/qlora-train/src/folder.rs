@@ -5,6 +5,7 @@
 //!     checkpoints/step-N/          adapter, moments, and how long the files were
 //!     checkpoints/best.safetensors the parameters of the best held-out loss, if asked for
 //!     save-now                     put there by hand: save a checkpoint at the next step
+//!     SHA256SUMS                   of the adapter's files, for `sha256sum --check`
 //!     adapter_model.safetensors    last: with it the run is finished
 //!
 //! A checkpoint appears whole: written as `step-N.tmp`, synced, renamed. On
@@ -18,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cli::Failure;
+use qwen3::{CodedMoment, Moments};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +32,9 @@ pub struct Identity {
     pub version: String,
     /// `key = value` lines of the settings.
     pub settings: Vec<String>,
+    /// Most tokens of a pass. Not compared but taken over by a run that goes on: it
+    /// depends on how much memory there was, and the last bits depend on it.
+    pub pass_tokens: usize,
     /// SHA-256 over the encoded rows.
     pub data: String,
     /// SHA-256 over the base model's files.
@@ -82,16 +87,21 @@ impl Identity {
     }
 }
 
+/// Most tokens of a pass in the run that is in `path`, if there is one that can be read.
+pub fn pass_tokens(path: &Path) -> Option<usize> {
+    let text = fs::read_to_string(path.join("run.json")).ok()?;
+    let run: Identity = serde_json::from_str(&text).ok()?;
+    Some(run.pass_tokens)
+}
+
 /// The trainable state after some step.
 pub struct State {
     /// Updates done.
     pub step: u64,
     /// All adapter parameters, flat.
     pub params: Vec<f32>,
-    /// AdamW's first moments.
-    pub m: Vec<f32>,
-    /// AdamW's second moments.
-    pub v: Vec<f32>,
+    /// AdamW's moments.
+    pub moments: Moments,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -99,6 +109,60 @@ struct Cut {
     step: u64,
     metrics_bytes: u64,
     timing_bytes: u64,
+}
+
+const SUMS: &str = "SHA256SUMS";
+
+/// The files of a finished adapter that make what it computes.
+const SUMMED: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
+
+/// Notes the sums of the adapter's files, which lie in `part` still.
+pub fn write_sums(folder: &Path, part: &Path) -> Result<()> {
+    let mut text = String::new();
+    for name in SUMMED {
+        let file = part.join(name);
+        let sum = cli::sha256_file(&file).with_context(|| file.display().to_string())?;
+        text.push_str(&format!("{sum}  {name}\n"));
+    }
+    Ok(jsonl::write_atomically(
+        &folder.join(SUMS),
+        text.as_bytes(),
+    )?)
+}
+
+/// Refuses a finished adapter whose files are not as they were written.
+fn check_sums(folder: &Path) -> Result<()> {
+    let sums = folder.join(SUMS);
+    let text = fs::read_to_string(&sums).with_context(|| sums.display().to_string())?;
+    for line in text.lines() {
+        let Some((sum, name)) = line.split_once("  ") else {
+            continue;
+        };
+        let file = folder.join(name);
+        let is = cli::sha256_file(&file).with_context(|| file.display().to_string())?;
+        if is != sum {
+            let cause = format!(
+                "{} is not as it was written ({SUMS}): damaged, or changed by hand; delete \
+                 adapter_model.safetensors, and --resume writes it again from the last checkpoint",
+                file.display()
+            );
+            return Err(Failure::World(cause).into());
+        }
+    }
+    Ok(())
+}
+
+/// A line of metrics.jsonl, of an update or of an evaluation.
+#[derive(Deserialize)]
+pub struct Figures {
+    /// Updates done.
+    pub step: u64,
+    /// Of an update.
+    pub loss: Option<f64>,
+    /// Of an update.
+    pub grad_norm: Option<f64>,
+    /// Of an evaluation.
+    pub eval_loss: Option<f64>,
 }
 
 /// An output folder, locked against a second process.
@@ -159,6 +223,7 @@ impl Folder {
             jsonl::write_atomically(&run, text.as_bytes())?;
         }
         if path.join("adapter_model.safetensors").exists() {
+            check_sums(path)?;
             return Ok(Found::Finished);
         }
         let open = |file: &str| -> Result<File> {
@@ -194,22 +259,14 @@ impl Folder {
         &self.path
     }
 
-    /// The evaluations in the figures: step and held-out loss.
-    pub fn eval_losses(&self) -> Result<Vec<(u64, f64)>> {
-        #[derive(Deserialize)]
-        struct Line {
-            step: u64,
-            eval_loss: Option<f64>,
-        }
+    /// The figures so far.
+    pub fn figures(&self) -> Result<Vec<Figures>> {
         let path = self.path.join("metrics.jsonl");
         let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-        let mut seen = Vec::new();
-        for (at, line) in text.lines().enumerate() {
-            let line: Line = serde_json::from_str(line)
-                .with_context(|| format!("{}:{}", path.display(), at + 1))?;
-            seen.extend(line.eval_loss.map(|loss| (line.step, loss)));
-        }
-        Ok(seen)
+        let line = |(at, line)| {
+            serde_json::from_str(line).with_context(|| format!("{}:{}", path.display(), at + 1))
+        };
+        text.lines().enumerate().map(line).collect()
     }
 
     /// Keeps the parameters with the best held-out loss so far.
@@ -332,21 +389,8 @@ impl Folder {
                 fs::remove_dir_all(&part)?;
             }
             fs::create_dir_all(&part)?;
-            let bytes = |values: &[f32]| {
-                values
-                    .iter()
-                    .flat_map(|v| v.to_le_bytes())
-                    .collect::<Vec<u8>>()
-            };
-            let (params, m, v) = (bytes(&state.params), bytes(&state.m), bytes(&state.v));
-            let view = |bytes| TensorView::new(Dtype::F32, vec![state.params.len()], bytes);
-            let tensors = [
-                ("params", view(&params)?),
-                ("m", view(&m)?),
-                ("v", view(&v)?),
-            ];
             let file = part.join("state.safetensors");
-            synced(&file, &safetensors::serialize(tensors, None)?)?;
+            synced(&file, &serialized(state)?)?;
             self.metrics.sync_all()?;
             self.timing.sync_all()?;
             let cut = Cut {
@@ -369,6 +413,29 @@ impl Folder {
     }
 }
 
+/// A checkpoint's tensors: `params`, and `m` and `v`, or, in 8 bits, the codes and
+/// scales of each.
+fn serialized(state: &State) -> Result<Vec<u8>> {
+    let mut tensors = vec![("params", Dtype::F32, bytes(&state.params))];
+    match &state.moments {
+        Moments::F32 { m, v } => {
+            tensors.extend([("m", Dtype::F32, bytes(m)), ("v", Dtype::F32, bytes(v))]);
+        }
+        Moments::EightBit { m, v } => tensors.extend([
+            ("m.codes", Dtype::U8, m.codes.clone()),
+            ("m.absmax", Dtype::F32, bytes(&m.absmax)),
+            ("v.codes", Dtype::U8, v.codes.clone()),
+            ("v.absmax", Dtype::F32, bytes(&v.absmax)),
+        ]),
+    }
+    let views = tensors.iter().map(|(name, dtype, bytes)| {
+        let shape = vec![bytes.len() / (dtype.bitsize() / 8)];
+        TensorView::new(*dtype, shape, bytes).map(|view| (*name, view))
+    });
+    let views = views.collect::<Result<Vec<_>, _>>()?;
+    Ok(safetensors::serialize(views, None)?)
+}
+
 fn synced(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut file = File::create(path)?;
     file.write_all(bytes)?;
@@ -379,18 +446,28 @@ fn read_checkpoint(path: &Path) -> Result<(State, Cut)> {
     let cut: Cut = serde_json::from_slice(&fs::read(path.join("state.json"))?)?;
     let bytes = fs::read(path.join("state.safetensors"))?;
     let tensors = SafeTensors::deserialize(&bytes)?;
-    let read = |name: &str| floats(&tensors, name);
+    let eight_bit = tensors.names().contains(&"m.codes");
+    let coded = |name: &str| -> Result<CodedMoment> {
+        Ok(CodedMoment {
+            codes: data(&tensors, &format!("{name}.codes"), Dtype::U8)?.to_vec(),
+            absmax: floats(&tensors, &format!("{name}.absmax"))?,
+        })
+    };
+    let moments = match eight_bit {
+        false => Moments::F32 {
+            m: floats(&tensors, "m")?,
+            v: floats(&tensors, "v")?,
+        },
+        true => Moments::EightBit {
+            m: coded("m")?,
+            v: coded("v")?,
+        },
+    };
     let state = State {
         step: cut.step,
-        params: read("params")?,
-        m: read("m")?,
-        v: read("v")?,
+        params: floats(&tensors, "params")?,
+        moments,
     };
-    let length = state.params.len();
-    anyhow::ensure!(
-        state.m.len() == length && state.v.len() == length,
-        "parameters and moments differ in length"
-    );
     Ok((state, cut))
 }
 
@@ -398,15 +475,16 @@ fn bytes(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
-fn floats(tensors: &SafeTensors, name: &str) -> Result<Vec<f32>> {
+/// A tensor's bytes, if it is of that type.
+fn data<'a>(tensors: &SafeTensors<'a>, name: &str, dtype: Dtype) -> Result<&'a [u8]> {
     let tensor = tensors.tensor(name)?;
-    anyhow::ensure!(
-        tensor.dtype() == Dtype::F32,
-        "{name} is {:?}, not F32",
-        tensor.dtype()
-    );
-    Ok(tensor
-        .data()
+    let found = tensor.dtype();
+    anyhow::ensure!(found == dtype, "{name} is {found:?}, not {dtype:?}");
+    Ok(tensor.data())
+}
+
+fn floats(tensors: &SafeTensors, name: &str) -> Result<Vec<f32>> {
+    Ok(data(tensors, name, Dtype::F32)?
         .chunks_exact(4)
         .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
         .collect())

@@ -5,19 +5,25 @@
 //! settings, data and model, so an interrupted run that goes on leaves the same
 //! bytes as one that was never interrupted.
 
+mod bench;
 mod card;
 mod commands;
+mod disk;
 mod figures;
 mod folder;
 mod gguf;
 mod hub;
 mod inspect;
+mod lora;
+mod memory;
 mod merge;
+mod origin;
 mod plan;
 mod quantized;
 mod rows;
 mod schedule;
 mod stream;
+mod time;
 mod train;
 mod verify;
 mod watch;
@@ -33,6 +39,8 @@ use qwen3::{Adapter, Chat, Checkpoint, Config, GenerationConfig, Model, Storage}
 use settings::{Quantization, TrainSettings};
 
 use crate::folder::{Folder, Found, Identity};
+use crate::memory::{Fit, Place};
+use crate::origin::Origin;
 
 /// Fine-tune Qwen3 on tweet→reply pairs
 ///
@@ -60,6 +68,10 @@ struct QloraTrain {
     /// Go on with the run in --out; a finished one is left as it is
     #[arg(long)]
     resume: bool,
+    /// Memory of the device that the run may take, such as 8GB or 6.5GiB [default:
+    /// what is free]
+    #[arg(long, value_name = "SIZE")]
+    max_memory: Option<String>,
     /// Optimiser steps, instead of epochs
     #[arg(long, value_name = "N")]
     steps: Option<u64>,
@@ -97,6 +109,10 @@ struct QloraTrain {
     /// Show settings, counts and plan, and stop before anything is written
     #[arg(long)]
     dry_run: bool,
+    /// For the model card: a summary of pair-validate or pair-dedup (their --summary);
+    /// may be given again
+    #[arg(long, value_name = "FILE")]
+    provenance: Vec<PathBuf>,
     /// Where malformed lines and skipped rows go
     #[arg(long, value_name = "FILE")]
     rejects: Option<PathBuf>,
@@ -140,6 +156,7 @@ impl Tool for QloraTrain {
             .set("model.path", &self.model)
             .set("model.quantization", &self.quantization)
             .set("training.max_steps", &self.steps)
+            .set("training.max_memory", &self.max_memory)
             .set("training.batch_size", &self.batch_size)
             .set("training.learning_rate", &self.learning_rate)
             .set("training.seed", &self.seed)
@@ -177,21 +194,33 @@ impl Tool for QloraTrain {
             return Err(Failure::Usage(cause).into());
         }
 
-        let device = match to_train {
-            Some(_) => Some(Device::open(self.device)?),
-            None => None,
-        };
+        let (device, which) = Device::open(self.device)?;
         let model_path = hub::fetch(app, &settings.model.path)?;
         let checkpoint = Checkpoint::open(&model_path)?;
-        let (Some((data, out)), Some((device, which))) = (to_train, device) else {
-            return to_save.map_or(Ok(()), |folder| quantized::save(app, &checkpoint, folder));
+        let Some((data, out)) = to_train else {
+            return to_save.map_or(Ok(()), |folder| {
+                quantized::save(app, &checkpoint, folder, &device)
+            });
         };
         let config = checkpoint.config();
         check_fits(settings, config)?;
+        lora::layout(settings, config)?;
         let chat = Chat::load(&model_path)?;
         chat.check(config, &GenerationConfig::load(&model_path)?)?;
 
+        let origin = Origin::read(&model_path, &self.provenance)?;
         let rows = rows::load(app, data, self.rejects.as_deref(), settings, &chat)?;
+        if let Some(last) = origin.steps.last()
+            && last.written != rows.read() as u64
+        {
+            app.warn(format_args!(
+                "{} wrote {} rows, but {} has {}: is --provenance that of this data?",
+                last.tool,
+                last.written,
+                data.display(),
+                rows.read()
+            ));
+        }
         let initial = self
             .init_adapter
             .as_deref()
@@ -204,12 +233,49 @@ impl Tool for QloraTrain {
             return Err(Failure::Usage(cause.into()).into());
         }
 
+        let storage = match settings.model.quantization {
+            Quantization::Nf4 => Storage::Nf4,
+            Quantization::None => Storage::AsStored,
+        };
+        let began_with = match self.resume {
+            true => folder::pass_tokens(out),
+            false => None,
+        };
+        let run = (settings, &plan, &rows);
+        let fit = match &device {
+            Device::Cpu(cpu) => Fit::new(
+                cpu,
+                Place::Processor,
+                (&checkpoint, storage),
+                run,
+                began_with,
+            )?,
+            Device::Cuda(cuda) => {
+                Fit::new(cuda, Place::Gpu, (&checkpoint, storage), run, began_with)?
+            }
+        };
         for line in resolved.show(PrintConfig::Full).lines() {
-            app.info(line);
+            app.detail(line);
         }
-        app.info(plan.describe(&rows));
-        app.info(format_args!("computing on {which}"));
+        app.detail(format_args!("computing on {which}"));
+        for line in plan.describe(&rows, &fit.survey) {
+            app.detail(line);
+        }
+        for line in fit.describe() {
+            app.detail(line);
+        }
+        let kind = train::optimiser_of(settings);
+        disk::Need::new(t, &plan.layout, &kind, plan.steps).check(out)?;
         if self.dry_run {
+            let (base, run) = ((&checkpoint, storage), (settings, &plan, &fit));
+            let pace = match device {
+                Device::Cpu(cpu) => time::preview(cpu, base, run, &rows.train)?,
+                Device::Cuda(cuda) => time::preview(cuda, base, run, &rows.train)?,
+            };
+            let about = time::About(pace.run(settings, &plan, &fit.survey, 0));
+            app.detail(format_args!(
+                "time: about {about}, by two of the layers: {pace}"
+            ));
             return Ok(());
         }
 
@@ -220,17 +286,25 @@ impl Tool for QloraTrain {
         let identity = Identity {
             v: 1,
             version: env!("CARGO_PKG_VERSION").into(),
-            // Where the model lies, is kept, and how often a checkpoint is saved change no result.
+            // Where the model lies, is kept, how often a checkpoint is saved and what is
+            // warned of change no result.
             settings: resolved
                 .show(PrintConfig::Key)
                 .lines()
                 .filter(|line| {
-                    !["model.path", "model.cache", "training.save_"]
-                        .iter()
-                        .any(|key| line.starts_with(key))
+                    ![
+                        "model.path",
+                        "model.cache",
+                        "training.save_",
+                        "training.spike_factor",
+                        "training.max_memory",
+                    ]
+                    .iter()
+                    .any(|key| line.starts_with(key))
                 })
                 .map(String::from)
                 .collect(),
+            pass_tokens: fit.pass_tokens,
             data: rows.sha256.clone(),
             model: checkpoint.fingerprint()?,
             device: match device {
@@ -253,20 +327,17 @@ impl Tool for QloraTrain {
                 (folder, Some(*state))
             }
         };
-        let storage = match settings.model.quantization {
-            Quantization::Nf4 => Storage::Nf4,
-            Quantization::None => Storage::AsStored,
-        };
         let checkpoint = match to_save.filter(|folder| !folder.exists()) {
             Some(folder) => {
-                quantized::save(app, &checkpoint, folder)?;
+                quantized::save(app, &checkpoint, folder, &device)?;
                 match storage {
                     Storage::Nf4 => Checkpoint::open(folder)?,
                     Storage::AsStored => checkpoint,
                 }
             }
             None if storage == Storage::Nf4 => {
-                quantized::cached(app, checkpoint, &settings.model.cache, &identity.model)
+                let place = (settings.model.cache.as_str(), identity.model.as_str());
+                quantized::cached(app, checkpoint, place, &device)
             }
             None => checkpoint,
         };
@@ -275,7 +346,9 @@ impl Tool for QloraTrain {
             settings,
             identity: &identity,
             plan: &plan,
+            fit: &fit,
             rows: &rows,
+            origin: &origin,
         };
         let loading = "loading the base model";
         match device {
@@ -293,6 +366,7 @@ impl Tool for QloraTrain {
 
 /// Settings that parse and cannot work.
 fn check(app: &App, settings: &TrainSettings) -> Result<()> {
+    rows::prompt_template(settings)?;
     let t = &settings.training;
     let positive = [
         ("lora.rank", settings.lora.rank as f64),
@@ -325,6 +399,12 @@ fn check(app: &App, settings: &TrainSettings) -> Result<()> {
         ("data.eval_fraction", settings.data.eval_fraction, 1.0),
         ("training.warmup_ratio", t.warmup_ratio.unwrap_or(0.0), 1.0),
         ("training.weight_decay", t.weight_decay, f64::INFINITY),
+        ("training.spike_factor", t.spike_factor, f64::INFINITY),
+        (
+            "training.neftune_noise_alpha",
+            t.neftune_noise_alpha.unwrap_or(0.0),
+            f64::INFINITY,
+        ),
     ] {
         if !(0.0..below).contains(&value) {
             return Err(Failure::Usage(format!(

@@ -10,8 +10,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use cli::{App, Failure};
 use engine::rng::{Purpose, Stream};
-use jsonl::{Lines, Records, Rejects};
-use qwen3::{Chat, Message};
+use jsonl::{Lines, Position, Records, Rejects};
+use qwen3::{Chat, Message, PromptTemplate};
 use record::{Reason, Record, Rejected, Split};
 use settings::{LongRows, LossOn, TextChoice, TrainSettings};
 
@@ -41,23 +41,36 @@ pub struct Rows {
     pub train: Vec<Row>,
     /// What is held out.
     pub eval: Vec<Row>,
+    /// Rows that were too long and are in neither.
+    pub left_out: usize,
+    /// Rows that were too long and have lost their end.
+    pub cut: usize,
     /// SHA-256 over what the run depends on: every row's ids, labels and side.
     pub sha256: String,
 }
 
+impl Rows {
+    /// How many there were, those left out included.
+    pub fn read(&self) -> usize {
+        self.train.len() + self.eval.len() + self.left_out
+    }
+}
+
 /// A line before it is put into tokens.
 struct Source {
-    record: Record,
     position: String,
-    group: String,
     split: Option<Split>,
+    /// Its side where no row says one.
+    drawn: Split,
     messages: Vec<Message>,
     /// Functions that the model may call, as JSON schemas.
     tools: Vec<serde_json::Value>,
+    /// Kept until it is known whether the row is short enough.
+    record: Record,
 }
 
-/// Reads, splits and encodes the data. Malformed lines within the allowance
-/// are kept in `rejects`.
+/// Reads, encodes and splits the data. Malformed lines within the allowance, and
+/// rows that are too long where such are left out, are kept in `rejects`.
 pub fn load(
     app: &App,
     data: &Path,
@@ -66,131 +79,59 @@ pub fn load(
     chat: &Chat,
 ) -> Result<Rows> {
     let mut kept = app.rejects("--rejects", rejects)?;
-    let mut sources = read(app, data, &mut kept, settings)?;
-    if sources.is_empty() {
-        return Err(Failure::Input(format!(
-            "{}: empty: there is nothing to train on",
-            data.display()
-        ))
-        .into());
-    }
-    split(&mut sources, settings);
-    if settings.data.shuffled_replies {
-        shuffle_replies(&mut sources, settings.training.seed)?;
-    }
-
-    warn_of_special_tokens(app, chat, &sources);
-
-    let progress = app.progress("tokenising", Some(sources.len() as u64));
-    let mut rows = Rows {
-        train: Vec::new(),
-        eval: Vec::new(),
-        sha256: String::new(),
-    };
-    let mut fingerprint = Vec::new();
-    let (mut cut, mut left_out) = (0, 0);
-    for mut source in sources {
+    let mut records = Records::new(Lines::open(data)?, app.common().max_bad_lines);
+    let prompt = prompt_template(settings)?;
+    let progress = app.progress("rows", None);
+    let mut next = |kept: &mut Rejects| -> Result<Option<Source>> {
+        let read = records.next_with(kept, |record| source(record, settings, &prompt))?;
         progress.add(1);
-        let side = source.split.unwrap_or(Split::Train);
-        let set = match side {
-            Split::Train => &mut rows.train,
-            Split::Eval => &mut rows.eval,
-        };
-        let row = match encode(&source, set.len(), settings, chat)? {
-            Fit::Whole(row) => row,
-            Fit::Cut(row) => {
-                cut += 1;
-                row
-            }
-            Fit::TooLong(tokens) => {
-                left_out += 1;
-                let limit = settings.training.max_seq_length;
-                let reason = Reason {
-                    filter: "row_too_long".into(),
-                    detail: format!("{tokens} tokens, at most {limit}"),
-                };
-                let rejected = Rejected {
-                    by: app.name().into(),
-                    reasons: vec![reason],
-                };
-                source.record.set("rejected", &rejected)?;
-                kept.record(&source.record)?;
-                continue;
-            }
-        };
-        fingerprint.push(side as u8);
-        for (id, labelled) in row.ids.iter().zip(&row.labelled) {
-            fingerprint.extend_from_slice(&(id << 1 | u32::from(*labelled)).to_le_bytes());
+        Ok(read.map(|(position, source)| source.at(&position, settings)))
+    };
+    let mut encoder = Encoder::new(settings, chat);
+    if settings.data.shuffled_replies {
+        let mut sources = Vec::new();
+        while let Some(source) = next(&mut kept)? {
+            sources.push(source);
         }
-        fingerprint.extend_from_slice(&u32::MAX.to_le_bytes());
-        set.push(row);
+        exchange_replies(&mut sources, settings.training.seed)?;
+        for source in sources {
+            encoder.add(app, source, &mut kept)?;
+        }
+    } else {
+        while let Some(source) = next(&mut kept)? {
+            encoder.add(app, source, &mut kept)?;
+        }
     }
     drop(progress);
-    if cut > 0 {
-        app.warn(format_args!(
-            "{cut} rows are cut to training.max_seq_length"
-        ));
-    }
-    if left_out > 0 {
-        let hint = if kept.are_kept() {
-            ""
-        } else {
-            "; --rejects FILE keeps them"
-        };
-        app.warn(format_args!(
-            "{left_out} rows longer than training.max_seq_length are left out{hint}"
-        ));
-    }
-    kept.commit()?;
-    if rows.train.is_empty() {
-        let cause = "every row is held out (`split: eval`): there is nothing to train on";
-        return Err(Failure::Input(format!("{}: {cause}", data.display())).into());
-    }
-    rows.sha256 = cli::sha256_hex(&fingerprint);
-    Ok(rows)
-}
-
-fn read(
-    app: &App,
-    data: &Path,
-    kept: &mut Rejects,
-    settings: &TrainSettings,
-) -> Result<Vec<Source>> {
-    let mut records = Records::new(Lines::open(data)?, app.common().max_bad_lines);
-    let mut sources = Vec::new();
-    while let Some((position, mut source)) =
-        records.next_with(kept, |record| source(record, settings))?
-    {
-        source.position = position.to_string();
-        if source.group.is_empty() {
-            source.group = position.line.to_string();
-        }
-        sources.push(source);
-    }
     if records.bad() > 0 {
         app.warn(format_args!(
             "{} malformed lines passed over",
             records.bad()
         ));
     }
-    Ok(sources)
+    let rows = encoder.finish(app, data, kept.are_kept())?;
+    kept.commit()?;
+    Ok(rows)
+}
+
+/// The template for the user's turn of a pair.
+pub fn prompt_template(settings: &TrainSettings) -> Result<PromptTemplate, Failure> {
+    PromptTemplate::new(&settings.data.prompt_template)
+        .map_err(|error| Failure::Usage(format!("data.prompt_template: {error}")))
 }
 
 /// The conversation that a record holds.
-fn source(record: Record, settings: &TrainSettings) -> Result<Source, record::Error> {
-    let split = record.get("split")?;
+fn source(
+    record: Record,
+    settings: &TrainSettings,
+    prompt: &PromptTemplate,
+) -> Result<Unplaced, record::Error> {
     let group: Option<String> = record.get("conversation_id")?;
     let (group, messages) = if record.contains("messages") {
         (group, record.require("messages")?)
     } else if record.contains("prompt") {
-        (
-            group,
-            turns(
-                settings,
-                record.require("prompt")?,
-                record.require("completion")?,
-            ),
-        )
+        let (prompt, completion) = (record.require("prompt")?, record.require("completion")?);
+        (group, turns(settings, prompt, completion))
     } else {
         let [tweet, reply] = match settings.data.text {
             TextChoice::Normalized => ["tweet_normalized", "reply_normalized"],
@@ -205,19 +146,55 @@ fn source(record: Record, settings: &TrainSettings) -> Result<Source, record::Er
             })
         };
         let pair = record.pair()?;
+        let mut fields = record.values()?;
+        fields.insert("tweet".into(), text(tweet)?.into());
+        let asked = prompt
+            .render(&fields)
+            .map_err(|error| record::Error::Field {
+                key: error.key().into(),
+                cause: error.to_string(),
+            })?;
         (
             Some(pair.conversation_id),
-            turns(settings, text(tweet)?, text(reply)?),
+            turns(settings, asked, text(reply)?),
         )
     };
-    Ok(Source {
-        tools: record.get("tools")?.unwrap_or_default(),
-        split,
-        position: String::new(),
-        group: group.unwrap_or_default(),
-        messages,
-        record,
+    Ok(Unplaced {
+        group,
+        source: Source {
+            position: String::new(),
+            split: record.get("split")?,
+            drawn: Split::Train,
+            messages,
+            tools: record.get("tools")?.unwrap_or_default(),
+            record,
+        },
     })
+}
+
+/// A source that does not know yet on which line it stands.
+struct Unplaced {
+    /// What stays on one side together with it; by default it is alone.
+    group: Option<String>,
+    source: Source,
+}
+
+impl Unplaced {
+    /// Draws the side that it is on if no row says one: all are trained on, unless
+    /// `eval_fraction` asks for a part. Rows of one conversation stay together.
+    fn at(self, position: &Position, settings: &TrainSettings) -> Source {
+        let group = self.group.unwrap_or_else(|| position.line.to_string());
+        let hash = cli::sha256_hex(format!("{}:{group}", settings.training.seed).as_bytes());
+        let draw = u64::from_str_radix(&hash[..13], 16).unwrap_or(0) as f64 / (1u64 << 52) as f64;
+        Source {
+            position: position.to_string(),
+            drawn: match draw < settings.data.eval_fraction {
+                true => Split::Eval,
+                false => Split::Train,
+            },
+            ..self.source
+        }
+    }
 }
 
 /// One question and its answer, under the system prompt if there is one.
@@ -231,51 +208,42 @@ fn turns(settings: &TrainSettings, user: String, assistant: String) -> Vec<Messa
     messages
 }
 
-/// Rows that say nothing of their side: all are trained on, unless
-/// `eval_fraction` asks for a part. Rows of one conversation stay together.
-fn split(sources: &mut [Source], settings: &TrainSettings) {
-    if sources.iter().any(|source| source.split.is_some()) {
-        return;
-    }
-    for source in sources {
-        let hash =
-            cli::sha256_hex(format!("{}:{}", settings.training.seed, source.group).as_bytes());
-        let draw = u64::from_str_radix(&hash[..13], 16).unwrap_or(0) as f64 / (1u64 << 52) as f64;
-        source.split = Some(if draw < settings.data.eval_fraction {
-            Split::Eval
-        } else {
-            Split::Train
-        });
-    }
-}
-
 /// Gives each training tweet the reply of another: round a seeded circle, so
 /// that none keeps its own.
-fn shuffle_replies(sources: &mut [Source], seed: u64) -> Result<()> {
+fn exchange_replies(sources: &mut [Source], seed: u64) -> Result<()> {
+    let any = sources.iter().any(|source| source.split.is_some());
     let train: Vec<usize> = (0..sources.len())
-        .filter(|&i| sources[i].split.unwrap_or(Split::Train) == Split::Train)
+        .filter(|&i| side(sources[i].split, sources[i].drawn, any) == Split::Train)
         .collect();
-    let circle: Vec<usize> = permutation(train.len(), seed, CIRCLE)
+    if let [only] = train[..] {
+        let cause = "the only row to train on has no other's reply to take (data.shuffled_replies)";
+        return Err(Failure::Input(format!("{}: {cause}", sources[only].position)).into());
+    }
+    let reply = |source: &Source| -> Result<usize, Failure> {
+        let reply = source.messages.iter().rposition(|m| m.role == "assistant");
+        reply.ok_or_else(|| {
+            let cause = "no reply that another row could take (data.shuffled_replies)";
+            Failure::Input(format!("{}: {cause}", source.position))
+        })
+    };
+    let circle: Vec<(usize, usize)> = permutation(train.len(), seed, CIRCLE)
         .into_iter()
-        .map(|i| train[i])
-        .collect();
-    let replies: Vec<Option<Message>> = circle
+        .map(|i| Ok((train[i], reply(&sources[train[i]])?)))
+        .collect::<Result<_, Failure>>()?;
+    let replies = circle
         .iter()
-        .map(|&i| sources[i].messages.last().cloned())
-        .collect();
-    for (at, &i) in circle.iter().enumerate() {
-        let (last, reply) = (
-            sources[i].messages.last_mut(),
-            &replies[(at + 1) % circle.len()],
-        );
-        let (Some(last), Some(reply)) = (last, reply) else {
-            return Err(
-                Failure::Input(format!("{}: `messages` is empty", sources[i].position)).into(),
-            );
-        };
-        last.clone_from(reply);
+        .map(|&(row, at)| sources[row].messages[at].clone());
+    let mut replies: Vec<Message> = replies.collect();
+    replies.rotate_left(1);
+    for (&(row, at), reply) in circle.iter().zip(replies) {
+        sources[row].messages[at] = reply;
     }
     Ok(())
+}
+
+/// The side of a row: its own, or the drawn one where no row has its own.
+fn side(own: Option<Split>, drawn: Split, any: bool) -> Split {
+    own.unwrap_or(if any { Split::Train } else { drawn })
 }
 
 /// Stands where an epoch's number stands in the streams of [`permutation`].
@@ -299,20 +267,125 @@ pub fn permutation(n: usize, seed: u64, epoch: u32) -> Vec<usize> {
     order
 }
 
-/// A text that spells out `<|im_end|>` ends its own turn; the rest of it is read
-/// as markup, or taught as such.
-fn warn_of_special_tokens(app: &App, chat: &Chat, sources: &[Source]) {
-    let special = |source: &Source| {
+/// What becomes of the lines, one by one.
+struct Encoder<'a> {
+    settings: &'a TrainSettings,
+    chat: &'a Chat,
+    /// Each with its own side and the drawn one.
+    rows: Vec<(Row, Option<Split>, Split)>,
+    cut: usize,
+    left_out: usize,
+    /// Rows that spell out a special token, the first one's place, and the token.
+    special: (usize, Option<(String, String)>),
+}
+
+impl<'a> Encoder<'a> {
+    fn new(settings: &'a TrainSettings, chat: &'a Chat) -> Self {
+        Self {
+            settings,
+            chat,
+            rows: Vec::new(),
+            cut: 0,
+            left_out: 0,
+            special: (0, None),
+        }
+    }
+
+    /// Puts a line into tokens; one that is too long goes to the rejects.
+    fn add(&mut self, app: &App, mut source: Source, kept: &mut Rejects) -> Result<()> {
         let mut texts = source.messages.iter().map(|message| &message.content);
-        let token = texts.find_map(|text| chat.special_in(text))?.to_owned();
-        Some((source.position.clone(), token))
-    };
-    let mut found = sources.iter().filter_map(special);
-    if let Some((position, token)) = found.next() {
-        app.warn(format_args!(
-            "{} rows spell out a special token, which the model reads as such; the first is {position}, {token}",
-            1 + found.count()
-        ));
+        if let Some(token) = texts.find_map(|text| self.chat.special_in(text)) {
+            self.special.0 += 1;
+            let first = || (source.position.clone(), token.to_owned());
+            self.special.1.get_or_insert_with(first);
+        }
+        let row = match encode(&source, self.settings, self.chat)? {
+            Fit::Whole(row) => row,
+            Fit::Cut(row) => {
+                self.cut += 1;
+                row
+            }
+            Fit::TooLong(tokens) => {
+                self.left_out += 1;
+                let limit = self.settings.training.max_seq_length;
+                let reason = Reason {
+                    filter: "row_too_long".into(),
+                    detail: format!("{tokens} tokens, at most {limit}"),
+                };
+                let rejected = Rejected {
+                    by: app.name().into(),
+                    reasons: vec![reason],
+                };
+                source.record.set("rejected", &rejected)?;
+                return Ok(kept.record(&source.record)?);
+            }
+        };
+        self.rows.push((row, source.split, source.drawn));
+        Ok(())
+    }
+
+    /// Tells what was done to them, and parts them.
+    fn finish(self, app: &App, data: &Path, kept: bool) -> Result<Rows> {
+        // A text that spells out `<|im_end|>` ends its own turn; the rest of it is
+        // read as markup, or taught as such.
+        if let (count, Some((position, token))) = &self.special {
+            app.warn(format_args!(
+                "{count} rows spell out a special token, which the model reads as such; the first is {position}, {token}"
+            ));
+        }
+        if self.cut > 0 {
+            app.warn(format_args!(
+                "{} rows are cut to training.max_seq_length",
+                self.cut
+            ));
+        }
+        if self.left_out > 0 {
+            let hint = if kept {
+                ""
+            } else {
+                "; --rejects FILE keeps them"
+            };
+            app.warn(format_args!(
+                "{} rows longer than training.max_seq_length are left out{hint}",
+                self.left_out
+            ));
+        }
+        let any = self.rows.iter().any(|(_, own, _)| own.is_some());
+        let read = self.rows.len();
+        let mut rows = Rows {
+            train: Vec::new(),
+            eval: Vec::new(),
+            left_out: self.left_out,
+            cut: self.cut,
+            sha256: String::new(),
+        };
+        let mut fingerprint = Vec::new();
+        for (mut row, own, drawn) in self.rows {
+            let side = side(own, drawn, any);
+            let set = match side {
+                Split::Train => &mut rows.train,
+                Split::Eval => &mut rows.eval,
+            };
+            row.number = u32::try_from(set.len()).context("more than 4 billion rows")?;
+            fingerprint.push(side as u8);
+            for (id, labelled) in row.ids.iter().zip(&row.labelled) {
+                fingerprint.extend_from_slice(&(id << 1 | u32::from(*labelled)).to_le_bytes());
+            }
+            fingerprint.extend_from_slice(&u32::MAX.to_le_bytes());
+            set.push(row);
+        }
+        if rows.train.is_empty() {
+            let cause = match (read, self.left_out) {
+                (0, 0) => "no rows: there is nothing to train on",
+                (0, _) => {
+                    "every row is longer than training.max_seq_length: there is nothing to train on"
+                }
+                _ => "every row is held out (`split: eval`): there is nothing to train on",
+            };
+            return Err(Failure::Input(format!("{}: {cause}", data.display())).into());
+        }
+        rows.sha256 = cli::sha256_hex(&fingerprint);
+        Ok(rows)
     }
 }
 
@@ -324,7 +397,7 @@ enum Fit {
     TooLong(usize),
 }
 
-fn encode(source: &Source, number: usize, settings: &TrainSettings, chat: &Chat) -> Result<Fit> {
+fn encode(source: &Source, settings: &TrainSettings, chat: &Chat) -> Result<Fit> {
     let position = &source.position;
     let refuse =
         |cause: String| anyhow::Error::from(Failure::Input(format!("{position}: {cause}")));
@@ -334,7 +407,7 @@ fn encode(source: &Source, number: usize, settings: &TrainSettings, chat: &Chat)
     };
     let mut encoded = chat
         .encode_training(&source.messages, &source.tools, loss_on)
-        .map_err(|error| refuse(error.to_string()))?;
+        .map_err(|error| refuse(format!("{:#}", anyhow::Error::from(error))))?;
     let (tokens, limit) = (encoded.ids.len(), settings.training.max_seq_length);
     let too_long = tokens > limit;
     match settings.training.long_rows {
@@ -350,8 +423,12 @@ fn encode(source: &Source, number: usize, settings: &TrainSettings, chat: &Chat)
             encoded.labelled.truncate(limit);
         }
     }
-    // The first token has nothing before it to be predicted from.
-    if !encoded.labelled.iter().skip(1).any(|&labelled| labelled) {
+    let row = Row {
+        number: 0,
+        ids: encoded.ids,
+        labelled: encoded.labelled,
+    };
+    if row.targets() == 0 {
         let cause = if too_long {
             "what is left of the row after cutting"
         } else {
@@ -361,11 +438,6 @@ fn encode(source: &Source, number: usize, settings: &TrainSettings, chat: &Chat)
             "no token to learn from: {cause} has no reply"
         )));
     }
-    let row = Row {
-        number: u32::try_from(number).context("more than 4 billion rows")?,
-        ids: encoded.ids,
-        labelled: encoded.labelled,
-    };
     Ok(if too_long {
         Fit::Cut(row)
     } else {

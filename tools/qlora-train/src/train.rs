@@ -13,17 +13,22 @@ use cli::{App, Counts, Failure, Progress};
 use engine::{Backend, Reading};
 use jsonl::{Output, WriteError};
 use qwen3::{
-    Adapter, Batch, Config, Keep, Lora, Losses, Model, Optimiser, Pass, StepDropout, Update,
+    Adapter, Batch, Config, Keep, Lora, Losses, Model, Optimiser, OptimiserKind, Pass, StepNoise,
+    Update,
 };
-use settings::TrainSettings;
+use settings::{Optim, TrainSettings};
 
-use crate::figures::{EvalLine, Lines, StepLine, TimeLine, peak_memory_mb};
-use crate::folder::{Folder, Identity, State};
+use crate::card::Card;
+use crate::figures::{EvalLine, Lines, StepLine, TimeLine};
+use crate::folder::{Folder, Identity, State, write_sums};
+use crate::memory::{Fit, Size};
+use crate::origin::Origin;
 use crate::plan::Plan;
 use crate::rows::{Row, Rows};
 use crate::schedule::learning_rate;
 use crate::stream::{Stream, passes};
-use crate::watch::Watch;
+use crate::time::{About, Probe};
+use crate::watch::{Spikes, Watch};
 
 /// A step that is queued and whose figures are still to come.
 struct Pending<B: Backend> {
@@ -44,8 +49,12 @@ pub struct Job<'a> {
     pub identity: &'a Identity,
     /// Steps and adapter.
     pub plan: &'a Plan,
+    /// Passes, and what they keep.
+    pub fit: &'a Fit,
     /// What is learnt, and what is held out.
     pub rows: &'a Rows,
+    /// Where the model and the rows come from.
+    pub origin: &'a Origin,
 }
 
 /// Trains from `state`, or from the start, to the finished adapter.
@@ -57,12 +66,17 @@ pub fn run<B: Backend>(
 ) -> Result<()> {
     let fresh = state.is_none();
     let mut trainer = Trainer::new(job, model, folder, state)?;
+    trainer.estimate()?;
+    // The first calls take the signals over: from here on they wait for a step's end.
+    job.app.interrupted()?;
+    job.app.asked_to_save()?;
     if fresh {
         trainer.evaluate()?;
     }
     let t = &job.settings.training;
     let due = |step: u64, every: u64| every > 0 && step.is_multiple_of(every);
     while trainer.step < job.plan.steps && !trainer.watch.gave_up() {
+        trainer.stop_if_diverged()?;
         trainer.heed_requests()?;
         trainer.update()?;
         let (step, last) = (trainer.step, trainer.step == job.plan.steps);
@@ -74,6 +88,14 @@ pub fn run<B: Backend>(
         }
     }
     trainer.publish()
+}
+
+/// The optimiser that the settings ask for.
+pub fn optimiser_of(settings: &TrainSettings) -> OptimiserKind {
+    OptimiserKind {
+        eight_bit: settings.training.optim == Optim::AdamW8bit,
+        lr_ratio: settings.lora.lr_ratio,
+    }
 }
 
 /// A run under way.
@@ -90,9 +112,14 @@ struct Trainer<'a, B: Backend> {
     /// Updates done.
     step: u64,
     pending: Option<Pending<B>>,
+    /// When the first step of this process began, and how long all of them were
+    /// thought to take.
+    begun: Instant,
+    estimated: Duration,
     /// When the last step's figures were there.
     ready: Instant,
     watch: Watch,
+    spikes: Spikes,
     /// Step and held-out loss of this process's last evaluation.
     last_eval: Option<(u64, f64)>,
 }
@@ -105,34 +132,48 @@ impl<'a, B: Backend> Trainer<'a, B> {
         state: Option<State>,
     ) -> Result<Self> {
         let (backend, layout) = (model.backend(), &job.plan.layout);
+        let kind = optimiser_of(job.settings);
         let (step, params, optimiser) = match state {
             None => {
-                let params = backend.upload_f32(&job.plan.initial)?;
-                (0, params, Optimiser::new(backend, layout.len())?)
+                let fresh = || model.initial(layout, job.settings.training.seed);
+                let values = job.plan.initial.clone().map_or_else(fresh, Ok)?;
+                let params = model.adapter_params(layout, &values)?;
+                (0, params, Optimiser::new(backend, layout, kind)?)
             }
-            Some(State { step, params, m, v }) => {
+            Some(State {
+                step,
+                params,
+                moments,
+            }) => {
                 anyhow::ensure!(
-                    params.len() == layout.len(),
+                    params.len() == layout.len() && moments.fit(&kind, layout),
                     "the checkpoint is of another adapter"
                 );
-                let optimiser = Optimiser::restore(backend, &m, &v, step)?;
-                (step, backend.upload_f32(&params)?, optimiser)
+                let optimiser = Optimiser::restore(backend, layout, kind, &moments, step)?;
+                (step, model.adapter_params(layout, &params)?, optimiser)
             }
         };
         let t = &job.settings.training;
         let progress = job.app.progress("training", Some(job.plan.steps));
         progress.set(step);
+        let seen = folder.figures()?;
+        // Reserved whole, so that what is planned is what is taken.
+        let mut pass = Pass::new(job.fit.keep);
+        pass.reserve(model, job.fit.survey.extent, layout)?;
         Ok(Self {
-            optimiser: optimiser.with_lr_ratio(layout, job.settings.lora.lr_ratio),
+            optimiser,
             grads: backend.alloc_f32(layout.len())?,
-            pass: Pass::new(Keep::All),
+            pass,
             stream: Stream::new(&job.rows.train, t.seed, t.shuffle),
-            watch: Watch::new(t, folder.eval_losses()?),
+            watch: Watch::new(t, &seen),
+            spikes: Spikes::new(t, &seen),
             lines: Lines {
                 folder,
                 stdout: Some(Output::stdout()),
             },
             pending: None,
+            begun: Instant::now(),
+            estimated: Duration::ZERO,
             ready: Instant::now(),
             last_eval: None,
             job,
@@ -141,6 +182,31 @@ impl<'a, B: Backend> Trainer<'a, B> {
             params,
             step,
         })
+    }
+
+    /// Says how long it will take.
+    fn estimate(&mut self) -> Result<()> {
+        let (plan, fit) = (self.job.plan, self.job.fit);
+        let first = self.step * plan.rows_per_step as u64;
+        let rows = first..first + plan.rows_per_step as u64;
+        let rows: Vec<&Row> = rows.map(|at| self.stream.row(at)).collect();
+        let mut probe = Probe {
+            model: self.model,
+            layout: &plan.layout,
+            params: &mut self.params,
+            grads: &mut self.grads,
+            pass: &mut self.pass,
+        };
+        let first = passes(&rows, fit.pass_tokens).swap_remove(0);
+        let pace = probe.pace(self.job.settings, &first, &fit.survey)?;
+        let time = pace.run(self.job.settings, plan, &fit.survey, self.step);
+        self.job
+            .app
+            .detail(format_args!("time: about {}: {pace}", About(time)));
+        self.begun = Instant::now();
+        self.ready = self.begun;
+        self.estimated = time;
+        Ok(())
     }
 
     /// One optimiser step over exactly its rows. Its figures are read while the
@@ -154,14 +220,15 @@ impl<'a, B: Backend> Trainer<'a, B> {
             .map(|i| self.stream.row(first + i))
             .collect();
         let supervised_tokens: usize = rows.iter().map(|row| row.targets()).sum();
-        let dropout = StepDropout {
-            p: self.job.settings.lora.dropout as f32,
+        let noise = StepNoise {
+            dropout: self.job.settings.lora.dropout as f32,
+            neftune_alpha: t.neftune_noise_alpha.unwrap_or(0.0) as f32,
             seed: t.seed,
             step: self.step as u32,
         };
         let scale = (1.0 / supervised_tokens as f64) as f32;
         let mut losses = Vec::new();
-        for rows in passes(&rows, t.packing) {
+        for rows in passes(&rows, self.job.fit.pass_tokens) {
             let batch = Batch::new(self.model.backend(), &rows)?;
             let lora = Lora {
                 layout: &plan.layout,
@@ -171,7 +238,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
                 &mut self.pass,
                 &batch,
                 lora,
-                Some(dropout),
+                Some(noise),
                 (&mut self.grads, scale),
             )?);
         }
@@ -184,6 +251,8 @@ impl<'a, B: Backend> Trainer<'a, B> {
         let norm = self
             .optimiser
             .update(backend, with, &mut self.grads, &mut self.params);
+        self.model
+            .renew_norms(&mut self.pass, &plan.layout, &mut self.params)?;
         let line = StepLine {
             step: self.step,
             epoch: (self.step * plan.rows_per_step as u64) as f64
@@ -230,6 +299,17 @@ impl<'a, B: Backend> Trainer<'a, B> {
             .into());
         }
         self.lines.metric(&line)?;
+        if let Some(spike) = self.spikes.see(line.step, line.loss, line.grad_norm) {
+            self.job.app.warn(format_args!(
+                "step {}: {} {:.4}, {:.4} in the steps before: a bad batch; where it does not come back, \
+                 training.learning_rate {} is too high",
+                line.step,
+                spike.what,
+                spike.value,
+                spike.median,
+                self.job.settings.training.learning_rate
+            ));
+        }
 
         // A step is done when its figures are there: if they had to be waited for,
         // now; if not, when it was queued. It began when the one before was done.
@@ -242,16 +322,38 @@ impl<'a, B: Backend> Trainer<'a, B> {
             .as_secs_f64();
         self.ready = ready;
         let tokens_per_second = line.tokens as f64 / seconds.max(1e-9);
+        let taken = self.job.fit.taken(self.model.backend());
         let time = TimeLine {
             step: line.step,
             seconds,
             tokens_per_second,
-            peak_memory_mb: peak_memory_mb(),
+            peak_memory_mb: taken.map(|bytes| bytes / 1_000_000),
         };
         self.lines.folder.timing(&serde_json::to_string(&time)?)?;
         let message = format!("loss {:.4}, {tokens_per_second:.0} tokens/s", line.loss);
         self.progress.set_with(line.step, &message);
         Ok(())
+    }
+
+    /// Ends a run whose loss has left for good, with its last step saved. While a spike
+    /// lasts, figures are not read a step late: the run is to end at the same step
+    /// whether it was interrupted or not.
+    fn stop_if_diverged(&mut self) -> Result<()> {
+        if self.spikes.under_way() {
+            self.catch_up()?;
+        }
+        let Some((steps, median)) = self.spikes.diverged() else {
+            return Ok(());
+        };
+        self.save()?;
+        let step = self.step;
+        Err(Failure::World(format!(
+            "step {step}: the loss has been far above the {median:.4} before for {steps} steps and will hardly \
+             come back: lower training.learning_rate ({}) and train in another folder (make: RUN=new); step {step} \
+             is saved, training.spike_factor 0 with --resume goes on all the same",
+            self.job.settings.training.learning_rate
+        ))
+        .into())
     }
 
     /// A checkpoint that someone asked for, and the end where a signal did.
@@ -271,12 +373,11 @@ impl<'a, B: Backend> Trainer<'a, B> {
 
     fn save(&mut self) -> Result<()> {
         self.catch_up()?;
-        let (m, v) = self.optimiser.moments(self.model.backend())?;
+        let moments = self.optimiser.moments(self.model.backend())?;
         let state = State {
             step: self.step,
             params: self.values()?,
-            m,
-            v,
+            moments,
         };
         let keep = self.job.settings.training.save_total_limit;
         self.lines.folder.save(&state, keep)
@@ -303,25 +404,31 @@ impl<'a, B: Backend> Trainer<'a, B> {
         Ok(())
     }
 
-    fn held_out_loss(&self) -> Result<Option<EvalLine>> {
+    fn held_out_loss(&mut self) -> Result<Option<EvalLine>> {
         let rows: Vec<&Row> = self.job.rows.eval.iter().collect();
         if rows.is_empty() {
             return Ok(None);
         }
-        let mut pass = Pass::new(Keep::Nothing);
         let lora = Lora {
             layout: &self.job.plan.layout,
             params: &self.params,
         };
+        // An evaluation keeps nothing, and so can have longer passes in less memory; it
+        // and the training take turns.
+        self.pass.release();
+        let mut pass = Pass::new(Keep::Nothing);
         let (mut sum, mut tokens) = (0.0, 0);
         let progress = self.job.app.progress("evaluating", Some(rows.len() as u64));
-        for rows in passes(&rows, true) {
+        for rows in passes(&rows, self.job.fit.pass_tokens) {
             let batch = Batch::new(self.model.backend(), &rows)?;
             let nll = self.model.losses(&mut pass, &batch, Some(lora))?.wait()?;
             sum += nll.iter().map(|&nll| f64::from(nll)).sum::<f64>();
             tokens += nll.len();
             progress.add(rows.len() as u64);
         }
+        drop(pass);
+        let (fit, layout) = (self.job.fit, &self.job.plan.layout);
+        self.pass.reserve(self.model, fit.survey.extent, layout)?;
         let eval_loss = sum / tokens as f64;
         Ok(Some(EvalLine {
             step: self.step,
@@ -329,6 +436,17 @@ impl<'a, B: Backend> Trainer<'a, B> {
             eval_perplexity: eval_loss.exp(),
             eval_tokens: tokens,
         }))
+    }
+
+    /// What was planned and estimated, and how it came out.
+    fn compare_with_plan(&self) {
+        let (app, fit) = (self.job.app, self.job.fit);
+        let (took, estimated) = (About(self.begun.elapsed()), About(self.estimated));
+        app.detail(format_args!("took {took}; estimated: {estimated}"));
+        if let Some(taken) = fit.taken(self.model.backend()) {
+            let (taken, planned) = (Size(taken), Size(fit.planned()));
+            app.detail(format_args!("memory taken: {taken}; planned: {planned}"));
+        }
     }
 
     /// Puts the finished adapter, the last or the best, into the folder.
@@ -341,6 +459,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
                 self.step, t.early_stopping_patience
             ));
         }
+        self.compare_with_plan();
         let best = self.watch.best.filter(|_| t.load_best_model_at_end);
         let (values, eval_loss) = match best {
             Some((step, loss)) => {
@@ -364,7 +483,17 @@ impl<'a, B: Backend> Trainer<'a, B> {
             pairs: plan.layout.split(&values),
         };
         let (settings, rows) = (self.job.settings, self.job.rows);
-        let card = crate::card::render(settings, self.job.identity, self.step, rows, eval_loss);
+        let card = crate::card::render(&Card {
+            settings,
+            identity: self.job.identity,
+            rows,
+            origin: self.job.origin,
+            figures: &self.lines.folder.figures()?,
+            steps: self.step,
+            best: best.map(|(step, _)| step),
+            eval_loss,
+            spikes: &self.spikes.seen,
+        });
         let folder = self.lines.folder.path();
         put_into(folder, settings, &adapter, self.model.config(), &card)?;
         app.info(format_args!("the adapter is in {}", folder.display()));
@@ -398,6 +527,7 @@ fn put_into(
     jsonl::write_atomically(&folder.join("README.md"), card.as_bytes())?;
     let snapshot = serde_saphyr::to_string(settings).context("writing the settings")?;
     jsonl::write_atomically(&folder.join("train.yaml"), snapshot.as_bytes())?;
+    write_sums(folder, &part)?;
     for name in ["adapter_config.json", "adapter_model.safetensors"] {
         std::fs::rename(part.join(name), folder.join(name))
             .with_context(|| folder.join(name).display().to_string())?;

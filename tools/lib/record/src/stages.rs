@@ -43,6 +43,7 @@ pub struct Summary {
     /// Refusals by reason; a pair can have several.
     pub reasons: BTreeMap<String, u64>,
     /// `key = value` lines of the settings it worked by.
+    #[serde(default)]
     pub settings: Vec<String>,
     /// What its figures depend on.
     pub signature: String,
