@@ -1255,7 +1255,7 @@ fn size_after(run: &Run, words: &str) -> f64 {
     let mut parts = run.stderr[at + words.len()..].split_whitespace();
     let number: f64 = parts.next().unwrap().parse().unwrap();
     number
-        * match parts.next() {
+        * match parts.next().map(|unit| unit.trim_end_matches(';')) {
             Some("GB") => 1e9,
             Some("MB") => 1e6,
             unit => panic!("{unit:?}\n{run}"),

@@ -35,7 +35,7 @@ pub struct TimeLine {
     pub step: u64,
     pub seconds: f64,
     pub tokens_per_second: f64,
-    pub peak_memory_mb: Option<u64>,
+    pub peak_memory_mb: Option<usize>,
 }
 
 /// Where lines go: the folder, and standard output as long as someone reads it.
@@ -61,18 +61,4 @@ impl Lines {
         }
         Ok(())
     }
-}
-
-/// The most memory that this process had at once, where the system says so.
-pub fn peak_memory_mb() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))?;
-    line.trim()
-        .strip_suffix(" kB")?
-        .trim()
-        .parse::<u64>()
-        .ok()
-        .map(|kb| kb / 1024)
 }

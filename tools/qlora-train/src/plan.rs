@@ -7,6 +7,7 @@ use settings::TrainSettings;
 
 use crate::lora;
 use crate::rows::{Row, Rows};
+use crate::stream::Survey;
 
 /// What a run will do, before it does it.
 pub struct Plan {
@@ -14,6 +15,8 @@ pub struct Plan {
     pub steps: u64,
     /// Rows of each.
     pub rows_per_step: usize,
+    /// Rows of a batch, of which a step has one or several.
+    pub batch_size: usize,
     /// What is trained.
     pub adapter: AdapterConfig,
     /// Where its values lie.
@@ -45,24 +48,44 @@ impl Plan {
         Ok(Self {
             steps: t.max_steps.unwrap_or(epochs).max(1),
             rows_per_step,
+            batch_size: t.batch_size,
             adapter,
             layout,
             initial: given.transpose()?,
         })
     }
 
-    /// The plan in a line.
-    pub fn describe(&self, rows: &Rows) -> String {
-        let tokens = |rows: &[Row]| rows.iter().map(|row| row.ids.len()).sum::<usize>();
+    /// The plan in lines.
+    pub fn describe(&self, rows: &Rows, survey: &Survey) -> Vec<String> {
+        let tokens: usize = rows.train.iter().map(|row| row.ids.len()).sum();
         let labelled: usize = rows.train.iter().map(Row::targets).sum();
-        format!(
-            "{} rows to train on ({} tokens, {labelled} to learn), {} held out; {} steps of {} rows; {} trained parameters",
-            rows.train.len(),
-            tokens(&rows.train),
-            rows.eval.len(),
-            self.steps,
-            self.rows_per_step,
-            self.layout.len(),
-        )
+        let padding = 100.0 * (1.0 - survey.tokens as f64 / survey.padded as f64);
+        let passes = survey.passes as f64 / survey.steps as f64;
+        let decimals = usize::from(survey.passes % survey.steps != 0);
+        vec![
+            format!(
+                "{} rows to train on ({tokens} tokens, {labelled} to learn), {} held out",
+                rows.train.len(),
+                rows.eval.len(),
+            ),
+            format!(
+                "{} steps of {} rows; {} trained parameters",
+                self.steps,
+                self.rows_per_step,
+                self.layout.len(),
+            ),
+            format!(
+                "{passes:.decimals$} {} a step, of {:.0} tokens on average and {} at most",
+                if passes == 1.0 { "pass" } else { "passes" },
+                survey.tokens as f64 / survey.passes as f64,
+                survey.extent.tokens,
+            ),
+            match self.batch_size {
+                1 => "packing: nothing is padding".into(),
+                rows => format!(
+                    "packing: nothing is padding; of padded batches of {rows} rows {padding:.0}% would be"
+                ),
+            },
+        ]
     }
 }

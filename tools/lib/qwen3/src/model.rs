@@ -188,6 +188,12 @@ impl<B: Backend> Model<B> {
         })
     }
 
+    /// Leaves its first layers only: for measuring what a layer takes.
+    pub fn truncate(&mut self, layers: usize) {
+        self.layers.truncate(layers);
+        self.config.layers = self.layers.len();
+    }
+
     /// The device it is on.
     pub fn backend(&self) -> &B {
         &self.backend

@@ -201,12 +201,7 @@ impl<B: Backend> Pass<B> {
     ///
     /// # Errors
     /// If the device has no room.
-    pub fn reserve(
-        &mut self,
-        model: &Model<B>,
-        extent: Extent,
-        layout: &LoraLayout,
-    ) -> Result<()> {
+    pub fn reserve(&mut self, model: &Model<B>, extent: Extent, layout: &LoraLayout) -> Result<()> {
         let batch = [extent.tokens, extent.labelled, extent.longest];
         self.hold(model, Size::new(batch, Some(layout))).map(drop)
     }
@@ -231,8 +226,7 @@ impl<B: Backend> Pass<B> {
                 if let Some(old) = old {
                     size = size.max(old.size);
                 }
-                let scratch =
-                    model.scratch([size.tokens, size.labelled, size.longest], size.ranks);
+                let scratch = model.scratch([size.tokens, size.labelled, size.longest], size.ranks);
                 let mut account = Account::new(model.backend());
                 Buffers::new(&mut account, model.config(), size, self.keep, scratch)?
             }

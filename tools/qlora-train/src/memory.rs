@@ -1,0 +1,421 @@
+//! How much of a device's memory a run takes, and what is left out so that it fits.
+//!
+//! In this order: layers keep what their backward pass needs, or compute it again,
+//! as many as must; passes become shorter. The first changes no bit of the result. The
+//! second changes the last bits, so it goes by halves, which small differences in
+//! free memory do not tip, and a resumed run keeps the length it began with.
+
+use std::fmt::Write;
+
+use anyhow::Result;
+use cli::Failure;
+use engine::Backend;
+use qwen3::plan::{self, Memory, Outline, Part};
+use qwen3::{Checkpoint, Keep, LoraLayout, OptimiserKind, Storage};
+use settings::TrainSettings;
+
+use crate::plan::Plan;
+use crate::rows::Rows;
+use crate::stream::Survey;
+use crate::train::optimiser_of;
+
+/// Most tokens of a pass on the processor, where longer ones gain no speed.
+const CPU_PASS: usize = 4096;
+
+/// Whose memory it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// That of the processor, which the program itself is in too.
+    Processor,
+    /// A GPU's own.
+    Gpu,
+}
+
+/// What may be taken, and who says so.
+#[derive(Debug, Clone, Copy)]
+struct Budget {
+    /// Bytes; none: nobody knows how many there are.
+    bytes: Option<usize>,
+    asked: bool,
+}
+
+/// How a run fits.
+#[derive(Debug, Clone)]
+pub struct Fit {
+    /// Most tokens of a pass.
+    pub pass_tokens: usize,
+    /// What a pass keeps.
+    pub keep: Keep,
+    /// The passes.
+    pub survey: Survey,
+    layers: usize,
+    memory: Memory,
+    /// On the processor: the program with its rows, and a checkpoint being written.
+    host: Host,
+    budget: Budget,
+    place: Place,
+    /// What the device had free before.
+    free: Option<usize>,
+}
+
+/// What is in the processor's memory beside the training itself.
+#[derive(Debug, Clone, Copy, Default)]
+struct Host {
+    program: usize,
+    saving: usize,
+}
+
+impl Host {
+    fn total(&self) -> usize {
+        self.program + self.saving
+    }
+}
+
+/// What decides about memory, apart from how it is laid out.
+struct Need<'a, B: Backend> {
+    backend: &'a B,
+    outline: Outline<B>,
+    layout: &'a LoraLayout,
+    /// Weights, adapter, gradients, moments.
+    lasting: Memory,
+    host: Host,
+    budget: Budget,
+    place: Place,
+    free: Option<usize>,
+}
+
+impl Fit {
+    /// Fits a run into what there is, with passes of at most `began_with` tokens if it
+    /// is one that goes on.
+    ///
+    /// # Errors
+    /// If not even its longest row fits.
+    pub fn new<B: Backend>(
+        backend: &B,
+        place: Place,
+        (checkpoint, storage): (&Checkpoint, Storage),
+        (settings, plan, rows): (&TrainSettings, &Plan, &Rows),
+        began_with: Option<usize>,
+    ) -> Result<Self> {
+        let t = &settings.training;
+        let outline = Outline::new(backend, checkpoint, storage)?;
+        let kind = optimiser_of(settings);
+        let host = match place {
+            Place::Processor => Host::now(&plan.layout, &kind),
+            Place::Gpu => Host::default(),
+        };
+        let free = backend.free_memory()?;
+        let need = Need {
+            lasting: outline.weights(backend) + plan::adapter(&plan.layout, &kind),
+            budget: Budget::new(t.max_memory.as_deref(), free, place, host.program)?,
+            place,
+            free,
+            layout: &plan.layout,
+            outline,
+            backend,
+            host,
+        };
+        let survey = |most| Survey::new(rows, t, (plan.steps, plan.rows_per_step), most);
+        let mut most = match began_with {
+            Some(most) => most,
+            None if !t.packing => 1,
+            None if place == Place::Processor => CPU_PASS,
+            // Every step one pass.
+            None => survey(usize::MAX).extent.tokens.next_power_of_two(),
+        };
+        loop {
+            let survey = survey(most);
+            if let Some(fit) = need.fit(most, survey)? {
+                return Ok(fit);
+            }
+            let longest = survey.extent.longest.max(survey.held_out_extent.longest);
+            if began_with.is_some() || most <= longest {
+                return Err(need.refusal(began_with, survey)?.into());
+            }
+            most /= 2;
+        }
+    }
+
+    /// Bytes that the plan has in all.
+    pub fn planned(&self) -> usize {
+        self.memory.total() + self.host.total()
+    }
+
+    /// The most bytes that were taken so far, if the system tells. On the processor
+    /// without pages of files, which are given up when room is short. On a GPU the drop
+    /// in free memory: what was freed is kept to be handed out again.
+    pub fn taken<B: Backend>(&self, backend: &B) -> Option<usize> {
+        match self.place {
+            Place::Processor => Some(status("VmHWM")?.saturating_sub(status("RssFile")?)),
+            Place::Gpu => {
+                let now = backend.free_memory().ok()??;
+                Some(self.free?.saturating_sub(now))
+            }
+        }
+    }
+
+    /// The plan in lines.
+    pub fn describe(&self) -> Vec<String> {
+        let mut head = format!("memory: {} in all", Size(self.planned()));
+        if let Some(bytes) = self.budget.bytes {
+            let whose = match self.budget.asked {
+                true => "that training.max_memory allows",
+                false => "that can be had",
+            };
+            let _ = write!(head, ", of {} {whose}", Size(bytes));
+        }
+        let kept = match self.keep {
+            Keep::Layers(kept) => format!("the insides of {kept} of {} layers", self.layers),
+            Keep::All | Keep::Nothing => "the insides of layers".into(),
+        };
+        let parts = Part::ALL.map(|part| {
+            let words = match part {
+                Part::Layers => "the layers' weights",
+                Part::Embedding => "the embedding table",
+                Part::Head => "the output projection",
+                Part::Tables => "norms and rotary angles",
+                Part::Adapter => "the adapter",
+                Part::Gradients => "its gradients",
+                Part::Moments => "the optimiser's moments",
+                Part::Streams => "what goes into each layer",
+                Part::Insides => &kept,
+                Part::Shared => "the inside of a layer that is computed again",
+                Part::Down => "gradients on their way down",
+                Part::Predictions => "the rows that predict",
+                Part::Scratch => "scratch",
+                Part::Batch => "the batch",
+            };
+            (words.to_owned(), self.memory.of(part))
+        });
+        let beside = [
+            ("this program and its rows".into(), self.host.program),
+            (
+                "a checkpoint on its way to the disk".into(),
+                self.host.saving,
+            ),
+        ];
+        let lines = parts.into_iter().chain(beside);
+        let lines = lines
+            .filter(|(_, bytes)| *bytes > 0)
+            .map(|(words, bytes)| format!("{:>11}  {words}", Size(bytes).to_string()));
+        std::iter::once(head).chain(lines).collect()
+    }
+}
+
+impl<B: Backend> Need<'_, B> {
+    /// Bytes of a run in these passes: those of the training or of the evaluation,
+    /// whose buffers take turns.
+    fn memory(&self, survey: &Survey, keep: Keep) -> engine::Result<Memory> {
+        let pass = |extent, keep| -> engine::Result<_> {
+            let pass = (self.outline).pass(self.backend, self.layout, extent, keep)?;
+            Ok(self.lasting + pass)
+        };
+        let training = pass(survey.extent, keep)?;
+        let evaluation = pass(survey.held_out_extent, Keep::Nothing)?;
+        Ok(match evaluation.total() > training.total() {
+            true => evaluation,
+            false => training,
+        })
+    }
+
+    fn affords(&self, memory: &Memory) -> bool {
+        let total = memory.total() + self.host.total();
+        self.budget.bytes.is_none_or(|bytes| total <= bytes)
+    }
+
+    /// With as much kept as there is room for; none where there is none at all.
+    fn fit(&self, pass_tokens: usize, survey: Survey) -> Result<Option<Fit>> {
+        let layers = self.outline.config().layers;
+        let levels = (0..layers.saturating_sub(1)).rev().map(Keep::Layers);
+        for keep in std::iter::once(Keep::All).chain(levels) {
+            let memory = self.memory(&survey, keep)?;
+            if self.affords(&memory) {
+                return Ok(Some(Fit {
+                    pass_tokens,
+                    keep,
+                    survey,
+                    layers,
+                    memory,
+                    host: self.host,
+                    budget: self.budget,
+                    place: self.place,
+                    free: self.free,
+                }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Why nothing fits, and what would.
+    fn refusal(&self, began_with: Option<usize>, survey: Survey) -> Result<Failure> {
+        let least = self.memory(&survey, Keep::Layers(0))?.total() + self.host.total();
+        let has = self.budget.bytes.map_or_else(String::new, |bytes| {
+            let whose = match self.budget.asked {
+                true => "training.max_memory allows",
+                false => "there are",
+            };
+            format!("{whose} {}", Size(bytes))
+        });
+        let fixed = self.lasting.total() + self.host.total();
+        let longest = survey.extent.longest.max(survey.held_out_extent.longest);
+        let cause = match began_with {
+            Some(most) => format!(
+                "the run's passes of up to {most} tokens need {} at least, and {has}: go on with it where there is \
+                 more, or train in another folder (make: RUN=new)",
+                Size(least)
+            ),
+            None => {
+                let would = match self.longest_row(longest)? {
+                    0 => "model.quantization: nf4, training.optim: adamw_8bit or a lower lora.rank would need less".into(),
+                    fits => format!("rows of up to {fits} tokens would fit (training.max_seq_length)"),
+                };
+                format!(
+                    "a row of {longest} tokens needs {} at least, {} of it for the base and its adapter, and {has}; {would}",
+                    Size(least),
+                    Size(fixed)
+                )
+            }
+        };
+        Ok(match self.budget.asked {
+            true => Failure::Usage(cause),
+            false => Failure::World(cause),
+        })
+    }
+
+    /// Tokens of the longest row that fits alone, below `below`; 0: not one token.
+    fn longest_row(&self, below: usize) -> Result<usize> {
+        let (mut fits, mut fails) = (0, below);
+        while fits + 1 < fails {
+            let tokens = (fits + fails) / 2;
+            let extent = plan::Extent {
+                rows: 1,
+                tokens,
+                labelled: tokens,
+                longest: tokens,
+            };
+            let survey = Survey {
+                extent,
+                ..Survey::default()
+            };
+            match self.affords(&self.memory(&survey, Keep::Layers(0))?) {
+                true => fits = tokens,
+                false => fails = tokens,
+            }
+        }
+        Ok(fits)
+    }
+}
+
+impl Host {
+    /// What the program has taken so far; and, while a checkpoint is written, its values
+    /// as they are read, as bytes, and as a file.
+    fn now(layout: &LoraLayout, kind: &OptimiserKind) -> Self {
+        let state = layout.len() * size_of::<f32>() + kind.moment_bytes(layout);
+        Self {
+            program: status("RssAnon").unwrap_or(0),
+            saving: 3 * state,
+        }
+    }
+}
+
+/// Bytes under a key of this process's status.
+fn status(key: &str) -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+    let kib: usize = line
+        .strip_prefix(':')?
+        .trim()
+        .strip_suffix("kB")?
+        .trim()
+        .parse()
+        .ok()?;
+    Some(kib * 1024)
+}
+
+impl Budget {
+    /// What the settings allow, or what is free but for a margin.
+    ///
+    /// On the processor a tenth is left: what is available is the kernel's estimate,
+    /// and other programs grow. On a GPU a quarter of a gigabyte and one part in fifty:
+    /// kernels of cuBLAS come when they are first needed, and its allocator hands out
+    /// whole pages.
+    fn new(asked: Option<&str>, free: Option<usize>, place: Place, program: usize) -> Result<Self> {
+        if let Some(text) = asked {
+            return Ok(Self {
+                bytes: Some(parse(text)?),
+                asked: true,
+            });
+        }
+        let usable = |free: usize| match place {
+            Place::Processor => program + (free - free / 10),
+            Place::Gpu => free.saturating_sub(free / 50 + (256 << 20)),
+        };
+        Ok(Self {
+            bytes: free.map(usable),
+            asked: false,
+        })
+    }
+}
+
+/// `8GB`, `6.5GiB`, `900 MB`, or bytes.
+pub fn parse(text: &str) -> Result<usize, Failure> {
+    let units = [
+        ("gib", 1u64 << 30),
+        ("mib", 1 << 20),
+        ("kib", 1 << 10),
+        ("gb", 1_000_000_000),
+        ("mb", 1_000_000),
+        ("kb", 1000),
+        ("b", 1),
+        ("", 1),
+    ];
+    let lower = text.trim().to_ascii_lowercase();
+    let read = units.iter().find_map(|(unit, factor)| {
+        let number: f64 = lower.strip_suffix(unit)?.trim_end().parse().ok()?;
+        (number.is_finite() && number > 0.0).then_some(number * *factor as f64)
+    });
+    read.map(|bytes| bytes as usize).ok_or_else(|| {
+        Failure::Usage(format!(
+            "training.max_memory is {text:?}; it must be a size such as 8GB, 6.5GiB or 900MB"
+        ))
+    })
+}
+
+/// Bytes for people.
+pub struct Size(pub usize);
+
+impl std::fmt::Display for Size {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let bytes = self.0 as f64;
+        match self.0 {
+            1_000_000_000.. => write!(f, "{:.2} GB", bytes / 1e9),
+            1_000_000.. => write!(f, "{:.1} MB", bytes / 1e6),
+            _ => write!(f, "{:.1} kB", bytes / 1e3),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_as_people_write_them() {
+        for (text, bytes) in [
+            ("8GB", 8_000_000_000),
+            ("6.5GiB", 6_979_321_856),
+            ("900 MB", 900_000_000),
+            (" 1kib ", 1024),
+            ("12345", 12345),
+        ] {
+            assert_eq!(parse(text).unwrap(), bytes, "{text}");
+        }
+        for wrong in ["", "GB", "8 potatoes", "-1GB", "0", "nanGB", "infGB"] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(Size(1_234_567_890).to_string(), "1.23 GB");
+        assert_eq!(Size(12_345_678).to_string(), "12.3 MB");
+        assert_eq!(Size(12).to_string(), "0.0 kB");
+    }
+}
