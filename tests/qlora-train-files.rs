@@ -687,6 +687,157 @@ fn what_peft_would_get_wrong_is_named() {
 }
 
 #[test]
+fn adapters_of_every_kind_are_described_and_their_faults_named() {
+    let tool = tool();
+    let base = tests("parity/train/model").display().to_string();
+    for name in ["dora", "dora-nf4", "patterns", "regex", "everything"] {
+        let folder = tests("parity/adapters").join(name).display().to_string();
+        let run = tool.run(
+            &["inspect", &folder, "--model", &base, "--json", "--strict"],
+            "",
+        );
+        let report = run.exits(0).records().remove(0);
+        assert_eq!(report["loads_here"], "yes", "{name}");
+        assert_eq!(
+            report["dora"],
+            name.starts_with("dora") || name == "everything"
+        );
+    }
+    let faulty = |edit: &dyn Fn(&mut Map<String, Value>), names: &dyn Fn(&str) -> bool| {
+        let folder = tool.folder().join("faulty");
+        fs::create_dir_all(&folder).unwrap();
+        let of = |file: &str| tests("parity/adapters/everything").join(file);
+        let Value::Object(mut map) = json_file(&of("adapter_config.json")) else {
+            panic!()
+        };
+        edit(&mut map);
+        fs::write(
+            folder.join("adapter_config.json"),
+            Value::Object(map).to_string(),
+        )
+        .unwrap();
+        let kept = tensors(&of("adapter_model.safetensors"));
+        let views = kept.iter().filter(|(name, _)| names(name));
+        let views = views.map(|(name, (dtype, shape, bytes))| {
+            (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+        });
+        let file = safetensors::serialize(views, None).unwrap();
+        fs::write(folder.join("adapter_model.safetensors"), file).unwrap();
+        let text = tool.run(&["inspect", "faulty", "--model", &base, "--strict"], "");
+        let text = text.exits(1).stdout;
+        // What peft passes over is not loaded here.
+        assert!(text.contains("loads here     no: "), "{text}");
+        text
+    };
+    let says = |text: String, words: &[&str]| {
+        for word in words {
+            assert!(text.contains(word), "{word} not in {text}");
+        }
+    };
+    let magnitude = "base_model.model.model.layers.1.self_attn.o_proj.lora_magnitude_vector";
+    says(
+        faulty(&|_| (), &|name| name != magnitude),
+        &[
+            "layers.1 o_proj lora_magnitude_vector",
+            &format!("`{magnitude}` is missing"),
+        ],
+    );
+    let set = |key: &'static str, value: Value| {
+        let edit = move |map: &mut Map<String, Value>| drop(map.insert(key.into(), value.clone()));
+        faulty(&edit, &|_| true)
+    };
+    says(
+        set("use_dora", json!(false)),
+        &["holds magnitudes of DoRA", "runs plain LoRA"],
+    );
+    says(
+        set("rank_pattern", json!({})),
+        &["4 tensors have another shape"],
+    );
+    says(
+        set("alpha_pattern", json!({"k_proj": 9})),
+        &[
+            "`alpha_pattern` holds `k_proj`, which matches no target",
+            "passes it over",
+        ],
+    );
+    says(
+        set("target_modules", json!(r".*(0\.mlp\.up|1\.self_attn\.[vo])_proj")),
+        &["holds pairs of down_proj, no targets"],
+    );
+    says(
+        set("target_modules", json!(".*(")),
+        &["`.*(`, no regular expression"],
+    );
+}
+
+#[test]
+fn targets_and_patterns_that_match_nothing_are_refused() {
+    let tool = tool();
+    tool.file("pairs.jsonl", "never read");
+    for (lora, words) in [
+        (
+            "target_modules: '.*x_proj'",
+            "lora.target_modules `.*x_proj` matches nothing",
+        ),
+        (
+            "target_modules: q_proj",
+            "plain names go into a list: [q_proj]",
+        ),
+        (
+            "target_modules: '.*'",
+            "lora.target_modules `.*` matches model too",
+        ),
+        (
+            "target_modules: '.*('",
+            "lora.target_modules holds `.*(`, no regular expression",
+        ),
+        (
+            "target_modules: [q_proj, x_proj]",
+            "lora.target_modules holds `x_proj`, which matches nothing",
+        ),
+        ("target_modules: []", "lora.target_modules is empty"),
+        (
+            "rank_pattern: {x_proj: 4}",
+            "lora.rank_pattern holds `x_proj`, which matches no target",
+        ),
+        (
+            "rank_pattern: {q_proj: 0}",
+            "lora.rank_pattern is 0 for `q_proj`",
+        ),
+        (
+            "rank_pattern: {q_proj: 129}",
+            "at most as the model is wide (128)",
+        ),
+        (
+            "alpha_pattern: {'layers.9.*': 4}",
+            "lora.alpha_pattern holds `layers.9.*`",
+        ),
+        (
+            "alpha_pattern: {q_proj: -1}",
+            "lora.alpha_pattern is -1 for `q_proj`",
+        ),
+    ] {
+        tool.file("train.yaml", &format!("lora: {{{lora}}}\n"));
+        let run = tool.run(
+            &[
+                "--model",
+                &model(),
+                "--data",
+                "pairs.jsonl",
+                "--out",
+                "out",
+                "--config",
+                "train.yaml",
+            ],
+            "",
+        );
+        run.exits(2).says(words);
+        assert!(!tool.folder().join("out").exists());
+    }
+}
+
+#[test]
 fn folders_that_lack_a_file_are_told() {
     let tool = tool();
     adapter(&tool, "lora", 0.1);
@@ -844,7 +995,12 @@ fn examples_of_the_help_run() {
         .unwrap()
         .display()
         .to_string();
-    for command in ["merge", "inspect"] {
+    tool.file("adapter/README.md", "# An adapter\n");
+    tool.file(
+        "tests.jsonl",
+        r#"{"a":"systems.base","b":"systems.lora","metric":"nll","test":"permutation","n":8,"signature":"tool:sigtest"}"#,
+    );
+    for command in ["merge", "inspect", "bench", "card"] {
         let short = tool.run(&[command, "-h"], "").exits(0).stdout;
         assert!(short.lines().count() <= 60, "{short}");
         let help = tool.run(&[command, "--help"], "").exits(0).stdout;
@@ -911,4 +1067,63 @@ fn the_model_card_spells_choices_as_the_settings_do() {
     );
     // 0.3 of 2 steps, rounded up.
     assert!(card.contains(", linear, warm-up steps 1,"), "{card}");
+}
+
+#[test]
+fn the_machine_is_measured_on_random_weights() {
+    let tool = tool();
+    let sizes = [
+        "--tokens",
+        "50,200",
+        "--steps",
+        "2",
+        "--prompts",
+        "3",
+        "--new-tokens",
+        "4",
+    ];
+    let how = [
+        "bench", "--shape", "tiny", "--slots", "1,2", "--device", "cpu",
+    ];
+    let run = tool.run(&[&how[..], &sizes].concat(), "").exits(0);
+    let figures: Vec<Value> = run
+        .stdout
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let kinds: Vec<_> = figures
+        .iter()
+        .map(|f| f["figure"].as_str().unwrap())
+        .collect();
+    assert_eq!(kinds, ["train", "train", "generate", "generate"]);
+    for figure in &figures {
+        for rate in ["tokens_per_s", "product_tflops", "copy_gb_per_s"] {
+            assert!(figure[rate].as_f64().unwrap() > 0.0, "{figure}");
+        }
+        // 2 layers of q 128², k and v 64 · 128, o 128², three of 384 · 128.
+        assert_eq!(
+            figure["parameters"],
+            2 * (2 * 16_384 + 2 * 8_192 + 3 * 49_152)
+        );
+    }
+    for (figure, most) in figures.iter().zip([50, 200]) {
+        let [tokens, labelled] = ["tokens", "labelled"].map(|k| figure[k].as_u64().unwrap());
+        assert!(
+            tokens <= most && tokens + 77 > most && labelled < tokens,
+            "{figure}"
+        );
+        // Forward and backward by the input, two operations a parameter each.
+        let operations = 4.0 * (393_216.0 * tokens as f64 + 1024.0 * 128.0 * labelled as f64);
+        let seconds = figure["seconds_per_step"].as_f64().unwrap();
+        let share = operations / seconds / figure["product_tflops"].as_f64().unwrap() / 1e12;
+        let told = figure["roofline"].as_f64().unwrap();
+        assert!((told - share).abs() < 1e-9 * share, "{told} {share}");
+    }
+    tool.run(&["bench", "--shape", "qwen3-9b"], "")
+        .exits(2)
+        .says("qwen3-8b");
+    let lengths = tool.file("lengths.json", "[[3, 2], [500, 20]]");
+    tool.run(&["bench", "--shape", "tiny", "--lengths", &lengths], "")
+        .exits(2)
+        .says("of at most 512 together");
 }

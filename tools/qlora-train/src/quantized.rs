@@ -6,11 +6,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use cli::App;
+use engine::{Device, HostMatrix};
 use qwen3::Checkpoint;
 
 /// Writes the base to `folder` in bitsandbytes' form.
-pub fn save(app: &App, base: &Checkpoint, folder: &Path) -> Result<()> {
-    write(app, base, folder)?;
+pub fn save(app: &App, base: &Checkpoint, folder: &Path, device: &Device) -> Result<()> {
+    write(app, base, folder, device)?;
     app.info(format_args!(
         "the base in 4 bits is in {}",
         folder.display()
@@ -21,11 +22,16 @@ pub fn save(app: &App, base: &Checkpoint, folder: &Path) -> Result<()> {
 /// The base in 4 bits out of `cache`, where it lies under its fingerprint;
 /// made there first if need be. A cache that cannot be written is no reason not
 /// to train: then, and where `cache` is empty, the base comes back as it was.
-pub fn cached(app: &App, base: Checkpoint, cache: &str, fingerprint: &str) -> Checkpoint {
+pub fn cached(
+    app: &App,
+    base: Checkpoint,
+    (cache, fingerprint): (&str, &str),
+    device: &Device,
+) -> Checkpoint {
     if cache.is_empty() || base.is_quantized() {
         return base;
     }
-    match find_or_make(app, &base, Path::new(cache), fingerprint) {
+    match find_or_make(app, &base, Path::new(cache), fingerprint, device) {
         Ok(kept) => kept,
         Err(error) => {
             app.warn(format_args!(
@@ -41,6 +47,7 @@ fn find_or_make(
     base: &Checkpoint,
     cache: &Path,
     fingerprint: &str,
+    device: &Device,
 ) -> Result<Checkpoint> {
     let folder = cache.join(fingerprint);
     fs::create_dir_all(cache).with_context(|| cache.display().to_string())?;
@@ -64,7 +71,7 @@ fn find_or_make(
             }
         }
     }
-    write(app, base, &folder)?;
+    write(app, base, &folder, device)?;
     app.info(format_args!(
         "the base in 4 bits is kept in {}",
         folder.display()
@@ -72,8 +79,9 @@ fn find_or_make(
     Ok(Checkpoint::open(&folder)?)
 }
 
-fn write(app: &App, base: &Checkpoint, folder: &Path) -> Result<()> {
+fn write(app: &App, base: &Checkpoint, folder: &Path, device: &Device) -> Result<()> {
     let layers = base.config().layers as u64;
     let progress = app.progress("quantising layers", Some(layers));
-    Ok(base.save_quantized(folder, |done| progress.set(done as u64))?)
+    let quantize = |matrix: &HostMatrix| device.quantize(matrix);
+    Ok(base.save_quantized(folder, quantize, |done| progress.set(done as u64))?)
 }

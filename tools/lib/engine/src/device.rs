@@ -9,7 +9,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::cuda::{Cuda, Nvidia};
-use crate::{Backend, Cpu, Error, Result};
+use crate::nf4::Nf4Tensor;
+use crate::{Backend, Cpu, Error, HostMatrix, Result};
 
 /// What was asked for: `auto`, `cpu`, `cuda` or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -79,6 +80,17 @@ impl Device {
             _ => format!("{} (as asked)", cuda.describe()),
         };
         Ok((Self::Cuda(cuda), words))
+    }
+
+    /// A weight in NF4, computed here: [`Backend::quantize`].
+    ///
+    /// # Errors
+    /// If a value is not finite, or the device has no room.
+    pub fn quantize(&self, matrix: &HostMatrix) -> Result<Nf4Tensor> {
+        match self {
+            Self::Cpu(cpu) => cpu.quantize(matrix),
+            Self::Cuda(cuda) => cuda.quantize(matrix),
+        }
     }
 
     fn cpu(why: &str) -> (Self, String) {

@@ -25,6 +25,7 @@ mod pass;
 pub mod plan;
 mod prompt;
 mod quantized;
+mod random;
 mod targets;
 mod template;
 mod weight;

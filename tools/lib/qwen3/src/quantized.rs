@@ -4,8 +4,8 @@
 
 use std::path::Path;
 
-use engine::MatrixData;
 use engine::nf4::{self, Absmax, BLOCK, NESTED_BLOCK, Nf4Tensor};
+use engine::{HostMatrix, MatrixData};
 use safetensors::Dtype;
 use serde_json::json;
 
@@ -30,18 +30,27 @@ impl Checkpoint {
     /// Writes the model to `folder` with its products in NF4, double
     /// quantisation, in the form of bitsandbytes; all else as it is stored.
     /// The folder appears whole or not at all. Goes layer by layer: in memory
-    /// there is never more than one. `progress` hears how many are done.
+    /// there is never more than one. `quantize` does the arithmetic, `progress`
+    /// hears how many are done.
     ///
     /// # Errors
-    /// If a weight is not finite, or the disk fails.
-    pub fn save_quantized(&self, folder: &Path, progress: impl FnMut(usize)) -> Result<()> {
-        whole_folder(folder, |part| self.fill_quantized(part, SHARD, progress))
+    /// If a weight is not finite, or the device or the disk fails.
+    pub fn save_quantized(
+        &self,
+        folder: &Path,
+        quantize: impl Fn(&HostMatrix) -> engine::Result<Nf4Tensor>,
+        progress: impl FnMut(usize),
+    ) -> Result<()> {
+        whole_folder(folder, |part| {
+            self.fill_quantized(part, SHARD, quantize, progress)
+        })
     }
 
     fn fill_quantized(
         &self,
         folder: &Path,
         shard: u64,
+        quantize: impl Fn(&HostMatrix) -> engine::Result<Nf4Tensor>,
         mut progress: impl FnMut(usize),
     ) -> Result<()> {
         let config = self.config();
@@ -81,7 +90,7 @@ impl Checkpoint {
             }
         }
         for layer in 0..config.layers {
-            let products = self.layer(layer, Storage::Nf4)?.products;
+            let products = self.layer_by(layer, Storage::Nf4, &quantize)?.products;
             for (module, product) in Module::ALL.into_iter().zip(products) {
                 let MatrixData::Nf4(tensor) = product.data else {
                     unreachable!("a product asked for in NF4");
@@ -213,11 +222,12 @@ mod tests {
         let source = Checkpoint::open(&files.join("sharded")).unwrap();
         assert!(!source.is_quantized());
         std::fs::create_dir(&first).unwrap();
-        source.fill_quantized(&first, 30_000, |_| ()).unwrap();
+        let host = |matrix: &HostMatrix| Ok(matrix.quantize()?);
+        source.fill_quantized(&first, 30_000, host, |_| ()).unwrap();
         assert!(first.join(crate::weights::INDEX).exists(), "several shards");
         let copy = Checkpoint::open(&first).unwrap();
         assert!(copy.is_quantized());
-        copy.save_quantized(&second, |_| ()).unwrap();
+        copy.save_quantized(&second, host, |_| ()).unwrap();
         let again = Checkpoint::open(&second).unwrap();
         let products = |checkpoint: &Checkpoint, layer| {
             let products = checkpoint.layer(layer, Storage::Nf4).unwrap().products;

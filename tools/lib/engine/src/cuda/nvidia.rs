@@ -146,9 +146,8 @@ impl Context {
         let with = |e| failed("copying to the GPU", e);
         let mut staged = self.staged.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: events in the list are live.
-        while let Some(first) = staged.front()
-            && unsafe { sys::cuEventQuery(first.event) } == sys::CUresult::CUDA_SUCCESS
-        {
+        let passed = |event| unsafe { sys::cuEventQuery(event) } == sys::CUresult::CUDA_SUCCESS;
+        while staged.front().is_some_and(|first| passed(first.event)) {
             let Staged { event, pinned } = staged.pop_front().expect("there is a first");
             // SAFETY: the event is nobody else's.
             unsafe { cuda::event::destroy(event) }.map_err(with)?;

@@ -1,0 +1,552 @@
+//! `qlora-train bench`: what this machine does, on random weights in a Qwen3's
+//! shape, so that nothing has to be downloaded to find out.
+//!
+//! Beside each figure stand the device's own rates of products and of copies,
+//! measured in the same minute: a share of them says how much is left, on any device.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use cli::{App, Failure};
+use engine::{Backend, Choice, Device, Group, HostMatrix, Member, Reading, Sampling};
+use half::bf16;
+use jsonl::Output;
+use qwen3::{
+    AdapterConfig, Batch, Config, Generation, Keep, Lora, LoraLayout, Losses, Model, Module,
+    Optimiser, OptimiserKind, Pass, Prompt, Row, Storage, Update, generate,
+};
+use serde::Serialize;
+
+use crate::commands::Messages;
+
+/// Steps before the clock starts: buffers grow, products are planned.
+const WARM_UP: usize = 2;
+
+/// Tokens of prompts and replies: seven quantiles of what tweets and their replies
+/// take, template included; 40 a pair on average.
+const LENGTHS: [[usize; 2]; 7] = [
+    [14, 3],
+    [16, 6],
+    [20, 9],
+    [24, 12],
+    [28, 16],
+    [34, 21],
+    [46, 31],
+];
+
+/// The published shapes: hidden, inner, layers, query heads, key/value heads, tied.
+/// Heads are 128 wide, and there are 151,936 tokens.
+const SHAPES: [(&str, [usize; 5], bool); 6] = [
+    ("qwen3-0.6b", [1024, 3072, 28, 16, 8], true),
+    ("qwen3-1.7b", [2048, 6144, 28, 16, 8], true),
+    ("qwen3-4b", [2560, 9728, 36, 32, 8], true),
+    ("qwen3-8b", [4096, 12288, 36, 32, 8], false),
+    ("qwen3-14b", [5120, 17408, 40, 40, 8], false),
+    ("qwen3-32b", [5120, 25600, 64, 64, 8], false),
+];
+
+/// Measure this machine: tokens a second, share of the device's own rates, memory
+///
+/// Trains and generates with random weights in a Qwen3's shape, NF4 with double
+/// quantisation, LoRA of rank 16 on all seven projections, on packed rows with the
+/// lengths of tweets and replies. One JSON object per figure on standard output.
+#[derive(Args)]
+#[command(after_long_help = crate::commands::after_help(EXAMPLES))]
+pub struct Bench {
+    /// Shape: qwen3-0.6b, -1.7b, -4b, -8b, -14b, -32b, or tiny
+    #[arg(long, default_value = "qwen3-8b", value_name = "NAME", value_parser = shape)]
+    shape: Shape,
+    /// Fewer layers than the shape has
+    #[arg(long, value_name = "N")]
+    layers: Option<usize>,
+    /// Packed tokens of a training step, smallest first
+    #[arg(
+        long,
+        default_value = "160,640,2048,16384",
+        value_delimiter = ',',
+        value_name = "LIST"
+    )]
+    tokens: Vec<usize>,
+    /// Compute every layer again in the backward pass, for less memory
+    #[arg(long)]
+    recompute: bool,
+    /// Keep the optimiser's moments in 8 bits
+    #[arg(long)]
+    adamw_8bit: bool,
+    /// Weights in bf16 in place of NF4
+    #[arg(long)]
+    dense: bool,
+    /// Rank of the adapter
+    #[arg(long, default_value_t = 16, value_name = "N")]
+    rank: usize,
+    /// Steps that are timed, after two that are not
+    #[arg(long, default_value_t = 10, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    steps: u32,
+    /// Prompts to continue; 0: no generation
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    prompts: usize,
+    /// Tokens of each continuation
+    #[arg(long, default_value_t = 64, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    new_tokens: u32,
+    /// Continuations under way at the same time
+    #[arg(
+        long,
+        default_value = "256",
+        value_delimiter = ',',
+        value_name = "LIST"
+    )]
+    slots: Vec<usize>,
+    /// Lengths to use, a JSON list of [prompt, reply] in tokens
+    #[arg(long, value_name = "FILE")]
+    lengths: Option<PathBuf>,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value_t, value_name = "DEVICE")]
+    device: Choice,
+    #[command(flatten)]
+    pub messages: Messages,
+}
+
+const EXAMPLES: &str = "
+$ qlora-train bench --shape tiny --tokens 64 --steps 2 --prompts 4 --new-tokens 4
+$ qlora-train bench --shape tiny --tokens 64,256 --steps 2 --recompute --prompts 0
+";
+
+#[derive(Clone)]
+struct Shape {
+    name: String,
+    config: Config,
+}
+
+fn shape(name: &str) -> Result<Shape, String> {
+    let shape = |config| Shape {
+        name: name.into(),
+        config,
+    };
+    let qwen3 =
+        |[hidden_size, intermediate_size, layers, heads, kv_heads]: [usize; 5], tied| Config {
+            vocab_size: 151_936,
+            hidden_size,
+            intermediate_size,
+            layers,
+            heads,
+            kv_heads,
+            head_dim: 128,
+            max_positions: 40_960,
+            rms_eps: 1e-6,
+            rope_theta: 1e6,
+            tied,
+        };
+    if name == "tiny" {
+        return Ok(shape(Config {
+            vocab_size: 1024,
+            head_dim: 32,
+            max_positions: 512,
+            ..qwen3([128, 384, 2, 4, 2], true)
+        }));
+    }
+    let found = SHAPES.iter().find(|(known, ..)| *known == name);
+    let (_, sizes, tied) = found.ok_or_else(|| {
+        let names = SHAPES.map(|(name, ..)| name).join(", ");
+        format!("there is no shape {name:?}: {names}, tiny")
+    })?;
+    Ok(shape(qwen3(*sizes, *tied)))
+}
+
+/// The rates that the device has without us.
+#[derive(Clone, Copy, Serialize)]
+struct Rates {
+    /// Of a large product, in 10¹² operations a second.
+    product_tflops: f64,
+    /// Of a copy, read and written, in 10⁹ bytes a second.
+    copy_gb_per_s: f64,
+}
+
+/// One line of the output.
+#[derive(Serialize)]
+struct Figure<'a> {
+    v: u32,
+    version: &'a str,
+    device: &'a str,
+    shape: &'a str,
+    layers: usize,
+    /// Parameters of the products in the layers.
+    parameters: usize,
+    #[serde(flatten)]
+    rates: Rates,
+    /// What free memory has dropped by since the device was opened.
+    memory_bytes: Option<usize>,
+    #[serde(flatten)]
+    what: What,
+}
+
+#[derive(Serialize)]
+#[serde(tag = "figure", rename_all = "lowercase")]
+enum What {
+    Train {
+        rows: usize,
+        tokens: usize,
+        labelled: usize,
+        recompute: bool,
+        adamw_8bit: bool,
+        steps: usize,
+        seconds_per_step: f64,
+        tokens_per_s: f64,
+        /// Share of the product rate: 4 operations for each parameter and token, and
+        /// of the head for each labelled one; adapters, attention and what is computed
+        /// again count as nothing.
+        roofline: f64,
+        /// How much more memory the last step left taken than the first.
+        growth_bytes: Option<i64>,
+    },
+    Generate {
+        prompts: usize,
+        slots: usize,
+        new_tokens: usize,
+        seconds: f64,
+        tokens_per_s: f64,
+    },
+}
+
+impl Bench {
+    /// Does it.
+    ///
+    /// # Errors
+    /// If the device fails, or has no room for the weights.
+    pub fn run(&self, app: &App) -> Result<()> {
+        let lengths = self.lengths()?;
+        let mut config = self.shape.config.clone();
+        config.layers = self.layers.unwrap_or(config.layers).min(config.layers);
+        let (device, which) = Device::open(self.device)?;
+        app.info(&which);
+        match device {
+            Device::Cpu(cpu) => self.measure::<_, false>(app, cpu, config, &lengths),
+            Device::Cuda(cuda) => self.measure::<_, true>(app, cuda, config, &lengths),
+        }
+    }
+
+    fn lengths(&self) -> Result<Vec<[usize; 2]>> {
+        let Some(path) = &self.lengths else {
+            return Ok(LENGTHS.into());
+        };
+        let name = || path.display().to_string();
+        let lengths: Vec<[usize; 2]> =
+            serde_json::from_reader(File::open(path).with_context(name)?).with_context(name)?;
+        let fits = |&[prompt, reply]: &[usize; 2]| {
+            prompt > 0 && reply > 0 && prompt + reply <= self.shape.config.max_positions
+        };
+        match !lengths.is_empty() && lengths.iter().all(fits) {
+            true => Ok(lengths),
+            false => {
+                let cause = format!(
+                    "--lengths {}: pairs of at least one token each, of at most {} together, are needed",
+                    path.display(),
+                    self.shape.config.max_positions
+                );
+                Err(Failure::Usage(cause).into())
+            }
+        }
+    }
+
+    /// A device with memory `OF_ITS_OWN` is fast, and others seldom take from it.
+    fn measure<B: Backend, const OF_ITS_OWN: bool>(
+        &self,
+        app: &App,
+        backend: B,
+        config: Config,
+        lengths: &[[usize; 2]],
+    ) -> Result<()> {
+        let free = |backend: &B| match OF_ITS_OWN {
+            true => backend.free_memory(),
+            false => Ok(None),
+        };
+        let device = backend.describe();
+        let before = free(&backend)?;
+        let rates = rates(&backend, if OF_ITS_OWN { 8192 } else { 1024 })?;
+        let storage = match self.dense {
+            true => Storage::AsStored,
+            false => Storage::Nf4,
+        };
+        let started = Instant::now();
+        let model = Model::random(backend, config, storage).context("the random weights")?;
+        app.info(format_args!(
+            "weights made in {:.1} s",
+            started.elapsed().as_secs_f64()
+        ));
+        let parameters = parameters(model.config());
+        let mut out = Output::stdout();
+        let mut write = |what| -> Result<()> {
+            let now = free(model.backend())?;
+            let taken = before.zip(now).map(|(b, n)| b.saturating_sub(n));
+            out.json(&Figure {
+                v: 1,
+                version: env!("CARGO_PKG_VERSION"),
+                device: &device,
+                shape: &self.shape.name,
+                layers: model.config().layers,
+                parameters,
+                rates,
+                memory_bytes: taken,
+                what,
+            })?;
+            Ok(out.flush()?)
+        };
+        let adapter = AdapterConfig::new(self.rank, 2.0 * self.rank as f64);
+        let layout = LoraLayout::new(model.config(), &adapter)?;
+        let values = model.initial(&layout, 0)?;
+        let mut trainer = Trainer {
+            params: model.adapter_params(&layout, &values)?,
+            grads: model.backend().alloc_f32(layout.len())?,
+            optimiser: Optimiser::new(
+                model.backend(),
+                &layout,
+                OptimiserKind {
+                    eight_bit: self.adamw_8bit,
+                    ..OptimiserKind::default()
+                },
+            )?,
+            pass: Pass::new(match self.recompute {
+                true => Keep::Layers(0),
+                false => Keep::All,
+            }),
+            layout: &layout,
+            model: &model,
+        };
+        for &tokens in &self.tokens {
+            match self.train(&mut trainer, lengths, tokens, rates, free) {
+                Ok(what) => write(what)?,
+                Err(error @ engine::Error::OutOfMemory { .. }) => {
+                    app.warn(format_args!("{tokens} tokens: {error}"));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        trainer.pass.release();
+        for &slots in self.slots.iter().filter(|_| self.prompts > 0) {
+            write(self.generate(&trainer, lengths, slots)?)?;
+        }
+        Ok(())
+    }
+
+    fn train<B: Backend>(
+        &self,
+        trainer: &mut Trainer<'_, B>,
+        lengths: &[[usize; 2]],
+        most: usize,
+        rates: Rates,
+        free: impl Fn(&B) -> engine::Result<Option<usize>>,
+    ) -> engine::Result<What> {
+        let (model, config) = (trainer.model, trainer.model.config());
+        let rows = texts(lengths, most, config.vocab_size);
+        let mut pending: Option<Losses<B>> = None;
+        let (mut started, mut left) = (Instant::now(), None);
+        let (mut tokens, mut labelled) = (0, 0);
+        for step in 0..WARM_UP + self.steps as usize {
+            if step == WARM_UP {
+                if let Some(losses) = pending.take() {
+                    losses.wait()?;
+                }
+                left = free(model.backend())?;
+                started = Instant::now();
+            }
+            let batch = Batch::new(model.backend(), &as_rows(&rows))?;
+            (tokens, labelled) = (batch.tokens(), batch.labelled());
+            // A loss is read when the next step is on its way.
+            let losses = trainer.step(&batch)?;
+            if let Some(earlier) = pending.replace(losses) {
+                earlier.wait()?;
+            }
+        }
+        if let Some(losses) = pending {
+            losses.wait()?;
+        }
+        let seconds = started.elapsed().as_secs_f64() / f64::from(self.steps);
+        let head = config.vocab_size * config.hidden_size;
+        let operations = 4.0 * (parameters(config) * tokens + head * labelled) as f64;
+        let after = free(model.backend())?;
+        Ok(What::Train {
+            rows: rows.len(),
+            tokens,
+            labelled,
+            recompute: self.recompute,
+            adamw_8bit: self.adamw_8bit,
+            steps: self.steps as usize,
+            seconds_per_step: seconds,
+            tokens_per_s: tokens as f64 / seconds,
+            roofline: operations / seconds / (rates.product_tflops * 1e12),
+            growth_bytes: left.zip(after).map(|(b, a)| b as i64 - a as i64),
+        })
+    }
+
+    fn generate<B: Backend>(
+        &self,
+        trainer: &Trainer<'_, B>,
+        lengths: &[[usize; 2]],
+        slots: usize,
+    ) -> engine::Result<What> {
+        let model = trainer.model;
+        let vocabulary = model.config().vocab_size;
+        let texts: Vec<_> = (0..self.prompts)
+            .map(|i| ids(i, lengths[i % lengths.len()][0], vocabulary))
+            .collect();
+        let prompts: Vec<_> = (0..)
+            .zip(&texts)
+            .map(|(number, ids)| Prompt { number, ids })
+            .collect();
+        let how = Generation {
+            sampling: Sampling {
+                temperature: 0.7,
+                top_k: 20,
+                top_p: 0.8,
+                seed: 0,
+            },
+            max_new_tokens: self.new_tokens as usize,
+            stop_ids: &[],
+            slots,
+        };
+        let started = Instant::now();
+        let replies = generate(model, Some(trainer.lora()), &prompts, &how, |_| {})?;
+        let seconds = started.elapsed().as_secs_f64();
+        let new: usize = replies.iter().map(|r| r.ids.len()).sum();
+        Ok(What::Generate {
+            prompts: self.prompts,
+            slots,
+            new_tokens: self.new_tokens as usize,
+            seconds,
+            tokens_per_s: new as f64 / seconds,
+        })
+    }
+}
+
+/// What a step changes, on its way from size to size.
+struct Trainer<'a, B: Backend> {
+    model: &'a Model<B>,
+    layout: &'a LoraLayout,
+    params: B::F32,
+    grads: B::F32,
+    optimiser: Optimiser<B>,
+    pass: Pass<B>,
+}
+
+impl<B: Backend> Trainer<'_, B> {
+    fn lora(&self) -> Lora<'_, B> {
+        Lora {
+            layout: self.layout,
+            params: &self.params,
+        }
+    }
+
+    fn step(&mut self, batch: &Batch<B>) -> engine::Result<Losses<B>> {
+        let lora = Lora {
+            layout: self.layout,
+            params: &self.params,
+        };
+        let onto = (&mut self.grads, 1.0 / batch.labelled() as f32);
+        let losses = self
+            .model
+            .losses_and_gradients(&mut self.pass, batch, lora, None, onto)?;
+        let update = Update {
+            lr: 1e-4,
+            weight_decay: 0.0,
+            max_norm: Some(1.0),
+        };
+        let backend = self.model.backend();
+        self.optimiser
+            .update(backend, update, &mut self.grads, &mut self.params);
+        Ok(losses)
+    }
+}
+
+/// Parameters of the layers' products.
+fn parameters(config: &Config) -> usize {
+    let one = |module: Module| module.shape(config).iter().product::<usize>();
+    config.layers * Module::ALL.map(one).iter().sum::<usize>()
+}
+
+/// Token ids that are spread over the vocabulary.
+fn ids(number: usize, len: usize, vocabulary: usize) -> Vec<u32> {
+    let id = |i: usize| (number * 7919 + i * 104_729 + 17) % vocabulary;
+    (0..len).map(|i| id(i) as u32).collect()
+}
+
+/// Rows with the lengths in turn, as many as fit, and one at least: ids, and which
+/// of them are learnt.
+fn texts(lengths: &[[usize; 2]], tokens: usize, vocabulary: usize) -> Vec<(Vec<u32>, Vec<bool>)> {
+    let (mut rows, mut used) = (Vec::new(), 0);
+    for (number, &[prompt, reply]) in lengths.iter().cycle().enumerate() {
+        used += prompt + reply;
+        if used > tokens && number > 0 {
+            return rows;
+        }
+        let labelled = (0..prompt + reply).map(|i| i >= prompt).collect();
+        rows.push((ids(number, prompt + reply, vocabulary), labelled));
+    }
+    rows
+}
+
+fn as_rows(texts: &[(Vec<u32>, Vec<bool>)]) -> Vec<Row<'_>> {
+    (0..)
+        .zip(texts)
+        .map(|(number, (ids, labelled))| Row {
+            number,
+            ids,
+            labelled,
+        })
+        .collect()
+}
+
+/// The device's rates: a bf16 product of `side`³, and a copy of `side²` activations
+/// that many times.
+fn rates<B: Backend>(backend: &B, side: usize) -> Result<Rates> {
+    const TIMES: usize = 20;
+    let value = |i: usize| bf16::from_f32((i % 251) as f32 / 251.0 - 0.5);
+    let values = (0..side * side).map(value).collect();
+    let weight = backend.upload_matrix(HostMatrix::bf16(side, side, values))?;
+    let rows: Vec<u32> = (0..side as u32).collect();
+    let index = backend.upload_ids(&rows)?;
+    let mut x = backend.alloc_act(side * side)?;
+    backend.embed(&weight, &index, side, &mut x);
+    let mut out = backend.alloc_act(side * side)?;
+    let mut none = backend.alloc_act(0)?;
+    let mut scratch =
+        backend.alloc_workspace(backend.linear_scratch(&[&weight], [side, 0], false))?;
+    let members = [Member {
+        weight: &weight,
+        adapter: None,
+    }];
+    let group = Group {
+        layer: 0,
+        members: &members,
+    };
+    // Waiting for one number waits for all that was queued before it.
+    let mark = backend.alloc_f32(1)?;
+    let wait = || backend.read_f32(&mark, 0..1).wait();
+    let time = |work: &mut dyn FnMut()| -> engine::Result<f64> {
+        work();
+        wait()?;
+        let started = Instant::now();
+        (0..TIMES).for_each(|_| work());
+        wait()?;
+        Ok(started.elapsed().as_secs_f64() / TIMES as f64)
+    };
+    let product = time(&mut || {
+        let input = (&x, side);
+        backend.linear(
+            &group,
+            None,
+            None,
+            input,
+            None,
+            &mut out,
+            &mut none,
+            &mut scratch,
+        );
+    })?;
+    let copy = time(&mut || backend.gather(&x, &index, [side, side], &mut out))?;
+    Ok(Rates {
+        product_tflops: 2.0 * (side as f64).powi(3) / product / 1e12,
+        copy_gb_per_s: (2 * B::ACT_BYTES * side * side) as f64 / copy / 1e9,
+    })
+}
