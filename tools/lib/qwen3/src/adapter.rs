@@ -68,13 +68,13 @@ impl AdapterConfig {
         }
     }
 
-    /// Which products of a model get a pair, of which rank, and what `B A x` is
+    /// Which products of a model of so many layers get a pair, of which rank, and what `B A x` is
     /// multiplied by: `alpha / rank`, or `alpha / √rank`.
     ///
     /// # Errors
     /// If a target or a pattern matches nothing, or is no regular expression.
-    pub fn resolve(&self, model: &Config) -> Result<BTreeMap<(usize, Module), Strength>, Unfit> {
-        let targets = targets::resolve(&self.targets, model)?;
+    pub fn resolve(&self, layers: usize) -> Result<BTreeMap<(usize, Module), Strength>, Unfit> {
+        let targets = targets::resolve(&self.targets, layers)?;
         let ranks = targets::by_pattern("rank_pattern", &self.rank_pattern, &targets)?;
         let alphas = targets::by_pattern("alpha_pattern", &self.alpha_pattern, &targets)?;
         let strength = |target| {
@@ -124,7 +124,7 @@ impl Adapter {
     pub fn load(folder: &Path, model: &Config) -> Result<Self> {
         let keys = Keys::read(folder.join(CONFIG))?;
         let config = read_config(&keys)?;
-        let strengths = config.resolve(model);
+        let strengths = config.resolve(model.layers);
         let strengths = strengths.map_err(|Unfit { key, reason }| keys.wrong(key, reason))?;
         let path = folder.join(TENSORS);
         let bytes = read(&path)?;
@@ -190,7 +190,7 @@ impl Adapter {
     /// If the pairs are not those that `config` and `model` call for.
     pub fn save(&self, folder: &Path, model: &Config) -> Result<()> {
         let path = folder.join(CONFIG);
-        let strengths = self.config.resolve(model);
+        let strengths = self.config.resolve(model.layers);
         let strengths =
             strengths.map_err(|Unfit { key, reason }| Error::key(&path, key, reason))?;
         assert!(

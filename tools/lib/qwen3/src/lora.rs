@@ -41,7 +41,7 @@ impl LoraLayout {
     /// # Errors
     /// If one of its targets or patterns matches nothing.
     pub fn new(model: &Config, adapter: &AdapterConfig) -> Result<Self, Unfit> {
-        let strengths = adapter.resolve(model)?;
+        let strengths = adapter.resolve(model.layers)?;
         let shapes = Module::ALL.map(|m| m.shape(model));
         let mut len = 0;
         let mut reserve = |floats: usize| {

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use fancy_regex::Regex;
 
-use crate::config::{Config, Module};
+use crate::config::Module;
 
 /// Which products get a pair of factors.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,9 +61,9 @@ pub struct Strength {
     pub scale: f32,
 }
 
-/// The products of every layer.
-pub(crate) fn products(model: &Config) -> impl Iterator<Item = (usize, Module)> {
-    (0..model.layers).flat_map(|layer| Module::ALL.map(|module| (layer, module)))
+/// The products of so many layers.
+fn products(layers: usize) -> impl Iterator<Item = (usize, Module)> {
+    (0..layers).flat_map(|layer| Module::ALL.map(|module| (layer, module)))
 }
 
 /// A product's name in transformers: `model.layers.0.self_attn.q_proj`.
@@ -73,7 +73,7 @@ pub(crate) fn name_of((layer, module): (usize, Module)) -> String {
 }
 
 /// The modules of a model in which PEFT looks for targets, apart from the products.
-fn other_modules(model: &Config) -> impl Iterator<Item = String> {
+fn other_modules(layers: usize) -> impl Iterator<Item = String> {
     let ends = ["model", "model.embed_tokens", "model.layers", "model.norm"];
     let ends = ends.into_iter().chain(["model.rotary_emb", "lm_head"]);
     let layer = |layer: usize| {
@@ -89,13 +89,14 @@ fn other_modules(model: &Config) -> impl Iterator<Item = String> {
         ];
         parts.map(|part| format!("model.layers.{layer}{part}"))
     };
-    ends.map(str::to_owned)
-        .chain((0..model.layers).flat_map(layer))
+    ends.map(str::to_owned).chain((0..layers).flat_map(layer))
 }
 
-/// A regular expression of the settings, in a frame of ours.
+/// A regular expression of the settings, in a frame of ours; parsed by itself first,
+/// so that the error's position is the pattern's.
 fn regex(key: &'static str, pattern: &str, framed: &str) -> Result<Regex, Unfit> {
-    Regex::new(framed).map_err(|error| {
+    let parsed = Regex::new(pattern).and_then(|_| Regex::new(framed));
+    parsed.map_err(|error| {
         let reason = format!("holds `{pattern}`, no regular expression: {error}");
         Unfit { key, reason }
     })
@@ -109,15 +110,15 @@ fn is_match(key: &'static str, regex: &Regex, name: &str) -> Result<bool, Unfit>
     })
 }
 
-/// The targets of a model, in its order.
+/// The targets of a model of so many layers, in its order.
 ///
 /// # Errors
 /// If a name matches no product, or the pattern matches none or also what can
 /// have no adapter here.
-pub(crate) fn resolve(targets: &Targets, model: &Config) -> Result<Vec<(usize, Module)>, Unfit> {
+pub(crate) fn resolve(targets: &Targets, layers: usize) -> Result<Vec<(usize, Module)>, Unfit> {
     const KEY: &str = "target_modules";
     let unfit = |reason: String| Err(Unfit { key: KEY, reason });
-    let all = || products(model).map(|product| (product, name_of(product)));
+    let all = || products(layers).map(|product| (product, name_of(product)));
     match targets {
         Targets::Names(names) => {
             let meant = |target: &String, name: &str| {
@@ -140,7 +141,7 @@ pub(crate) fn resolve(targets: &Targets, model: &Config) -> Result<Vec<(usize, M
         }
         Targets::Pattern(pattern) => {
             let whole = regex(KEY, pattern, &format!(r"\A(?:{pattern})\z"))?;
-            for name in other_modules(model) {
+            for name in other_modules(layers) {
                 if is_match(KEY, &whole, &name)? {
                     return unfit(format!(
                         "`{pattern}` matches {name} too, which can have no adapter here"

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use qwen3::{Config, Module};
+use qwen3::{AdapterConfig, Config, Module, Strength, Targets, Unfit};
 use safetensors::{Dtype, SafeTensors};
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -24,6 +24,10 @@ pub struct Adapter {
     rslora: bool,
     /// `alpha / rank`, or `alpha / √rank`.
     scale: Option<f64>,
+    /// Other ranks and alphas by names, in the file's order.
+    rank_pattern: Map<String, Value>,
+    alpha_pattern: Map<String, Value>,
+    dora: bool,
     /// As the settings have them: names, or a pattern.
     targets: Vec<String>,
     layers: usize,
@@ -37,16 +41,24 @@ pub struct Adapter {
 impl Adapter {
     pub fn rows(&self) -> Vec<(&'static str, String)> {
         let or = |value: Option<String>| value.unwrap_or_else(|| "not given".into());
+        let others = |pattern: &Map<String, Value>| {
+            let one = |(name, value): (&String, &Value)| format!("; {value} for {name}");
+            pattern.iter().map(one).collect::<String>()
+        };
         let scale = match (self.alpha, self.scale) {
             (Some(alpha), Some(scale)) => {
                 let rule = if self.rslora { ", rank-stabilised" } else { "" };
-                Some(format!("{scale} (alpha {alpha}{rule})"))
+                let others = others(&self.alpha_pattern);
+                Some(format!("{scale} (alpha {alpha}{others}{rule})"))
             }
             _ => None,
         };
+        let rank = self.rank.map(|rank| rank.to_string());
+        let kind = if self.dora { "DoRA" } else { "LoRA" };
         vec![
+            ("kind", kind.into()),
             ("base", or(self.base.clone())),
-            ("rank", or(self.rank.map(|rank| rank.to_string()))),
+            ("rank", or(rank) + &others(&self.rank_pattern)),
             ("scale", or(scale)),
             ("targets", self.targets.join(", ")),
             ("layers", self.layers.to_string()),
@@ -68,11 +80,18 @@ fn join(names: &BTreeSet<String>) -> String {
         .join(", ")
 }
 
-/// One half of a pair.
-struct Half {
+/// A tensor of a module's adapter.
+struct Part {
     name: String,
     shape: Vec<usize>,
 }
+
+/// By layer, module, and what it is: `lora_A`, `lora_B`, `lora_magnitude_vector`.
+type Parts = BTreeMap<(usize, String, &'static str), Part>;
+
+const A: &str = "lora_A";
+const B: &str = "lora_B";
+const MAGNITUDE: &str = "lora_magnitude_vector";
 
 /// Looks at the adapter; its base's folder too, if there is one.
 pub fn inspect(
@@ -155,16 +174,21 @@ pub fn inspect(
         );
     }
 
-    let mut halves: BTreeMap<(usize, String, char), Half> = BTreeMap::new();
+    let map = |key: &str| {
+        let found = settings.get(key).and_then(Value::as_object);
+        found.cloned().unwrap_or_default()
+    };
+    let yes = |key: &str| settings.get(key).and_then(Value::as_bool) == Some(true);
+    let mut parts = Parts::new();
     let mut adapter = Adapter {
         base: base_name,
         rank,
         alpha,
-        rslora: settings
-            .get("use_rslora")
-            .and_then(Value::as_bool)
-            .unwrap_or(false),
+        rslora: yes("use_rslora"),
         scale: None,
+        rank_pattern: map("rank_pattern"),
+        alpha_pattern: map("alpha_pattern"),
+        dora: yes("use_dora"),
         targets,
         layers: 0,
         tensors: 0,
@@ -183,9 +207,30 @@ pub fn inspect(
                 format!("is not a whole safetensors file: {error}"),
                 "peft does not load it",
             ),
-            Ok(file) => sort_tensors(&file, &mut adapter, &mut halves, &mut say),
+            Ok(file) => sort_tensors(&file, &mut adapter, &mut parts, &mut say),
         }
-        check_pairs(&mut adapter, config.as_ref(), &halves, &mut say);
+        let deepest = parts.keys().map(|(layer, ..)| layer + 1).max();
+        let deepest = deepest.unwrap_or(0);
+        adapter.layers = config.as_ref().map_or(deepest, |config| config.layers);
+        if deepest > adapter.layers {
+            say(
+                TENSORS,
+                format!(
+                    "holds pairs of {deepest} layers, the base has {}",
+                    adapter.layers
+                ),
+                "peft leaves the others out, with a warning only: an adapter of another base",
+            );
+        }
+        match wanted(&adapter, settings.get("target_modules")) {
+            None => {}
+            Some(Ok(wanted)) => check_parts(&adapter, config.as_ref(), &parts, &wanted, &mut say),
+            Some(Err(Unfit { key, reason })) => say(
+                CONFIG,
+                format!("`{key}` {reason}"),
+                "peft fails, or passes it over without a word",
+            ),
+        }
     }
     if let Some(config) = &config {
         adapter.loads_here = Some(match qwen3::Adapter::load(folder, config) {
@@ -242,11 +287,11 @@ fn read_tensors(
     Ok(None)
 }
 
-/// Which tensors are halves of pairs; what the others are.
+/// Which tensors are parts of an adapter; what the others are.
 fn sort_tensors(
     file: &SafeTensors<'_>,
     adapter: &mut Adapter,
-    halves: &mut BTreeMap<(usize, String, char), Half>,
+    parts: &mut Parts,
     say: &mut impl FnMut(&str, String, &str),
 ) {
     let mut names = file.names();
@@ -275,12 +320,12 @@ fn sort_tensors(
         if values.iter().any(|value| !value.is_finite()) {
             not_finite.push(name);
         }
-        moved |= which == 'B' && values.iter().any(|&value| value != 0.0);
-        let half = Half {
+        moved |= which == B && values.iter().any(|&value| value != 0.0);
+        let part = Part {
             name: name.into(),
             shape: tensor.shape().into(),
         };
-        halves.insert((layer, module, which), half);
+        parts.insert((layer, module, which), part);
     }
     let mut tell = |names: &[&str], cause: &str, effect: &str| {
         if let Some(first) = names.first() {
@@ -312,7 +357,7 @@ fn sort_tensors(
         "hold values that are not finite",
         "the model's answers are not numbers",
     );
-    if !moved && !halves.is_empty() {
+    if !moved && !adapter.dora && !parts.is_empty() {
         say(
             TENSORS,
             "every lora_B is zero".into(),
@@ -321,21 +366,19 @@ fn sort_tensors(
     }
 }
 
-/// Layer, module, `A` or `B`, and whether an adapter's name stands in it that is
+/// Layer, module, which part, and whether an adapter's name stands in it that is
 /// not peft's own: `model.layers.3.mlp.up_proj.lora_A[.default].weight`.
-fn parse(name: &str) -> Option<(usize, String, char, bool)> {
+fn parse(name: &str) -> Option<(usize, String, &'static str, bool)> {
     let rest = name.split_once("layers.")?.1;
     let (layer, rest) = rest.split_once('.')?;
-    let mut parts = rest.split('.');
-    let (_block, module, half) = (parts.next()?, parts.next()?, parts.next()?);
-    let which = match half {
-        "lora_A" => 'A',
-        "lora_B" => 'B',
-        _ => return None,
-    };
-    let named = match (parts.next()?, parts.next()) {
-        ("weight", None) => false,
-        (name, Some("weight")) => name != "default",
+    let mut words = rest.split('.');
+    let (_block, module, part) = (words.next()?, words.next()?, words.next()?);
+    let which = [A, B, MAGNITUDE].into_iter().find(|which| *which == part)?;
+    let named = match (words.next(), words.next()) {
+        // Saved without `.weight`, as the factors are with it.
+        (None, _) if which == MAGNITUDE => false,
+        (Some("weight"), None) if which != MAGNITUDE => false,
+        (Some(name), Some("weight")) => name != "default",
         _ => return None,
     };
     Some((layer.parse().ok()?, module.into(), which, named))
@@ -359,71 +402,94 @@ fn floats(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
     }
 }
 
-/// Each target of each layer has both halves, of the right shapes, and nothing
-/// else has any.
-fn check_pairs(
-    adapter: &mut Adapter,
+/// What the settings ask for, where they say so; a rank of 0 is not known.
+fn wanted(
+    adapter: &Adapter,
+    targets: Option<&Value>,
+) -> Option<Result<BTreeMap<(usize, Module), Strength>, Unfit>> {
+    let targets = match targets? {
+        Value::String(text) => Targets::from_text(text),
+        _ if adapter.targets.is_empty() => return None,
+        _ => Targets::Names(adapter.targets.clone()),
+    };
+    let rank =
+        |(name, value): (&String, &Value)| (name.clone(), value.as_u64().unwrap_or(0) as usize);
+    let alpha = |(name, value): (&String, &Value)| (name.clone(), value.as_f64().unwrap_or(0.0));
+    let settings = AdapterConfig {
+        targets,
+        rank_pattern: adapter.rank_pattern.iter().map(rank).collect(),
+        alpha_pattern: adapter.alpha_pattern.iter().map(alpha).collect(),
+        ..AdapterConfig::new(adapter.rank.unwrap_or(0) as usize, 0.0)
+    };
+    Some(settings.resolve(adapter.layers))
+}
+
+/// Each target has its parts, of the right shapes, and nothing else has any.
+fn check_parts(
+    adapter: &Adapter,
     config: Option<&Config>,
-    halves: &BTreeMap<(usize, String, char), Half>,
+    parts: &Parts,
+    wanted: &BTreeMap<(usize, Module), Strength>,
     say: &mut impl FnMut(&str, String, &str),
 ) {
-    let in_file: BTreeSet<&str> = halves
-        .keys()
-        .map(|(_, module, _)| module.as_str())
-        .collect();
-    let deepest = halves
-        .keys()
-        .map(|(layer, ..)| layer + 1)
-        .max()
-        .unwrap_or(0);
-    adapter.layers = config.map_or(deepest, |config| config.layers);
-    // A pattern is peft's to match; what is in the file is then taken for what it meant.
-    let named: BTreeSet<&str> = match adapter.targets.as_slice() {
-        [all] if all == "all-linear" => Module::ALL.map(Module::name).into(),
-        [] => in_file.clone(),
-        [pattern] if pattern.parse::<Module>().is_err() => in_file.clone(),
-        names => names.iter().map(String::as_str).collect(),
+    let modules: BTreeSet<&str> = wanted.keys().map(|(_, module)| module.name()).collect();
+    let targeted = |layer: usize, module: &str| {
+        let module = module.parse::<Module>();
+        module.is_ok_and(|module| wanted.contains_key(&(layer, module)))
     };
-    let left_out: Vec<_> = in_file.difference(&named).copied().collect();
+    let inside = parts.keys().filter(|(layer, ..)| *layer < adapter.layers);
+    let left_out: BTreeSet<String> = inside
+        .filter(|(layer, module, _)| !targeted(*layer, module))
+        .map(
+            |(layer, module, _)| match modules.contains(module.as_str()) {
+                true => format!("layers.{layer} {module}"),
+                false => module.clone(),
+            },
+        )
+        .collect();
     if !left_out.is_empty() {
         say(
             TENSORS,
             format!(
                 "holds pairs of {}, no targets in `target_modules`",
-                left_out.join(", ")
+                join(&left_out)
             ),
             "peft leaves them out, with a warning only",
         );
     }
-    if deepest > adapter.layers {
+    let mut magnitudes = parts.iter().filter(|((.., which), _)| *which == MAGNITUDE);
+    if let (false, Some((_, first))) = (adapter.dora, magnitudes.next()) {
         say(
             TENSORS,
             format!(
-                "holds pairs of {deepest} layers, the base has {}",
-                adapter.layers
+                "holds magnitudes of DoRA, `{}` the first, and `use_dora` is not true",
+                first.name
             ),
-            "peft leaves the others out, with a warning only: an adapter of another base",
+            "peft leaves them out, with a warning at most, and runs plain LoRA",
         );
     }
     let (mut missing, mut misshapen) = (Vec::new(), Vec::new());
-    for layer in 0..adapter.layers {
-        for &name in &named {
-            let expected = expected_shapes(name, adapter.rank, config);
-            for (which, expected) in ['A', 'B'].into_iter().zip(expected) {
-                match halves.get(&(layer, name.to_owned(), which)) {
-                    None => missing.push(format!("layers.{layer} {name} lora_{which}")),
-                    Some(half) => {
-                        let fits = half.shape.len() == 2
-                            && half
-                                .shape
-                                .iter()
-                                .zip(expected)
-                                .all(|(n, e)| e.is_none_or(|e| e == *n));
-                        if !fits {
-                            misshapen.push(format!("`{}` is {:?}", half.name, half.shape));
-                        }
-                    }
-                }
+    for (&(layer, module), strength) in wanted {
+        let rank = Some(strength.rank).filter(|&rank| rank > 0);
+        let [outputs, inputs] = config.map_or([None; 2], |c| module.shape(c).map(Some));
+        let expected = [
+            (A, vec![rank, inputs]),
+            (B, vec![outputs, rank]),
+            (MAGNITUDE, vec![outputs]),
+        ];
+        for (which, expected) in expected {
+            if which == MAGNITUDE && !adapter.dora {
+                continue;
+            }
+            let Some(part) = parts.get(&(layer, module.name().to_owned(), which)) else {
+                missing.push(format!("layers.{layer} {module} {which}"));
+                continue;
+            };
+            let mut sizes = part.shape.iter().zip(&expected);
+            let fits = part.shape.len() == expected.len()
+                && sizes.all(|(found, expected)| expected.is_none_or(|e| e == *found));
+            if !fits {
+                misshapen.push(format!("`{}` is {:?}", part.name, part.shape));
             }
         }
     }
@@ -444,17 +510,4 @@ fn check_pairs(
             "peft fails with a size mismatch",
         );
     }
-}
-
-/// Shapes of A `[rank, in]` and B `[out, rank]` as far as they are known.
-fn expected_shapes(
-    module: &str,
-    rank: Option<u64>,
-    config: Option<&Config>,
-) -> [[Option<usize>; 2]; 2] {
-    let rank = rank.map(|rank| rank as usize);
-    let shape = config
-        .zip(module.parse::<Module>().ok())
-        .map(|(c, m)| m.shape(c));
-    [[rank, shape.map(|s| s[1])], [shape.map(|s| s[0]), rank]]
 }

@@ -298,7 +298,7 @@ fn recomputation_gives_the_same_bits() {
 #[test]
 fn patterns_mean_what_they_mean_in_peft() {
     let checkpoint = Checkpoint::open(&parity("train/model")).unwrap();
-    let resolve = |config: &AdapterConfig| config.resolve(checkpoint.config());
+    let resolve = |config: &AdapterConfig| config.resolve(checkpoint.config().layers);
     let names = |names: &[&str]| Targets::Names(names.iter().map(|&n| n.into()).collect());
     let config = AdapterConfig {
         targets: names(&[
