@@ -265,15 +265,23 @@ fn what_is_not_there_is_told() {
     let tool = tool(&hub);
     tool.run(&["--model", "demo/other", "--save-quantized", "four"], "")
         .exits(4)
-        .says("no model in a folder demo/other")
-        .says("is the name right?")
+        .says("neither a model in a folder demo/other nor one of that name on http://127.0.0.1")
         .says("HF_TOKEN");
+    assert_eq!(hub.requests().len(), 1, "a 404 is final");
     // A mistyped folder looks like a name; whatever the hub says of it.
     let hub = Server::start(|_, _| Reply::text(400, "no"));
     let tool = self::tool(&hub);
     tool.run(&["--model", "no/such", "--save-quantized", "four"], "")
         .exits(4)
-        .says("no model in a folder no/such, so it was looked for on the hub");
+        .says("no model in a folder no/such, and the hub could not be asked");
+    // Nor is a network that is not there waited for as for one that was.
+    let hub = Server::start(|_, _| Reply::hang_up());
+    let tool = self::tool(&hub);
+    tool.run(&["--model", "no/such", "--save-quantized", "four"], "")
+        .exits(4)
+        .says("attempt 1 of 3")
+        .says("could not be asked");
+    assert_eq!(hub.requests().len(), 3);
     assert!(!tool.folder().join("data/cache/models/no").exists());
     for path in ["nowhere", "a/b/c", "../up", "./demo/tiny", "/demo/tiny"] {
         tool.run(&["--model", path, "--save-quantized", "four"], "")
