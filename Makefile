@@ -204,6 +204,10 @@ bench: | build ## time training and generating on this machine's CPU (minutes)
 	@mkdir -p output/logs
 	@$(BIN)/bench > output/logs/bench_$(STAMP).jsonl
 	@echo output/logs/bench_$(STAMP).jsonl
+asan: ## the CUDA kernels on the processor, through AddressSanitizer
+	CUDA_ON_CPU_ASAN=1 CARGO_TARGET_$(shell rustc -vV | sed -n 's/^host: //p' | tr a-z- A-Z_)_RUNNER="env \
+	  LD_PRELOAD=$(shell gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0" \
+	  cargo test --release -p cuda-on-cpu
 
 # What is generated and committed.
 demo-data: | build ## regenerate the demo's tweets
