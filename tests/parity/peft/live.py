@@ -203,4 +203,5 @@ def main():
     sys.exit(not passed)
 
 
-main()
+if __name__ == "__main__":
+    main()
