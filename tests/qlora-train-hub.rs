@@ -187,6 +187,35 @@ fn a_model_is_fetched_once_and_the_token_stays_with_the_hub() {
     assert!(inspected.stdout.contains("no problems"), "{inspected}");
 }
 
+/// Others know the base by its repository's name: the revision is no part of that.
+#[test]
+fn a_revision_is_fetched_beside_the_rest_and_left_out_of_the_name() {
+    let store = store(|reply, _| reply);
+    let hub = hub(&store);
+    let tool = tool(&hub);
+    let row = json!({"prompt": "Good morning", "completion": "And to you"});
+    tool.file("rows.jsonl", &format!("{row}\n"));
+    let run = [
+        "--model",
+        "demo/tiny@v2",
+        "--data",
+        "rows.jsonl",
+        "--out",
+        "run",
+        "--steps",
+        "1",
+    ];
+    tool.run(&run, "").exits(0);
+    assert_eq!(hub.requests()[0].path, "/api/models/demo/tiny/revision/v2");
+    assert!(tool.folder().join(FOLDER.to_owned() + "@v2").exists());
+    assert!(!tool.folder().join(FOLDER).exists());
+    let config: Value = serde_json::from_str(&tool.read("run/adapter_config.json")).unwrap();
+    assert_eq!(config["base_model_name_or_path"], "demo/tiny");
+    let card = tool.read("run/README.md");
+    assert!(card.contains("base_model: \"demo/tiny\"\n"), "{card}");
+    assert!(card.contains("demo/tiny@v2"), "{card}");
+}
+
 #[test]
 fn an_interrupted_download_goes_on_at_its_commit() {
     let broken = store(|reply, before| match before {

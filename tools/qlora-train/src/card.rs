@@ -60,7 +60,7 @@ pub fn render(card: &Card<'_>) -> String {
 
 impl Card<'_> {
     fn write(&self, out: &mut String) -> std::fmt::Result {
-        let base = quoted(&self.settings.model.path);
+        let base = quoted(hub::repository(&self.settings.model.path));
         writeln!(
             out,
             "---\nbase_model: {base}\nbase_model_relation: adapter\nlibrary_name: peft\n\
@@ -304,7 +304,7 @@ impl Card<'_> {
 
     fn usage(&self, out: &mut String) -> std::fmt::Result {
         let (data, lora) = (&self.settings.data, &self.settings.lora);
-        let base = &self.settings.model.path;
+        let base = hub::repository(&self.settings.model.path);
         writeln!(
             out,
             "## Use\n\nThe prompt is the model's own chat template with `enable_thinking=False`."

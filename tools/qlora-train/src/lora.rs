@@ -29,7 +29,8 @@ pub fn layout(settings: &TrainSettings, config: &Config) -> Result<(AdapterConfi
         }
     }
     let adapter = AdapterConfig {
-        base_model: settings.model.path.clone(),
+        // PEFT keeps a revision elsewhere than in the name.
+        base_model: hub::repository(&settings.model.path).to_owned(),
         rank: lora.rank,
         alpha: lora.alpha,
         dropout: lora.dropout,
