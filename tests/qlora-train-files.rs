@@ -762,7 +762,10 @@ fn adapters_of_every_kind_are_described_and_their_faults_named() {
         ],
     );
     says(
-        set("target_modules", json!(r".*(0\.mlp\.up|1\.self_attn\.[vo])_proj")),
+        set(
+            "target_modules",
+            json!(r".*(0\.mlp\.up|1\.self_attn\.[vo])_proj"),
+        ),
         &["holds pairs of down_proj, no targets"],
     );
     says(
