@@ -526,6 +526,46 @@ fn prompts_come_from_the_training_settings() {
         .says("adapter lora has no train.yaml");
 }
 
+#[test]
+fn the_users_turn_is_worded_as_in_training() {
+    let fixture = Fixture::new();
+    let trained = "model: {path: model, quantization: none}
+data: {text: raw, prompt_template: 'Pair {{ id }}, {{ tweet|length }} letters: {{ tweet }}'}\n";
+    fixture.tool.file("run1/train.yaml", trained);
+    let arguments = ["--adapter=run1", "--max-new-tokens=2"];
+    let lines = (fixture.tool.run(&arguments, &fixture.pairs()))
+        .exits(0)
+        .never_says("warning")
+        .records();
+    let messages = [
+        Message::user("Pair p6, 6 letters: MONDAY"),
+        Message::assistant("NO"),
+    ];
+    let (nll, _) = oracle_nll(&fixture, None, &messages);
+    let ours = lines[3]["systems"]["base"]["nll"].as_f64().unwrap();
+    assert!(
+        (ours - nll).abs() < NLL_TOLERANCE,
+        "{ours} instead of {nll}"
+    );
+    assert_eq!(lines[3]["tweet"], "MONDAY", "judged is the tweet itself");
+
+    let ask = |template: &str| {
+        let config = format!("generation: {{prompt_template: '{template}'}}\n");
+        let config = fixture.tool.file("eval.yaml", &config);
+        let arguments = [&arguments[..], &["--config", &config]].concat();
+        fixture.tool.run(&arguments, &fixture.pairs())
+    };
+    ask("{{ tweet }}")
+        .exits(0)
+        .says("adapter lora was trained with another prompt template");
+    ask("{{ reply }}")
+        .exits(2)
+        .says("generation.prompt_template: it names `reply`");
+    ask("{{ tweed }}").exits(3).says(
+        "-:1: key `tweed`: missing, and the prompt template names it; the nearest there is `tweet`",
+    );
+}
+
 /// A base that was given to qlora-train by its name on the hub is found by it.
 #[test]
 fn a_downloaded_base_goes_by_its_name() {
