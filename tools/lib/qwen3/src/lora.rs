@@ -43,54 +43,43 @@ impl LoraLayout {
     pub fn new(model: &Config, adapter: &AdapterConfig) -> Result<Self, Unfit> {
         let strengths = adapter.resolve(model.layers)?;
         let shapes = Module::ALL.map(|m| m.shape(model));
-        let mut len = 0;
+        let mut end = 0;
         let mut reserve = |floats: usize| {
-            len += floats;
-            len - floats
+            end += floats;
+            end - floats
         };
         let mut adapters = vec![[None; 7]; model.layers];
         for (layer, places) in adapters.iter_mut().enumerate() {
             for group in GROUPS {
-                let trained = || {
-                    let strength = |&m: &Module| Some((m, *strengths.get(&(layer, m))?));
-                    group.iter().filter_map(strength)
-                };
-                for (module, Strength { rank, scale }) in trained() {
-                    places[module as usize] = Some(engine::Adapter {
+                let strength = |&m: &Module| Some((m as usize, *strengths.get(&(layer, m))?));
+                let trained: Vec<_> = group.iter().filter_map(strength).collect();
+                let all = || trained.iter().copied();
+                let a: Vec<_> = all()
+                    .map(|(m, of)| reserve(of.rank * shapes[m][1]))
+                    .collect();
+                let b: Vec<_> = all()
+                    .map(|(m, of)| reserve(shapes[m][0] * of.rank))
+                    .collect();
+                for (i, (module, Strength { rank, scale })) in all().enumerate() {
+                    let magnitude = adapter.dora.then(|| reserve(shapes[module][0]));
+                    places[module] = Some(engine::Adapter {
                         rank,
                         scale,
-                        a: reserve(rank * shapes[module as usize][1]),
-                        b: 0,
+                        a: a[i],
+                        b: b[i],
                         module: module as u32,
-                        dora: None,
-                    });
-                }
-                let mut each = |f: &mut dyn FnMut(&mut engine::Adapter, usize)| {
-                    for (module, _) in trained() {
-                        if let Some(place) = &mut places[module as usize] {
-                            f(place, shapes[module as usize][0]);
-                        }
-                    }
-                };
-                each(&mut |place, outputs| place.b = reserve(outputs * place.rank));
-                if adapter.dora {
-                    each(&mut |place, outputs| {
-                        let magnitude = reserve(outputs);
-                        place.dora = Some(Dora { magnitude, norm: 0 });
+                        dora: magnitude.map(|magnitude| Dora { magnitude, norm: 0 }),
                     });
                 }
             }
         }
-        let mut buffer_len = len;
-        for (place, [outputs, _]) in adapters
-            .iter_mut()
-            .flat_map(|layer| layer.iter_mut().zip(shapes))
-        {
-            if let Some(dora) = place.as_mut().and_then(|place| place.dora.as_mut()) {
-                dora.norm = buffer_len;
-                buffer_len += outputs;
+        let len = reserve(0);
+        for place in adapters.iter_mut().flatten().flatten() {
+            if let Some(dora) = &mut place.dora {
+                dora.norm = reserve(shapes[place.module as usize][0]);
             }
         }
+        let buffer_len = reserve(0);
         Ok(Self {
             adapters,
             shapes,
