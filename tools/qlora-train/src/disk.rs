@@ -42,7 +42,8 @@ impl Need {
         }
     }
 
-    fn total(&self) -> u64 {
+    /// All of it.
+    pub fn total(&self) -> u64 {
         self.checkpoints * self.checkpoint + self.adapters + BESIDE
     }
 

@@ -199,7 +199,7 @@ impl Tool for QloraTrain {
         let checkpoint = Checkpoint::open(&model_path)?;
         let Some((data, out)) = to_train else {
             return to_save.map_or(Ok(()), |folder| {
-                quantized::save(app, &checkpoint, folder, &device)
+                quantized::save(app, &checkpoint, folder, &device, 0)
             });
         };
         let config = checkpoint.config();
@@ -265,7 +265,8 @@ impl Tool for QloraTrain {
             app.detail(line);
         }
         let kind = train::optimiser_of(settings);
-        disk::Need::new(t, &plan.layout, &kind, plan.steps).check(out)?;
+        let room = disk::Need::new(t, &plan.layout, &kind, plan.steps);
+        room.check(out)?;
         if self.dry_run {
             let (base, run) = ((&checkpoint, storage), (settings, &plan, &fit));
             let pace = match device {
@@ -329,7 +330,7 @@ impl Tool for QloraTrain {
         };
         let checkpoint = match to_save.filter(|folder| !folder.exists()) {
             Some(folder) => {
-                quantized::save(app, &checkpoint, folder, &device)?;
+                quantized::save(app, &checkpoint, folder, &device, room.total())?;
                 match storage {
                     Storage::Nf4 => Checkpoint::open(folder)?,
                     Storage::AsStored => checkpoint,
@@ -337,7 +338,7 @@ impl Tool for QloraTrain {
             }
             None if storage == Storage::Nf4 => {
                 let place = (settings.model.cache.as_str(), identity.model.as_str());
-                quantized::cached(app, checkpoint, place, &device)
+                quantized::cached(app, checkpoint, place, &device, room.total())
             }
             None => checkpoint,
         };

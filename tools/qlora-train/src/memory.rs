@@ -12,7 +12,7 @@ use cli::Failure;
 use engine::Backend;
 use qwen3::plan::{self, Memory, Outline, Part};
 use qwen3::{Checkpoint, Keep, LoraLayout, OptimiserKind, Storage};
-use settings::TrainSettings;
+use settings::{Optim, Quantization, TrainSettings};
 
 use crate::plan::Plan;
 use crate::rows::Rows;
@@ -130,7 +130,7 @@ impl Fit {
             }
             let longest = survey.extent.longest.max(survey.held_out_extent.longest);
             if began_with.is_some() || most <= longest {
-                return Err(need.refusal(began_with, survey)?.into());
+                return Err(need.refusal(settings, began_with, survey)?.into());
             }
             most /= 2;
         }
@@ -247,32 +247,45 @@ impl<B: Backend> Need<'_, B> {
     }
 
     /// Why nothing fits, and what would.
-    fn refusal(&self, began_with: Option<usize>, survey: Survey) -> Result<Failure> {
+    fn refusal(
+        &self,
+        settings: &TrainSettings,
+        began_with: Option<usize>,
+        survey: Survey,
+    ) -> Result<Failure> {
         let least = self.memory(&survey, Keep::Layers(0))?.total() + self.host.total();
-        let has = self.budget.bytes.map_or_else(String::new, |bytes| {
-            let whose = match self.budget.asked {
-                true => "training.max_memory allows",
-                false => "there are",
-            };
-            format!("{whose} {}", Size(bytes))
-        });
-        let fixed = self.lasting.total() + self.host.total();
+        let least = Size(least);
         let longest = survey.extent.longest.max(survey.held_out_extent.longest);
+        let allowed = Size(self.budget.bytes.unwrap_or(usize::MAX));
+        let there = match self.budget.asked {
+            true => format!("training.max_memory allows {allowed}"),
+            false => format!("there are {allowed}"),
+        };
         let cause = match began_with {
             Some(most) => format!(
-                "the run's passes of up to {most} tokens need {} at least, and {has}: go on with it where there is \
-                 more, or train in another folder (make: RUN=new)",
-                Size(least)
+                "the run's passes of up to {most} tokens need {least} at least, and {there}: go on with it where \
+                 there is more, or train in another folder (make: RUN=new)"
             ),
             None => {
-                let would = match self.longest_row(longest)? {
-                    0 => "model.quantization: nf4, training.optim: adamw_8bit or a lower lora.rank would need less".into(),
-                    fits => format!("rows of up to {fits} tokens would fit (training.max_seq_length)"),
-                };
+                let mut remedies = Vec::new();
+                if settings.model.quantization == Quantization::None {
+                    remedies.push("model.quantization: nf4".into());
+                }
+                if settings.training.optim == Optim::AdamW {
+                    remedies.push("training.optim: adamw_8bit".into());
+                }
+                remedies.push("a lower lora.rank".into());
+                let fits = self.longest_row(longest)?;
+                if fits > 0 {
+                    remedies.push(format!(
+                        "rows of up to {fits} tokens (training.max_seq_length)"
+                    ));
+                }
+                let fixed = Size(self.lasting.total() + self.host.total());
                 format!(
-                    "a row of {longest} tokens needs {} at least, {} of it for the base and its adapter, and {has}; {would}",
-                    Size(least),
-                    Size(fixed)
+                    "a row of {longest} tokens needs {least} at least, {fixed} of it for the base and its adapter, \
+                     and {there}; what would help: {}",
+                    remedies.join(", ")
                 )
             }
         };

@@ -5,13 +5,23 @@ use std::fs::{self, File};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use cli::App;
+use cli::{App, Failure};
 use engine::{Device, HostMatrix};
 use qwen3::Checkpoint;
 
-/// Writes the base to `folder` in bitsandbytes' form.
-pub fn save(app: &App, base: &Checkpoint, folder: &Path, device: &Device) -> Result<()> {
-    write(app, base, folder, device)?;
+use crate::disk;
+use crate::memory::Size;
+
+/// Writes the base to `folder` in bitsandbytes' form, where the disk has room for it
+/// and for `beside` bytes that come after it.
+pub fn save(
+    app: &App,
+    base: &Checkpoint,
+    folder: &Path,
+    device: &Device,
+    beside: u64,
+) -> Result<()> {
+    write(app, base, folder, device, beside)?;
     app.info(format_args!(
         "the base in 4 bits is in {}",
         folder.display()
@@ -27,11 +37,12 @@ pub fn cached(
     base: Checkpoint,
     (cache, fingerprint): (&str, &str),
     device: &Device,
+    beside: u64,
 ) -> Checkpoint {
     if cache.is_empty() || base.is_quantized() {
         return base;
     }
-    match find_or_make(app, &base, Path::new(cache), fingerprint, device) {
+    match find_or_make(app, &base, (Path::new(cache), fingerprint), device, beside) {
         Ok(kept) => kept,
         Err(error) => {
             app.warn(format_args!(
@@ -45,9 +56,9 @@ pub fn cached(
 fn find_or_make(
     app: &App,
     base: &Checkpoint,
-    cache: &Path,
-    fingerprint: &str,
+    (cache, fingerprint): (&Path, &str),
     device: &Device,
+    beside: u64,
 ) -> Result<Checkpoint> {
     let folder = cache.join(fingerprint);
     fs::create_dir_all(cache).with_context(|| cache.display().to_string())?;
@@ -71,7 +82,7 @@ fn find_or_make(
             }
         }
     }
-    write(app, base, &folder, device)?;
+    write(app, base, &folder, device, beside)?;
     app.info(format_args!(
         "the base in 4 bits is kept in {}",
         folder.display()
@@ -79,7 +90,15 @@ fn find_or_make(
     Ok(Checkpoint::open(&folder)?)
 }
 
-fn write(app: &App, base: &Checkpoint, folder: &Path, device: &Device) -> Result<()> {
+fn write(app: &App, base: &Checkpoint, folder: &Path, device: &Device, beside: u64) -> Result<()> {
+    let (needed, free) = (base.quantized_bytes()? + beside, disk::free(folder)?);
+    if needed > free {
+        let (needed, free) = (Size(needed as usize), Size(free as usize));
+        let folder = folder.display();
+        let cause =
+            format!("{folder}: the disk has {free} free, and {needed} are needed: make room there");
+        return Err(Failure::World(cause).into());
+    }
     let layers = base.config().layers as u64;
     let progress = app.progress("quantising layers", Some(layers));
     let quantize = |matrix: &HostMatrix| device.quantize(matrix);

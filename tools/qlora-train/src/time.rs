@@ -140,7 +140,7 @@ impl<B: Backend> Probe<'_, B> {
     fn least(&mut self, mut seconds: impl FnMut(&mut Self) -> Result<f64>) -> Result<f64> {
         let mut least = seconds(self)?;
         let mut all = least;
-        while all < 0.1 {
+        while all < 0.02 {
             let again = seconds(self)?;
             least = least.min(again);
             all += again;

@@ -27,6 +27,17 @@ impl Checkpoint {
         products.all(|weight| self.storage(weight).is_ok_and(|kind| kind == "NF4"))
     }
 
+    /// Bytes of what [`save_quantized`](Self::save_quantized) writes, to within a percent.
+    ///
+    /// # Errors
+    /// None once the checkpoint is open.
+    pub fn quantized_bytes(&self) -> Result<u64> {
+        let matrix = |weight: &&Weight| weight.shape(self.config()).len() == 2;
+        let all = Weight::all(self.config());
+        let bytes = |weight: &Weight| Ok(self.hollow(*weight, Storage::Nf4)?.bytes() as u64);
+        all.iter().filter(matrix).map(bytes).sum()
+    }
+
     /// Writes the model to `folder` with its products in NF4, double
     /// quantisation, in the form of bitsandbytes; all else as it is stored.
     /// The folder appears whole or not at all. Goes layer by layer: in memory
