@@ -768,7 +768,7 @@ fn the_cuda_backend_resumes_noise_and_moments_in_8_bits_to_the_byte() {
         .replace("save_steps: 3", "save_steps: 1");
     tool.file("train.yaml", &config);
     tool.file("pairs.jsonl", &pairs(6));
-    let few = ["--steps", "1", "--batch-size", "1", "--device", "cuda:0"];
+    let few = ["--steps", "2", "--batch-size", "1", "--device", "cuda:0"];
     train(&tool, "out", &few).exits(0);
     let whole = result(&tool, "out");
     let out = tool.folder().join("out");
