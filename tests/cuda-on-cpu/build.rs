@@ -14,7 +14,9 @@ const ASAN: &str = "CUDA_ON_CPU_ASAN";
 fn watched() -> cc::Build {
     let mut build = compiler();
     if std::env::var_os(ASAN).is_some() {
-        build.flag("-fsanitize=address").flag("--param=asan-stack=0");
+        build
+            .flag("-fsanitize=address")
+            .flag("--param=asan-stack=0");
     }
     build
 }

@@ -168,6 +168,38 @@ impl Emulated {
             .map(|i| stored[i % cols * rows + i / cols])
             .collect())
     }
+
+    /// Memory with undefined contents, which nothing counts.
+    fn reserve(&self, what: &'static str, bytes: usize) -> Result<Address> {
+        let _running = runtime();
+        // SAFETY: the size is not zero.
+        let memory = unsafe { alloc(layout(bytes)) };
+        if memory.is_null() {
+            return Err(Error::OutOfMemory { what, bytes });
+        }
+        // SAFETY: fresh memory of this size. The bytes are NaN as floats, and as bf16.
+        unsafe { memory.write_bytes(0xff, bytes) };
+        // SAFETY: only notes the range.
+        unsafe { cuda_on_cpu_buffer(memory as usize, bytes) };
+        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        buffers.insert(memory as usize as Address, bytes);
+        Ok(memory as usize as Address)
+    }
+
+    /// The size of what was there.
+    fn give_back(&self, address: Address) -> usize {
+        let _running = runtime();
+        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(bytes) = buffers.remove(&address) else {
+            return 0;
+        };
+        // SAFETY: came from `reserve` with this size, and was in the list once.
+        unsafe {
+            cuda_on_cpu_free(address as usize);
+            dealloc(address as usize as *mut u8, layout(bytes));
+        }
+        bytes
+    }
 }
 
 impl Drop for Emulated {
@@ -204,34 +236,25 @@ impl Driver for Emulated {
     }
 
     fn allocate(&self, what: &'static str, bytes: usize) -> Result<Address> {
-        let _running = runtime();
-        // SAFETY: the size is not zero.
-        let memory = unsafe { alloc(layout(bytes)) };
-        if memory.is_null() {
-            return Err(Error::OutOfMemory { what, bytes });
-        }
-        // SAFETY: fresh memory of this size. The bytes are NaN as floats, and as bf16.
-        unsafe { memory.write_bytes(0xff, bytes) };
-        // SAFETY: only notes the range.
-        unsafe { cuda_on_cpu_buffer(memory as usize, bytes) };
-        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
-        buffers.insert(memory as usize as Address, bytes);
+        let address = self.reserve(what, bytes)?;
         let used = self.meter.used.fetch_add(bytes, Relaxed) + bytes;
         self.meter.peak.fetch_max(used, Relaxed);
-        Ok(memory as usize as Address)
+        Ok(address)
     }
 
     fn release(&self, address: Address) {
-        let _running = runtime();
-        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(bytes) = buffers.remove(&address) {
-            self.meter.used.fetch_sub(bytes, Relaxed);
-            // SAFETY: came from `allocate` with this size, and was in the list once.
-            unsafe {
-                cuda_on_cpu_free(address as usize);
-                dealloc(address as usize as *mut u8, layout(bytes));
-            }
-        }
+        let bytes = self.give_back(address);
+        self.meter.used.fetch_sub(bytes, Relaxed);
+    }
+
+    fn share(&self, bytes: &[u8]) -> Result<Address> {
+        let address = self.reserve("shared memory", bytes.len())?;
+        self.write(bytes, address)?;
+        Ok(address)
+    }
+
+    fn unshare(&self, address: Address) {
+        self.give_back(address);
     }
 
     fn zero(&self, at: Address, bytes: usize) -> Result<()> {

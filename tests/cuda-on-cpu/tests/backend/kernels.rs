@@ -37,10 +37,18 @@ fn embeddings_gather_and_scatter() {
             .into_iter()
             .map(bf16::from_f32)
             .collect();
-        let table = b.upload_matrix(HostMatrix::bf16(11, width, table)).unwrap();
+        let table = HostMatrix::bf16(11, width, table);
         let ids = b.upload_ids(&[3, 10, 0, 3, 7]).unwrap();
         let mut out = b.poisoned(count * width);
-        b.embed(&table, &ids, count, &mut out);
+        b.embed(
+            &b.upload_table(table.clone()).unwrap(),
+            &ids,
+            count,
+            &mut out,
+        );
+        let shared = b.read_act(&out, count * width).unwrap();
+        b.embed(&b.upload_matrix(table).unwrap(), &ids, count, &mut out);
+        assert!(shared == b.read_act(&out, count * width).unwrap());
         let index = b.upload_ids(&[4, 1]).unwrap();
         let mut picked = b.poisoned(2 * width);
         b.gather(&out, &index, [2, width], &mut picked);

@@ -305,6 +305,15 @@ pub trait Backend: Sized + Send + Sync {
     /// If the device has no room.
     fn upload_matrix(&self, matrix: HostMatrix) -> Result<Self::Matrix>;
 
+    /// Takes over a table that is only looked up in ([`embed`](Self::embed)), a few
+    /// rows at a time: a device may leave it in the host's memory.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    fn upload_table(&self, table: HostMatrix) -> Result<Self::Matrix> {
+        self.upload_matrix(table)
+    }
+
     /// A weight in NF4, its scales quantised as well: the bits of
     /// [`Nf4Tensor::quantize`], wherever they are computed.
     ///

@@ -175,7 +175,10 @@ impl<B: Backend> Model<B> {
             .map(|i| Ok(upload(layer(&backend, i)?)?))
             .collect::<Result<_, E>>()?;
         Ok(Self {
-            embedding: backend.upload_matrix(ends.embedding)?,
+            embedding: match ends.lm_head {
+                Some(_) => backend.upload_table(ends.embedding)?,
+                None => backend.upload_matrix(ends.embedding)?, // it is multiplied by too
+            },
             final_norm: backend.upload_f32(&ends.final_norm)?,
             head: ends
                 .lm_head

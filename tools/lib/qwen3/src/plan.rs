@@ -245,7 +245,13 @@ impl<B: Backend> Outline<B> {
             ])
         });
         Ok(Self {
-            embedding: hollow(Weight::Embedding)?,
+            embedding: match config.tied {
+                true => hollow(Weight::Embedding)?,
+                false => {
+                    let table = checkpoint.hollow(Weight::Embedding, storage)?;
+                    backend.upload_table(table)?
+                }
+            },
             head: (!config.tied).then(|| hollow(Weight::Head)).transpose()?,
             products: products.collect::<crate::Result<_>>()?,
             config,

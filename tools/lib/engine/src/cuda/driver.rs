@@ -139,6 +139,16 @@ pub trait Driver: Send + Sync {
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory), naming `what`.
     fn allocate(&self, what: &'static str, bytes: usize) -> Result<Address>;
 
+    /// Host memory that kernels can read, slowly, holding these bytes; there is one
+    /// at least.
+    ///
+    /// # Errors
+    /// If the host has no room that stays in place.
+    fn share(&self, bytes: &[u8]) -> Result<Address>;
+
+    /// Gives shared memory back once the work queued so far is done.
+    fn unshare(&self, address: Address);
+
     /// Gives memory back once the work queued so far is done.
     fn release(&self, address: Address);
 

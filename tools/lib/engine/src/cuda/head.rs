@@ -23,7 +23,7 @@ fn chunk_rows(head: &Matrix, rows: usize) -> usize {
 /// Room for a decoded slice.
 fn slice_scratch(head: &Matrix) -> usize {
     match head.store {
-        Store::Dense(_) => 0,
+        Store::Dense(_) | Store::Shared(_) => 0,
         Store::Nf4 { .. } => head.rows.min(SLICE) * head.cols,
     }
 }
@@ -46,7 +46,7 @@ impl Cuda {
     /// Calls `f` with each slice's first row, its number of rows, and where it lies.
     fn slices(&self, head: &Matrix, decoded: Address, mut f: impl FnMut(usize, usize, Address)) {
         let step = match head.store {
-            Store::Dense(_) => head.rows,
+            Store::Dense(_) | Store::Shared(_) => head.rows,
             Store::Nf4 { .. } => SLICE,
         };
         for first in (0..head.rows).step_by(step) {

@@ -199,6 +199,35 @@ impl<T: Element> Drop for Buffer<T> {
     }
 }
 
+/// Values in host memory that kernels can read.
+pub(super) struct Shared {
+    queue: Arc<Queue>,
+    /// 0 if there are none.
+    pub address: Address,
+}
+
+impl Shared {
+    pub fn of<T: Element>(queue: &Arc<Queue>, values: &[T]) -> Result<Self> {
+        queue.check()?;
+        let address = match values.len() {
+            0 => 0,
+            _ => queue.driver.share(bytes_of(values))?,
+        };
+        Ok(Self {
+            queue: queue.clone(),
+            address,
+        })
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if self.address != 0 {
+            self.queue.driver.unshare(self.address);
+        }
+    }
+}
+
 /// Values on their way back.
 pub struct DeviceReading<T> {
     queue: Arc<Queue>,

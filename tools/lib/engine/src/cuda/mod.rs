@@ -33,7 +33,7 @@ use crate::{
     AdamW, Adapter, Backend, Cache, Dropout, Error, Group, Heads, HostMatrix, LinearGrad,
     MOMENT_BLOCK, MatrixData, Neftune, QkNorms, Ragged, Result, Sampling, Stretch,
 };
-use memory::Queue;
+use memory::{Queue, Shared};
 
 /// The kernels, as `make kernels` compiled them.
 pub(crate) const PTX: &str = include_str!("../../cuda/kernels.ptx");
@@ -67,6 +67,8 @@ pub struct Matrix {
 
 enum Store {
     Dense(Buffer<bf16>),
+    /// A table of embeddings in host memory.
+    Shared(Shared),
     Nf4 {
         codes: Buffer<u8>,
         absmax: Buffer<f32>,
@@ -190,6 +192,7 @@ impl Cuda {
         let range = rows.start * matrix.cols..rows.end * matrix.cols;
         match &matrix.store {
             Store::Dense(values) => values.at(range),
+            Store::Shared(_) => panic!("a table is looked up in, not multiplied by"),
             Store::Nf4 {
                 codes,
                 absmax,
@@ -336,6 +339,23 @@ impl Backend for Cuda {
         Ok(Matrix { rows, cols, store })
     }
 
+    /// In the host's memory, from where a pass reads eight kilobytes a token at most;
+    /// on the device where the host has no room that stays in place.
+    fn upload_table(&self, table: HostMatrix) -> Result<Matrix> {
+        let HostMatrix { rows, cols, data } = table;
+        let MatrixData::Bf16(values) = data else {
+            return self.upload_matrix(HostMatrix { rows, cols, data });
+        };
+        match Shared::of(&self.queue, &values) {
+            Ok(shared) if cols % 8 == 0 => Ok(Matrix {
+                rows,
+                cols,
+                store: Store::Shared(shared),
+            }),
+            _ => self.upload_matrix(HostMatrix::bf16(rows, cols, values)),
+        }
+    }
+
     fn quantize(&self, matrix: &HostMatrix) -> Result<Nf4Tensor> {
         self.quantize_here(matrix)
     }
@@ -381,6 +401,7 @@ impl Backend for Cuda {
         let values = matrix.rows * matrix.cols;
         match &matrix.store {
             Store::Dense(_) => values * size_of::<bf16>(),
+            Store::Shared(_) => 0,
             Store::Nf4 { nested, .. } => nf4::bytes(values, nested.is_some()),
         }
     }
@@ -406,10 +427,12 @@ impl Backend for Cuda {
     }
 
     fn embed(&self, table: &Matrix, ids: &Buffer<u32>, tokens: usize, out: &mut Buffer<bf16>) {
-        let Store::Dense(values) = &table.store else {
-            panic!("an embedding table is not quantised");
+        let len = tokens * table.cols;
+        let table = match &table.store {
+            Store::Dense(values) => values.first(values.len()),
+            Store::Shared(values) => values.address,
+            Store::Nf4 { .. } => panic!("an embedding table is not quantised"),
         };
-        let (table, len) = (values.first(values.len()), tokens * table.cols);
         let args = args![
             table,
             ids.first(tokens),

@@ -536,6 +536,29 @@ impl Driver for Nvidia {
         }
     }
 
+    fn share(&self, bytes: &[u8]) -> Result<Address> {
+        self.context.enter()?;
+        // SAFETY: the memory is written below before anything reads it.
+        let at = unsafe { cuda::malloc_host(bytes.len(), sys::CU_MEMHOSTALLOC_DEVICEMAP) }
+            .map_err(|e| failed("page-locked host memory", e))?;
+        // SAFETY: fresh memory of this size.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at.cast::<u8>(), bytes.len()) };
+        // With unified addressing, which every 64-bit system has, the host's address is
+        // the device's.
+        Ok(at as Address)
+    }
+
+    fn unshare(&self, address: Address) {
+        if self.context.enter().is_ok() {
+            // SAFETY: the caller's address comes from `share`, once; nothing reads it any
+            // more when the stream has come to rest.
+            unsafe {
+                let _ = cuda::stream::synchronize(self.context.stream);
+                let _ = cuda::free_host(address as *mut c_void);
+            }
+        }
+    }
+
     fn release(&self, address: Address) {
         if self.context.enter().is_ok() {
             // SAFETY: the caller's address comes from `allocate`, once. A device that
