@@ -176,3 +176,19 @@ fn measure(task: &Task, models: &Path) -> Result<Measured> {
     ensure!(output.status.success(), "it ended with {}", output.status);
     Ok(serde_json::from_slice(&output.stdout)?)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_task_is_found_by_its_name() {
+        for task in Task::all(2) {
+            let name = name(&task);
+            let words = ["bench", "measure"].into_iter().chain(name.split(' '));
+            let bench = Bench::parse_from(words.chain(["--models", "here"]));
+            assert!(matches!(bench.one, Some(One::Measure { task: found, .. }) if found == task));
+        }
+    }
+}

@@ -74,3 +74,23 @@ impl Rows {
         self.ids.iter().map(Vec::len).sum()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The figures in the comment on [`REAL`], of all 3,318 pairs.
+    #[test]
+    fn the_real_lengths_are_spread_as_all_are() {
+        let mut totals = REAL.map(|(prompt, reply)| prompt + reply);
+        let padded: usize = totals
+            .chunks(STEP)
+            .map(|step| step.iter().max().map_or(0, |most| most * step.len()))
+            .sum();
+        let all: usize = totals.iter().sum();
+        assert!((all as f64 / 128.0 - 40.0).abs() < 0.1, "mean of {all}");
+        assert!((padded as f64 / all as f64 - 1.59).abs() < 0.01, "{padded}");
+        totals.sort_unstable();
+        assert_eq!((totals[64], totals[121]), (37, 68));
+    }
+}

@@ -125,7 +125,7 @@ async fn one(
         let came = client.get(url)?.download(from, sink).await;
         came.map_err(|source| Error::Download {
             path: part.clone(),
-            source,
+            source: Box::new(source),
         })?;
     }
     let found = hash.finalize();

@@ -28,7 +28,7 @@ pub enum Error {
         /// Where it was looked for.
         endpoint: String,
         /// The hub's answer.
-        source: httpclient::Error,
+        source: Box<httpclient::Error>,
     },
     /// It is there for others.
     #[error(
@@ -39,7 +39,7 @@ pub enum Error {
         /// As it was asked for.
         model: String,
         /// The hub's answer.
-        source: httpclient::Error,
+        source: Box<httpclient::Error>,
     },
     /// Whether the hub has it is not known.
     #[error(
@@ -49,11 +49,11 @@ pub enum Error {
         /// As it was asked for.
         model: String,
         /// What went wrong.
-        source: httpclient::Error,
+        source: Box<httpclient::Error>,
     },
     /// An answer that is none of the hub's.
     #[error(transparent)]
-    Answer(#[from] httpclient::Error),
+    Answer(#[from] Box<httpclient::Error>),
     /// Weights in another form.
     #[error("{0} has no weights as safetensors, the only form that is read")]
     NoWeights(String),
@@ -66,7 +66,7 @@ pub enum Error {
         /// What there is of it.
         path: PathBuf,
         /// What went wrong.
-        source: httpclient::DownloadError,
+        source: Box<httpclient::DownloadError>,
     },
     /// A file came whole and is another.
     #[error("{} {what}: it was deleted; run it again", path.display())]

@@ -211,6 +211,7 @@ impl Hub {
         let answer = client.get(&path)?.query([("blobs", "true")]).send().await;
         let answer = answer.map_err(|source| {
             let (model, endpoint) = (name.to_string(), self.endpoint.clone());
+            let source = Box::new(source);
             match source.status() {
                 Some(401 | 404) => Error::Nowhere {
                     model,
@@ -221,7 +222,7 @@ impl Hub {
                 _ => Error::NotAsked { model, source },
             }
         })?;
-        let commit: download::Commit = answer.json()?;
+        let commit: download::Commit = answer.json().map_err(Box::new)?;
         let files = commit.files();
         if !files.iter().any(|f| f.rfilename.ends_with(".safetensors")) {
             return Err(Error::NoWeights(name.to_string()));
