@@ -255,11 +255,13 @@ impl Card<'_> {
         };
         writeln!(out, ", seed {}, loss on the {on}.\n", t.seed)?;
 
-        let losses = self
+        let mut losses = self
             .figures
             .iter()
             .filter_map(|line| Some((line.step, line.loss?)));
-        if let Some(((first, before), (last, after))) = losses.clone().next().zip(losses.last()) {
+        let first = losses.next();
+        if let Some((first, before)) = first {
+            let (last, after) = losses.next_back().unwrap_or((first, before));
             writeln!(
                 out,
                 "Training loss {before:.4} at step {first}, {after:.4} at step {last}, in nats a token."
@@ -462,8 +464,11 @@ impl AddToCard {
             (Some((before, _)), Some((_, after))) => (before.to_owned(), after),
             _ => (format!("{text}{heading}"), "\n"),
         };
-        let text = [&before, EVALUATION[0], "\n", &section, EVALUATION[1], after].concat();
-        write_atomically(&path, text.as_bytes())?;
+        let new = [&before, EVALUATION[0], "\n", &section, EVALUATION[1], after].concat();
+        // Where nothing is new, the file stays untouched: make goes by dates.
+        if new != text {
+            write_atomically(&path, new.as_bytes())?;
+        }
         app.info(format_args!("{} has the figures", path.display()));
         Ok(())
     }

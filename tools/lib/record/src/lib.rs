@@ -94,14 +94,15 @@ impl Record {
 
     /// Every field's value, for those who look fields up by name.
     pub fn values(&self) -> Result<Map<String, Value>, Error> {
-        let value = |(key, raw): (&String, &Box<RawValue>)| {
+        let mut values = Map::new();
+        for (key, raw) in &self.fields {
             let value = serde_json::from_str(raw.get()).map_err(|e| Error::Field {
                 key: key.clone(),
                 cause: e.to_string(),
             })?;
-            Ok((key.clone(), value))
-        };
-        self.fields.iter().map(value).collect()
+            values.insert(key.clone(), value);
+        }
+        Ok(values)
     }
 
     /// A figure: a whole number, see [`count`].
