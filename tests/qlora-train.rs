@@ -475,8 +475,11 @@ fn settings_that_cannot_work_are_refused_by_key() {
             "training: {neftune_noise_alpha: -5}",
             "training.neftune_noise_alpha is -5",
         ),
-        ("lora: {target_modules: [q_prj]}", "`q_prj` matches nothing"),
-        ("lora: {target_modules: []}", "the list is empty"),
+        (
+            "lora: {target_modules: [q_prj]}",
+            "`q_prj`, which matches nothing",
+        ),
+        ("lora: {target_modules: []}", "is empty: nothing would be"),
     ] {
         tool.file("train.yaml", config);
         train(&tool, "out", &[]).exits(2).says(said);
