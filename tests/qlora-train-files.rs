@@ -1130,3 +1130,27 @@ fn the_machine_is_measured_on_random_weights() {
         .exits(2)
         .says("of at most 512 together");
 }
+
+#[test]
+fn the_stand_in_for_a_gpu_is_measured() {
+    let tool = tool().env("LD_LIBRARY_PATH", &cuda_on_cpu::STAND_IN.join(":"));
+    let bench = |more: &[&str]| {
+        let sizes = ["--tokens", "100", "--steps", "2", "--side", "64"];
+        let how = [
+            "bench",
+            "--shape",
+            "tiny",
+            "--device",
+            "cuda:0",
+            "--prompts",
+            "0",
+        ];
+        let run = tool.run(&[&how, &sizes[..], more].concat(), "").exits(0);
+        let figure: Value = serde_json::from_str(run.stdout.trim()).unwrap();
+        assert!(figure["device"].as_str().unwrap().contains("stand-in"));
+        assert_eq!(figure["growth_bytes"], 0, "steps leave no memory behind");
+        figure["memory_bytes"].as_u64().unwrap()
+    };
+    let (kept, again) = (bench(&[]), bench(&["--recompute", "--adamw-8bit"]));
+    assert!(again < kept, "{again} {kept}");
+}

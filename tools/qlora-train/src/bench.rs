@@ -99,6 +99,9 @@ pub struct Bench {
         value_name = "LIST"
     )]
     slots: Vec<usize>,
+    /// Side of the square product whose rate is measured [default: 8192, CPU 1024]
+    #[arg(long, value_name = "N", value_parser = side)]
+    side: Option<usize>,
     /// Lengths to use, a JSON list of [prompt, reply] in tokens
     #[arg(long, value_name = "FILE")]
     lengths: Option<PathBuf>,
@@ -118,6 +121,14 @@ $ qlora-train bench --shape tiny --tokens 64,256 --steps 2 --recompute --prompts
 struct Shape {
     name: String,
     config: Config,
+}
+
+fn side(text: &str) -> Result<usize, String> {
+    let side = text.parse().map_err(|e| format!("{e}"))?;
+    match side > 0 && side % 8 == 0 {
+        true => Ok(side),
+        false => Err("a multiple of 8 is needed".into()),
+    }
 }
 
 fn shape(name: &str) -> Result<Shape, String> {
@@ -264,7 +275,8 @@ impl Bench {
         };
         let device = backend.describe();
         let before = free(&backend)?;
-        let rates = rates(&backend, if OF_ITS_OWN { 8192 } else { 1024 })?;
+        let side = self.side.unwrap_or(if OF_ITS_OWN { 8192 } else { 1024 });
+        let rates = rates(&backend, side)?;
         let storage = match self.dense {
             true => Storage::AsStored,
             false => Storage::Nf4,
