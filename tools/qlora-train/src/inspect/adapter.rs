@@ -402,11 +402,11 @@ fn floats(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
     }
 }
 
+/// The pairs that the settings ask for.
+type Wanted = BTreeMap<(usize, Module), Strength>;
+
 /// What the settings ask for, where they say so; a rank of 0 is not known.
-fn wanted(
-    adapter: &Adapter,
-    targets: Option<&Value>,
-) -> Option<Result<BTreeMap<(usize, Module), Strength>, Unfit>> {
+fn wanted(adapter: &Adapter, targets: Option<&Value>) -> Option<Result<Wanted, Unfit>> {
     let targets = match targets? {
         Value::String(text) => Targets::from_text(text),
         _ if adapter.targets.is_empty() => return None,
@@ -429,7 +429,7 @@ fn check_parts(
     adapter: &Adapter,
     config: Option<&Config>,
     parts: &Parts,
-    wanted: &BTreeMap<(usize, Module), Strength>,
+    wanted: &Wanted,
     say: &mut impl FnMut(&str, String, &str),
 ) {
     let modules: BTreeSet<&str> = wanted.keys().map(|(_, module)| module.name()).collect();
