@@ -61,7 +61,7 @@ impl Plan {
         let labelled: usize = rows.train.iter().map(Row::targets).sum();
         let padding = 100.0 * (1.0 - survey.tokens as f64 / survey.padded as f64);
         let passes = survey.passes as f64 / survey.steps as f64;
-        let decimals = usize::from(survey.passes % survey.steps != 0);
+        let decimals = usize::from(!survey.passes.is_multiple_of(survey.steps));
         vec![
             format!(
                 "{} rows to train on ({tokens} tokens, {labelled} to learn), {} held out",

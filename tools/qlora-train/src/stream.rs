@@ -65,6 +65,9 @@ pub fn passes<'a>(rows: &[&'a Row], most: usize) -> Vec<Vec<qwen3::Row<'a>>> {
 /// began: some seconds of counting.
 const COUNTED: u64 = 20_000_000;
 
+/// Tokens of a pass from which on its length matters little.
+const WORTHWHILE: usize = 1024;
+
 /// The passes of a run, counted before there is one.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Survey {
@@ -80,6 +83,9 @@ pub struct Survey {
     pub padded: u64,
     /// What holds any of the passes.
     pub extent: Extent,
+    /// Most tokens of a pass of an evaluation: those of the longest in training, so
+    /// that it needs no more memory, but enough to be worth a pass.
+    pub held_out_most: usize,
     /// Passes and tokens of one evaluation.
     pub held_out: [u64; 2],
     /// What holds any of these passes.
@@ -117,8 +123,9 @@ impl Survey {
                 survey.padded += (batch.len() * longest) as u64;
             }
         }
+        survey.held_out_most = most.min(survey.extent.tokens.max(WORTHWHILE));
         let held_out: Vec<&Row> = rows.eval.iter().collect();
-        for pass in passes(&held_out, most) {
+        for pass in passes(&held_out, survey.held_out_most) {
             let extent = Extent::of(&pass);
             survey.held_out[0] += 1;
             survey.held_out[1] += extent.tokens as u64;

@@ -419,7 +419,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         let mut pass = Pass::new(Keep::Nothing);
         let (mut sum, mut tokens) = (0.0, 0);
         let progress = self.job.app.progress("evaluating", Some(rows.len() as u64));
-        for rows in passes(&rows, self.job.fit.pass_tokens) {
+        for rows in passes(&rows, self.job.fit.survey.held_out_most) {
             let batch = Batch::new(self.model.backend(), &rows)?;
             let nll = self.model.losses(&mut pass, &batch, Some(lora))?.wait()?;
             sum += nll.iter().map(|&nll| f64::from(nll)).sum::<f64>();
