@@ -2,7 +2,10 @@
 //! vLLM load in place of quantising it again, and what this crate loads at a
 //! quarter of the reading.
 
+use std::panic::resume_unwind;
 use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
 
 use engine::nf4::{self, Absmax, BLOCK, NESTED_BLOCK, Nf4Tensor};
 use engine::{HostMatrix, MatrixData};
@@ -41,7 +44,7 @@ impl Checkpoint {
     /// Writes the model to `folder` with its products in NF4, double
     /// quantisation, in the form of bitsandbytes; all else as it is stored.
     /// The folder appears whole or not at all. Goes layer by layer: in memory
-    /// there is never more than one. `quantize` does the arithmetic, `progress`
+    /// there are never more than three. `quantize` does the arithmetic, `progress`
     /// hears how many are done.
     ///
     /// # Errors
@@ -49,7 +52,7 @@ impl Checkpoint {
     pub fn save_quantized(
         &self,
         folder: &Path,
-        quantize: impl Fn(&HostMatrix) -> engine::Result<Nf4Tensor>,
+        quantize: impl Fn(&HostMatrix) -> engine::Result<Nf4Tensor> + Sync,
         progress: impl FnMut(usize),
     ) -> Result<()> {
         whole_folder(folder, |part| {
@@ -61,7 +64,7 @@ impl Checkpoint {
         &self,
         folder: &Path,
         shard: u64,
-        quantize: impl Fn(&HostMatrix) -> engine::Result<Nf4Tensor>,
+        quantize: impl Fn(&HostMatrix) -> engine::Result<Nf4Tensor> + Sync,
         mut progress: impl FnMut(usize),
     ) -> Result<()> {
         let config = self.config();
@@ -100,17 +103,39 @@ impl Checkpoint {
                 writer.write(&weight.name(), bytes)?;
             }
         }
-        for layer in 0..config.layers {
-            let products = self.layer_by(layer, Storage::Nf4, &quantize)?.products;
+        // A layer is written while the next one is quantised.
+        let write = |writer: &mut Writer, layer: usize, products: [HostMatrix; 7]| -> Result<()> {
             for (module, product) in Module::ALL.into_iter().zip(products) {
                 let MatrixData::Nf4(tensor) = product.data else {
                     unreachable!("a product asked for in NF4");
                 };
-                write_parts(&mut writer, Weight::Product(layer, module), tensor, dtype)?;
+                write_parts(writer, Weight::Product(layer, module), tensor, dtype)?;
             }
-            progress(layer + 1);
-        }
-        writer.finish()?;
+            Ok(())
+        };
+        let (queue, quantized) = mpsc::sync_channel(1);
+        thread::scope(|scope| -> Result<()> {
+            let writing = scope.spawn(move || -> Result<()> {
+                for (layer, products) in quantized {
+                    write(&mut writer, layer, products)?;
+                }
+                writer.finish()
+            });
+            let mut quantize_all = || -> Result<()> {
+                for layer in 0..config.layers {
+                    let products = self.layer_by(layer, Storage::Nf4, &quantize)?.products;
+                    if queue.send((layer, products)).is_err() {
+                        break; // the writer failed, and says why
+                    }
+                    progress(layer + 1);
+                }
+                Ok(())
+            };
+            let quantizing = quantize_all();
+            drop(queue);
+            let written = writing.join().unwrap_or_else(|panic| resume_unwind(panic));
+            quantizing.and(written)
+        })?;
         copy_companions(self.folder(), folder, |config| {
             // As transformers writes it: every key that it reads back.
             config.insert(

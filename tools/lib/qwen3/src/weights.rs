@@ -14,6 +14,7 @@ use engine::nf4::{self, Absmax, BLOCK, NESTED_BLOCK, Nf4Tensor};
 use engine::{HostMatrix, MatrixKind};
 use half::{bf16, f16};
 use memmap2::{Mmap, UncheckedAdvice};
+use rayon::prelude::*;
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::Deserialize;
@@ -242,7 +243,7 @@ impl Checkpoint {
         &self,
         index: usize,
         storage: Storage,
-        quantize: impl Fn(&HostMatrix) -> engine::Result<Nf4Tensor>,
+        quantize: impl Fn(&HostMatrix) -> engine::Result<Nf4Tensor> + Sync,
     ) -> Result<LayerWeights> {
         assert!(
             index < self.config.layers,
@@ -260,21 +261,14 @@ impl Checkpoint {
             }
         };
         let norm = |name| self.vector(&format!("model.layers.{index}.{name}.weight"));
-        let [q, k, v, o, gate, up, down] = Module::ALL;
+        // Side by side: copying out of the map and the scales of scales take one thread each.
+        let products: Vec<_> = (Module::ALL.into_par_iter().map(product)).collect::<Result<_>>()?;
         let weights = LayerWeights {
             input_norm: norm("input_layernorm")?,
             post_attention_norm: norm("post_attention_layernorm")?,
             q_norm: norm("self_attn.q_norm")?,
             k_norm: norm("self_attn.k_norm")?,
-            products: [
-                product(q)?,
-                product(k)?,
-                product(v)?,
-                product(o)?,
-                product(gate)?,
-                product(up)?,
-                product(down)?,
-            ],
+            products: (products.try_into()).expect("as many products as there are modules"),
         };
         self.release();
         Ok(weights)
