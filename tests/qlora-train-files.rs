@@ -1154,3 +1154,23 @@ fn the_stand_in_for_a_gpu_is_measured() {
     let (kept, again) = (bench(&[]), bench(&["--recompute", "--adamw-8bit"]));
     assert!(again < kept, "{again} {kept}");
 }
+
+#[test]
+fn a_gpu_quantises_to_the_processors_bytes() {
+    let tool = tool().env("LD_LIBRARY_PATH", &cuda_on_cpu::STAND_IN.join(":"));
+    let weights = |device: &str| {
+        let folder = tool.path(device);
+        let model = model();
+        let arguments = [
+            "--model",
+            &model,
+            "--save-quantized",
+            &folder,
+            "--device",
+            device,
+        ];
+        tool.run(&arguments, "").exits(0);
+        fs::read(Path::new(&folder).join("model.safetensors")).unwrap()
+    };
+    assert!(weights("cuda:0") == weights("cpu"));
+}
