@@ -17,7 +17,7 @@ fn the_plan_is_what_is_allocated() {
     for (storage, keep, dora, eight_bit) in [
         (Storage::Nf4, Keep::All, false, false),
         (Storage::Nf4, Keep::Layers(0), false, true),
-        (Storage::AsStored, Keep::Layers(2), false, false),
+        (Storage::AsStored, Keep::Layers(2), true, false),
     ] {
         let emulated = Emulated::new(Order::Forward, false);
         let meter = emulated.meter();
