@@ -84,6 +84,9 @@ struct GenEval {
     /// How the base's weights are held [default: as the adapter was trained]
     #[arg(long, value_name = "KIND")]
     quantization: Option<QuantizationFlag>,
+    /// How the base's output projection is held [default: as the adapter was trained]
+    #[arg(long, value_name = "KIND")]
+    lm_head: Option<LmHeadFlag>,
     /// Keep finished replies in this folder: after an interruption the same command goes on
     /// from them
     #[arg(long, value_name = "DIR")]
@@ -113,6 +116,16 @@ enum QuantizationFlag {
     None,
 }
 
+#[derive(Clone, Copy, ValueEnum, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+enum LmHeadFlag {
+    /// As in the checkpoint
+    AsStored,
+    /// 4-bit NormalFloat, scales quantised again
+    Nf4,
+}
+
 const EXAMPLES: &str = "
 $ gen-eval --model model --adapter run1 --max-new-tokens 8 < pairs.jsonl
 $ gen-eval --model model --adapter a=run1 --adapter b=run2 --max-new-tokens 8 < pairs.jsonl
@@ -140,7 +153,8 @@ impl Tool for GenEval {
             .set("generation.batch_size", &self.batch_size)
             .set("generation.seed", &self.seed)
             .set("generation.text", &self.text)
-            .set("generation.quantization", &self.quantization);
+            .set("generation.quantization", &self.quantization)
+            .set("generation.lm_head", &self.lm_head);
         let Some(resolved) = app.settings::<EvalSettings>(&["generation"], flags)? else {
             return Ok(());
         };
@@ -256,13 +270,12 @@ impl GenEval {
             let loading = "loading the base model";
             let corpus = match device {
                 Device::Cpu(cpu) => {
-                    let model =
-                        Model::load(cpu, &setup.checkpoint, setup.storage).context(loading)?;
+                    let model = Model::load(cpu, &setup.checkpoint, setup.held).context(loading)?;
                     answers::write_items(app, settings, &setup, &model, &items, kept, &mut out)?
                 }
                 Device::Cuda(cuda) => {
                     let model =
-                        Model::load(cuda, &setup.checkpoint, setup.storage).context(loading)?;
+                        Model::load(cuda, &setup.checkpoint, setup.held).context(loading)?;
                     answers::write_items(app, settings, &setup, &model, &items, kept, &mut out)?
                 }
             };

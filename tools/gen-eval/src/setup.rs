@@ -3,8 +3,8 @@
 
 use anyhow::{Context, Result};
 use cli::{App, Failure, PrintConfig, Resolved, Signature};
-use qwen3::{Adapter, Chat, Checkpoint, GenerationConfig, PromptTemplate, Storage};
-use settings::{EvalSettings, Generation, Quantization, TrainSettings};
+use qwen3::{Adapter, Chat, Checkpoint, GenerationConfig, Held, PromptTemplate, Storage};
+use settings::{EvalSettings, Generation, LmHead, Quantization, TrainSettings};
 
 use crate::hub;
 use crate::items::{Item, Wording};
@@ -44,7 +44,7 @@ pub struct Setup {
     pub stop_ids: Vec<u32>,
     pub adapters: Vec<(String, Adapter)>,
     pub wording: Wording,
-    pub storage: Storage,
+    pub held: Held,
 }
 
 impl Setup {
@@ -91,6 +91,7 @@ impl Setup {
                 .map_err(|error| Failure::Usage(format!("generation.prompt_template: {error}")))?,
         };
         let quantization = settings.quantization.unwrap_or(like.model.quantization);
+        let lm_head = settings.lm_head.unwrap_or(like.model.lm_head);
         for (name, settings) in &trained {
             let Some(settings) = settings else {
                 app.warn(format_args!(
@@ -109,6 +110,7 @@ impl Setup {
                     settings.data.prompt_template != *template,
                 ),
                 ("quantization", settings.model.quantization != quantization),
+                ("lm_head", settings.model.lm_head != lm_head),
             ] {
                 if differs {
                     app.warn(format_args!(
@@ -151,9 +153,15 @@ impl Setup {
             .iter()
             .map(|n| Ok((n.name.clone(), n.load(&folder, config)?)))
             .collect::<Result<_>>()?;
-        let storage = match quantization {
-            Quantization::Nf4 => Storage::Nf4,
-            Quantization::None => Storage::AsStored,
+        let held = Held {
+            products: match quantization {
+                Quantization::Nf4 => Storage::Nf4,
+                Quantization::None => Storage::AsStored,
+            },
+            head: match lm_head {
+                LmHead::Nf4 => Storage::Nf4,
+                LmHead::AsStored => Storage::AsStored,
+            },
         };
         Ok(Self {
             stop_ids: generation.stop_ids,
@@ -162,7 +170,7 @@ impl Setup {
             chat,
             adapters,
             wording,
-            storage,
+            held,
         })
     }
 
@@ -182,7 +190,8 @@ impl Setup {
         let other = [
             ("device", device),
             ("model", &self.fingerprint),
-            ("quantization", self.held_as()),
+            ("quantization", self.quantization()),
+            ("lm_head", self.lm_head()),
             ("chat", self.chat.fingerprint()),
             ("items", &hash(items)),
         ];
@@ -192,10 +201,17 @@ impl Setup {
         Identity(parts)
     }
 
-    fn held_as(&self) -> &'static str {
-        match self.storage {
+    fn quantization(&self) -> &'static str {
+        match self.held.products {
             Storage::Nf4 => "nf4",
             Storage::AsStored => "none",
+        }
+    }
+
+    fn lm_head(&self) -> &'static str {
+        match self.held.head {
+            Storage::Nf4 => "nf4",
+            Storage::AsStored => "as_stored",
         }
     }
 
@@ -212,7 +228,8 @@ impl Setup {
             .with_hash("config", &cli::sha256_hex(config.as_bytes()))
             .with_hash("data", &hash(items))
             .with_hash("model", &self.fingerprint)
-            .with("quantization", self.held_as())
+            .with("quantization", self.quantization())
+            .with("lm_head", self.lm_head())
             .with_hash("chat", self.chat.fingerprint());
         for (name, adapter) in &self.adapters {
             signature = signature.with_hash(name, &adapter.fingerprint());

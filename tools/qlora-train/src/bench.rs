@@ -15,11 +15,12 @@ use engine::{Backend, Choice, Device, Group, HostMatrix, Member, Reading, Sampli
 use half::bf16;
 use jsonl::Output;
 use qwen3::{
-    AdapterConfig, Batch, Config, Generation, Keep, Lora, LoraLayout, Losses, Model, Module,
+    AdapterConfig, Batch, Config, Generation, Held, Keep, Lora, LoraLayout, Losses, Model, Module,
     Optimiser, OptimiserKind, Pass, Prompt, Row, Storage, Update, generate,
 };
 use serde::Serialize;
 
+use crate::LmHeadFlag;
 use crate::commands::Messages;
 
 /// Steps before the clock starts: buffers grow, products are planned.
@@ -79,6 +80,9 @@ pub struct Bench {
     /// Weights in bf16 in place of NF4
     #[arg(long)]
     dense: bool,
+    /// How the output projection is held
+    #[arg(long, value_name = "KIND", default_value = "as_stored")]
+    lm_head: LmHeadFlag,
     /// Rank of the adapter
     #[arg(long, default_value_t = 16, value_name = "N")]
     rank: usize,
@@ -185,6 +189,8 @@ struct Figure<'a> {
     layers: usize,
     /// Parameters of the products in the layers.
     parameters: usize,
+    /// How the output projection is held.
+    lm_head: LmHeadFlag,
     #[serde(flatten)]
     rates: Rates,
     /// What free memory has dropped by since the device was opened.
@@ -277,12 +283,16 @@ impl Bench {
         let before = free(&backend)?;
         let side = self.side.unwrap_or(if OF_ITS_OWN { 8192 } else { 1024 });
         let rates = rates(&backend, side)?;
-        let storage = match self.dense {
+        let storage = |dense| match dense {
             true => Storage::AsStored,
             false => Storage::Nf4,
         };
+        let held = Held {
+            products: storage(self.dense),
+            head: storage(self.lm_head == LmHeadFlag::AsStored),
+        };
         let started = Instant::now();
-        let model = Model::random(backend, config, storage).context("the random weights")?;
+        let model = Model::random(backend, config, held).context("the random weights")?;
         app.info(format_args!(
             "weights made in {:.1} s",
             started.elapsed().as_secs_f64()
@@ -299,6 +309,7 @@ impl Bench {
                 shape: &self.shape.name,
                 layers: model.config().layers,
                 parameters,
+                lm_head: self.lm_head,
                 rates,
                 memory_bytes: taken,
                 what,

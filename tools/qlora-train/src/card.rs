@@ -14,7 +14,7 @@ use cli::{App, Failure};
 use jsonl::{Lines, Records, write_atomically};
 use record::Record;
 use serde::Serialize;
-use settings::{LossOn, Optim, Quantization, TargetModules, TextChoice, TrainSettings};
+use settings::{LmHead, LossOn, Optim, Quantization, TargetModules, TextChoice, TrainSettings};
 
 use crate::commands::Messages;
 use crate::folder::{Figures, Identity};
@@ -132,6 +132,10 @@ impl Card<'_> {
                 write!(kind, ", {name}")?;
             }
         }
+        let mut held = spelled(&settings.model.quantization);
+        if settings.model.lm_head == LmHead::Nf4 {
+            held += ", lm_head in nf4";
+        }
         writeln!(
             out,
             "| | |\n|---|---|\n\
@@ -141,7 +145,7 @@ impl Card<'_> {
              | Made by | qlora-train {} on {} |",
             cell(&settings.model.path),
             self.identity.model,
-            spelled(&settings.model.quantization),
+            held,
             self.identity.version,
             self.identity.device,
         )
@@ -344,11 +348,20 @@ impl Card<'_> {
              print(tokenizer.decode(reply, skip_special_tokens=True))",
             quoted(base)
         );
-        let four_bits = match self.settings.model.quantization {
-            Quantization::Nf4 => {
+        let four_bits = match (
+            self.settings.model.quantization,
+            self.settings.model.lm_head,
+        ) {
+            (Quantization::Nf4, LmHead::AsStored) => {
                 ", here over the base as it is; it was trained over NF4 (`load_in_4bit`), which is close"
             }
-            Quantization::None => "",
+            (Quantization::Nf4, LmHead::Nf4) => {
+                ", here over the base as it is; it was trained over NF4, `lm_head` included, which is close"
+            }
+            (Quantization::None, LmHead::Nf4) => {
+                ", here over the base as it is; it was trained over `lm_head` in NF4, which is close"
+            }
+            (Quantization::None, LmHead::AsStored) => "",
         };
         writeln!(
             out,

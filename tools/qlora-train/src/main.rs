@@ -35,8 +35,8 @@ use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use cli::{App, Common, Failure, Flags, PrintConfig, Tool};
 use engine::{Choice, Device};
-use qwen3::{Adapter, Chat, Checkpoint, Config, GenerationConfig, Model, Storage};
-use settings::{Quantization, TrainSettings};
+use qwen3::{Adapter, Chat, Checkpoint, Config, GenerationConfig, Held, Model, Storage};
+use settings::{LmHead, Quantization, TrainSettings};
 
 use crate::folder::{Folder, Found, Identity};
 use crate::memory::{Fit, Place};
@@ -87,6 +87,9 @@ struct QloraTrain {
     /// How the layers' weights are held
     #[arg(long, value_name = "KIND")]
     quantization: Option<QuantizationFlag>,
+    /// How the output projection is held
+    #[arg(long, value_name = "KIND")]
+    lm_head: Option<LmHeadFlag>,
     /// Write the base in 4 bits to this folder too, as bitsandbytes does; alone, do
     /// only that
     #[arg(long, value_name = "DIR")]
@@ -129,6 +132,16 @@ enum QuantizationFlag {
     None,
 }
 
+#[derive(Clone, Copy, PartialEq, ValueEnum, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+enum LmHeadFlag {
+    /// As in the checkpoint
+    AsStored,
+    /// 4-bit NormalFloat, scales quantised again
+    Nf4,
+}
+
 const EXAMPLES: &str = "
 $ qlora-train --model model --data pairs.jsonl --out run1 --steps 3
 $ qlora-train --model model --data pairs.jsonl --out run1 --steps 3 --resume
@@ -155,6 +168,7 @@ impl Tool for QloraTrain {
         let flags = Flags::new()
             .set("model.path", &self.model)
             .set("model.quantization", &self.quantization)
+            .set("model.lm_head", &self.lm_head)
             .set("training.max_steps", &self.steps)
             .set("training.max_memory", &self.max_memory)
             .set("training.batch_size", &self.batch_size)
@@ -237,22 +251,23 @@ impl Tool for QloraTrain {
             Quantization::Nf4 => Storage::Nf4,
             Quantization::None => Storage::AsStored,
         };
+        let held = Held {
+            products: storage,
+            head: match settings.model.lm_head {
+                LmHead::AsStored => Storage::AsStored,
+                LmHead::Nf4 => Storage::Nf4,
+            },
+        };
         let began_with = match self.resume {
             true => folder::pass_tokens(out),
             false => None,
         };
         let run = (settings, &plan, &rows);
         let fit = match &device {
-            Device::Cpu(cpu) => Fit::new(
-                cpu,
-                Place::Processor,
-                (&checkpoint, storage),
-                run,
-                began_with,
-            )?,
-            Device::Cuda(cuda) => {
-                Fit::new(cuda, Place::Gpu, (&checkpoint, storage), run, began_with)?
+            Device::Cpu(cpu) => {
+                Fit::new(cpu, Place::Processor, (&checkpoint, held), run, began_with)?
             }
+            Device::Cuda(cuda) => Fit::new(cuda, Place::Gpu, (&checkpoint, held), run, began_with)?,
         };
         for line in resolved.show(PrintConfig::Full).lines() {
             app.detail(line);
@@ -268,7 +283,7 @@ impl Tool for QloraTrain {
         let room = disk::Need::new(t, &plan.layout, &kind, plan.steps);
         room.check(out)?;
         if self.dry_run {
-            let (base, run) = ((&checkpoint, storage), (settings, &plan, &fit));
+            let (base, run) = ((&checkpoint, held), (settings, &plan, &fit));
             let pace = match device {
                 Device::Cpu(cpu) => time::preview(cpu, base, run, &rows.train)?,
                 Device::Cuda(cuda) => time::preview(cuda, base, run, &rows.train)?,
@@ -354,11 +369,11 @@ impl Tool for QloraTrain {
         let loading = "loading the base model";
         match device {
             Device::Cpu(cpu) => {
-                let model = Model::load(cpu, &checkpoint, storage).context(loading)?;
+                let model = Model::load(cpu, &checkpoint, held).context(loading)?;
                 train::run(&job, &model, folder, state)
             }
             Device::Cuda(cuda) => {
-                let model = Model::load(cuda, &checkpoint, storage).context(loading)?;
+                let model = Model::load(cuda, &checkpoint, held).context(loading)?;
                 train::run(&job, &model, folder, state)
             }
         }

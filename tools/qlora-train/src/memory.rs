@@ -11,8 +11,8 @@ use anyhow::Result;
 use cli::Failure;
 use engine::Backend;
 use qwen3::plan::{self, Memory, Outline, Part};
-use qwen3::{Checkpoint, Keep, LoraLayout, OptimiserKind, Storage};
-use settings::{Optim, Quantization, TrainSettings};
+use qwen3::{Checkpoint, Held, Keep, LoraLayout, OptimiserKind};
+use settings::{LmHead, Optim, Quantization, TrainSettings};
 
 use crate::plan::Plan;
 use crate::rows::Rows;
@@ -93,12 +93,12 @@ impl Fit {
     pub fn new<B: Backend>(
         backend: &B,
         place: Place,
-        (checkpoint, storage): (&Checkpoint, Storage),
+        (checkpoint, held): (&Checkpoint, Held),
         (settings, plan, rows): (&TrainSettings, &Plan, &Rows),
         began_with: Option<usize>,
     ) -> Result<Self> {
         let t = &settings.training;
-        let outline = Outline::new(backend, checkpoint, storage)?;
+        let outline = Outline::new(backend, checkpoint, held)?;
         let kind = optimiser_of(settings);
         let host = match place {
             Place::Processor => Host::now(&plan.layout, &kind),
@@ -273,6 +273,11 @@ impl<B: Backend> Need<'_, B> {
                 }
                 if settings.training.optim == Optim::AdamW {
                     remedies.push("training.optim: adamw_8bit".into());
+                }
+                // A tied one would be a copy more, but where the table may leave the device.
+                let less = !self.outline.config().tied || self.place == Place::Gpu;
+                if less && settings.model.lm_head == LmHead::AsStored {
+                    remedies.push("model.lm_head: nf4".into());
                 }
                 remedies.push("a lower lora.rank".into());
                 let fits = self.longest_row(longest)?;

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use engine::{Backend, Reading};
 use qwen3::{
-    AdapterConfig, Batch, Checkpoint, Config, Ends, Keep, Lora, LoraLayout, Model, Pass, Row,
-    StepNoise, Storage,
+    AdapterConfig, Batch, Checkpoint, Config, Ends, Held, Keep, Lora, LoraLayout, Model, Pass, Row,
+    StepNoise,
 };
 use settings::TrainSettings;
 
@@ -193,7 +193,7 @@ impl<B: Backend> Probe<'_, B> {
 /// are on every product if the settings name none.
 pub fn preview<B: Backend>(
     backend: B,
-    (checkpoint, storage): (&Checkpoint, Storage),
+    (checkpoint, held): (&Checkpoint, Held),
     (settings, plan, fit): (&TrainSettings, &Plan, &Fit),
     rows: &[crate::rows::Row],
 ) -> Result<Pace> {
@@ -206,9 +206,9 @@ pub fn preview<B: Backend>(
     let ends = Ends {
         embedding: checkpoint.embedding()?,
         final_norm: checkpoint.final_norm()?,
-        lm_head: checkpoint.lm_head()?,
+        lm_head: checkpoint.lm_head_by(held.head, |matrix| backend.quantize(matrix))?,
     };
-    let first = (0..two).map(|layer| checkpoint.layer(layer, storage));
+    let first = (0..two).map(|layer| checkpoint.layer(layer, held.products));
     let mut model: Model<B> = Model::new(backend, few(two), ends, first)?;
     // As the greater part of the layers does.
     let keep = match fit.keep {

@@ -6,18 +6,23 @@ use cuda_on_cpu::{Emulated, Order};
 use engine::{Backend, Cuda, Reading};
 use qwen3::plan::{self, Extent, Outline};
 use qwen3::{
-    AdapterConfig, Batch, Checkpoint, Keep, Lora, LoraLayout, Model, Optimiser, OptimiserKind,
-    Pass, Row, Storage, Update,
+    AdapterConfig, Batch, Checkpoint, Held, Keep, Lora, LoraLayout, Model, Optimiser,
+    OptimiserKind, Pass, Row, Storage, Update,
 };
 
 #[test]
 fn the_plan_is_what_is_allocated() {
     let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo/model");
     let checkpoint = Checkpoint::open(&demo).unwrap();
-    for (storage, keep, dora, eight_bit) in [
-        (Storage::Nf4, Keep::All, false, false),
-        (Storage::Nf4, Keep::Layers(0), false, true),
-        (Storage::AsStored, Keep::Layers(2), true, false),
+    let nf4_head = Held {
+        head: Storage::Nf4,
+        ..Storage::Nf4.into()
+    };
+    for (held, keep, dora, eight_bit) in [
+        (Storage::Nf4.into(), Keep::All, false, false),
+        (Storage::Nf4.into(), Keep::Layers(0), false, true),
+        (nf4_head, Keep::Layers(0), false, true),
+        (Storage::AsStored.into(), Keep::Layers(2), true, false),
     ] {
         let emulated = Emulated::new(Order::Forward, false);
         let meter = emulated.meter();
@@ -44,14 +49,14 @@ fn the_plan_is_what_is_allocated() {
             })
             .collect();
 
-        let outline = Outline::new(&cuda, &checkpoint, storage).unwrap();
+        let outline = Outline::new(&cuda, &checkpoint, held).unwrap();
         let pass = outline.pass(&cuda, &layout, Extent::of(&rows), keep);
         let weights = outline.weights(&cuda);
         let planned = weights + plan::adapter(&layout, &kind) + pass.unwrap();
         assert_eq!(meter.used(), tables, "a plan allocates nothing");
 
-        let model = Model::load(cuda, &checkpoint, storage).unwrap();
-        assert_eq!(meter.used(), tables + weights.total(), "{storage:?}");
+        let model = Model::load(cuda, &checkpoint, held).unwrap();
+        assert_eq!(meter.used(), tables + weights.total(), "{held:?}");
         let initial = model.initial(&layout, 0).unwrap();
         let mut params = model.adapter_params(&layout, &initial).unwrap();
         let b = model.backend();
@@ -79,7 +84,7 @@ fn the_plan_is_what_is_allocated() {
         }
         let norm = size_of::<f32>(); // of the gradients
         let (planned, peak) = (planned.total() + tables + norm, meter.peak());
-        println!("{storage:?}, {keep:?}: {planned} planned, {peak} used");
-        assert_eq!(planned, peak, "{storage:?}, {keep:?}");
+        println!("{held:?}, {keep:?}: {planned} planned, {peak} used");
+        assert_eq!(planned, peak, "{held:?}, {keep:?}");
     }
 }

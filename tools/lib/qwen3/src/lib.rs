@@ -47,4 +47,4 @@ pub use prompt::{PromptError, PromptTemplate};
 pub use targets::{Strength, Targets, Unfit};
 pub use template::{Message, RenderOptions};
 pub use weight::{Values, Weight};
-pub use weights::{Checkpoint, LayerWeights, Storage};
+pub use weights::{Checkpoint, Held, LayerWeights, Storage};

@@ -14,7 +14,7 @@ use engine::{
 use crate::lora::{GROUPS, Ranks};
 use crate::pass::{Buffers, GradActs, Keep, LayerActs, Pass};
 use crate::{
-    Adapter, Batch, Checkpoint, Config, LayerWeights, Lora, LoraLayout, Module, OwnedLora, Storage,
+    Adapter, Batch, Checkpoint, Config, Held, LayerWeights, Lora, LoraLayout, Module, OwnedLora,
 };
 
 impl Config {
@@ -112,18 +112,19 @@ struct Run<'a, B: Backend> {
 }
 
 impl<B: Backend> Model<B> {
-    /// Loads a checkpoint layer by layer, its products in the given storage,
-    /// quantised on the device if they are to be.
+    /// Loads a checkpoint layer by layer, its weights held as asked, quantised on the
+    /// device if they are to be.
     ///
     /// # Errors
     /// If a file cannot be read or the device has no room.
-    pub fn load(backend: B, checkpoint: &Checkpoint, storage: Storage) -> crate::Result<Self> {
-        let config = checkpoint.config().clone();
-        let layer = |b: &B, i| checkpoint.layer_by(i, storage, |matrix| b.quantize(matrix));
+    pub fn load(backend: B, checkpoint: &Checkpoint, held: impl Into<Held>) -> crate::Result<Self> {
+        let (config, held) = (checkpoint.config().clone(), held.into());
+        let layer = |b: &B, i| checkpoint.layer_by(i, held.products, |matrix| b.quantize(matrix));
         let ends = Ends {
             embedding: checkpoint.embedding()?,
             final_norm: checkpoint.final_norm()?,
-            lm_head: checkpoint.lm_head()?,
+            // Before the layers, so that they take the room that quantising it took.
+            lm_head: checkpoint.lm_head_by(held.head, |matrix| backend.quantize(matrix))?,
         };
         Self::assemble(backend, config, ends, layer)
     }
@@ -724,7 +725,8 @@ pub struct Ends {
     pub embedding: engine::HostMatrix,
     /// Weight of the last norm `[hidden]`.
     pub final_norm: Vec<f32>,
-    /// Output projection `[vocabulary, hidden]`; none: the embeddings again.
+    /// Output projection `[vocabulary, hidden]`; none: the embeddings again. A tied
+    /// model may have one too: the same values, held otherwise.
     pub lm_head: Option<engine::HostMatrix>,
 }
 

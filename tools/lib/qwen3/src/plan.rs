@@ -13,7 +13,7 @@ use crate::batch::Row;
 use crate::model::scratch;
 use crate::pass::{Buffers, Keep, Size};
 use crate::weight::Weight;
-use crate::{Checkpoint, Config, LoraLayout, Module, OptimiserKind, Storage};
+use crate::{Checkpoint, Config, Held, LoraLayout, Module, OptimiserKind, Storage};
 
 /// What memory is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -219,15 +219,16 @@ pub struct Outline<B: Backend> {
 }
 
 impl<B: Backend> Outline<B> {
-    /// Of a checkpoint's model with its products in the given storage.
+    /// Of a checkpoint's model with its weights so held.
     ///
     /// # Errors
     /// If the device cannot take weights of such shapes.
-    pub fn new(backend: &B, checkpoint: &Checkpoint, storage: Storage) -> crate::Result<Self> {
-        let config = checkpoint.config().clone();
+    pub fn new(backend: &B, checkpoint: &Checkpoint, held: impl Into<Held>) -> crate::Result<Self> {
+        let (config, held) = (checkpoint.config().clone(), held.into());
+        let one_table = config.tied && held.head == Storage::AsStored;
         backend.accepts(config.attention())?;
         let hollow = |weight| -> crate::Result<_> {
-            Ok(backend.upload_matrix(checkpoint.hollow(weight, storage)?)?)
+            Ok(backend.upload_matrix(checkpoint.hollow(weight, held)?)?)
         };
         let group = |layer, members: &[Module]| -> crate::Result<Vec<_>> {
             let members = members.iter();
@@ -245,14 +246,14 @@ impl<B: Backend> Outline<B> {
             ])
         });
         Ok(Self {
-            embedding: match config.tied {
+            embedding: match one_table {
                 true => hollow(Weight::Embedding)?,
                 false => {
-                    let table = checkpoint.hollow(Weight::Embedding, storage)?;
+                    let table = checkpoint.hollow(Weight::Embedding, held)?;
                     backend.upload_table(table)?
                 }
             },
-            head: (!config.tied).then(|| hollow(Weight::Head)).transpose()?,
+            head: (!one_table).then(|| hollow(Weight::Head)).transpose()?,
             products: products.collect::<crate::Result<_>>()?,
             config,
         })

@@ -37,7 +37,7 @@ impl Checkpoint {
     pub fn quantized_bytes(&self) -> Result<u64> {
         let matrix = |weight: &&Weight| weight.shape(self.config()).len() == 2;
         let all = Weight::all(self.config());
-        let bytes = |weight: &Weight| Ok(self.hollow(*weight, Storage::Nf4)?.bytes() as u64);
+        let bytes = |weight: &Weight| Ok(self.hollow(*weight, Storage::Nf4.into())?.bytes() as u64);
         all.iter().filter(matrix).map(bytes).sum()
     }
 
@@ -114,28 +114,24 @@ impl Checkpoint {
             Ok(())
         };
         let (queue, quantized) = mpsc::sync_channel(1);
-        thread::scope(|scope| -> Result<()> {
-            let writing = scope.spawn(move || -> Result<()> {
+        let written = thread::scope(|scope| -> Result<Result<Writer>> {
+            let writing = scope.spawn(move || -> Result<Writer> {
                 for (layer, products) in quantized {
                     write(&mut writer, layer, products)?;
                 }
-                writer.finish()
+                Ok(writer)
             });
-            let mut quantize_all = || -> Result<()> {
-                for layer in 0..config.layers {
-                    let products = self.layer_by(layer, Storage::Nf4, &quantize)?.products;
-                    if queue.send((layer, products)).is_err() {
-                        break; // the writer failed, and says why
-                    }
-                    progress(layer + 1);
+            for layer in 0..config.layers {
+                let products = self.layer_by(layer, Storage::Nf4, &quantize)?.products;
+                if queue.send((layer, products)).is_err() {
+                    break; // the writer failed, and says why
                 }
-                Ok(())
-            };
-            let quantizing = quantize_all();
+                progress(layer + 1);
+            }
             drop(queue);
-            let written = writing.join().unwrap_or_else(|panic| resume_unwind(panic));
-            quantizing.and(written)
+            Ok(writing.join().unwrap_or_else(|panic| resume_unwind(panic)))
         })?;
+        written?.finish()?;
         copy_companions(self.folder(), folder, |config| {
             // As transformers writes it: every key that it reads back.
             config.insert(
@@ -282,5 +278,22 @@ mod tests {
             checkpoint.values(Weight::Head).unwrap().read(3..90, values);
         }
         assert_eq!(values[0], values[1]);
+    }
+    #[test]
+    fn a_weight_that_cannot_be_quantised_is_named_and_leaves_no_folder() {
+        let files = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../tests/parity/files");
+        let source = Checkpoint::open(&files.join("sharded")).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        let spoilt = HostMatrix::f32(1, 64, vec![f32::NAN; 64]);
+        let quantize = |_: &HostMatrix| Ok(spoilt.quantize()?);
+        let error = source.save_quantized(&out, quantize, |_| ()).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("model.layers.0.self_attn.q_proj.weight"),
+            "{text}"
+        );
+        assert!(text.contains("NaN"), "{text}");
+        assert!(!out.exists());
     }
 }

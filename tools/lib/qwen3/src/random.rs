@@ -9,7 +9,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use crate::model::{Ends, Model};
-use crate::{Config, LayerWeights, Module, Storage};
+use crate::{Config, Held, LayerWeights, Module, Storage};
 
 /// Standard deviation of the weights, as models are initialised.
 const DEVIATION: f32 = 0.02;
@@ -62,18 +62,18 @@ fn quantised([rows, cols]: [usize; 2]) -> HostMatrix {
 }
 
 impl<B: Backend> Model<B> {
-    /// A model with random weights, the same in every layer, in bf16 or NF4.
+    /// A model with random weights, the same in every layer, in bf16 or NF4; embeddings
+    /// are in bf16.
     ///
     /// # Errors
     /// If the device has no room, or no kernels for heads of this width.
-    pub fn random(backend: B, config: Config, storage: Storage) -> Result<Self> {
-        let product = |module: Module| {
-            let shape = module.shape(&config);
-            match storage {
-                Storage::AsStored => dense(shape),
-                Storage::Nf4 => quantised(shape),
-            }
+    pub fn random(backend: B, config: Config, held: impl Into<Held>) -> Result<Self> {
+        let held = held.into();
+        let matrix = |shape, storage| match storage {
+            Storage::AsStored => dense(shape),
+            Storage::Nf4 => quantised(shape),
         };
+        let product = |module: Module| matrix(module.shape(&config), held.products);
         let layer = LayerWeights {
             input_norm: vec![1.0; config.hidden_size],
             post_attention_norm: vec![1.0; config.hidden_size],
@@ -81,10 +81,11 @@ impl<B: Backend> Model<B> {
             k_norm: vec![1.0; config.head_dim],
             products: Module::ALL.map(product),
         };
-        let table = || dense([config.vocab_size, config.hidden_size]);
+        let shape = [config.vocab_size, config.hidden_size];
+        let one_table = config.tied && held.head == Storage::AsStored;
         let ends = Ends {
-            embedding: table(),
-            lm_head: (!config.tied).then(table),
+            embedding: dense(shape),
+            lm_head: (!one_table).then(|| matrix(shape, held.head)),
             final_norm: vec![1.0; config.hidden_size],
         };
         let layers = repeat_n(layer, config.layers).map(Ok);

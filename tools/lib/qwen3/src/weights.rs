@@ -40,14 +40,30 @@ const QUANTIZED_PARTS: [&str; 5] = [
     "quant_state.bitsandbytes__nf4",
 ];
 
-/// How the seven products of each layer are to be held. Embeddings, lm_head and
-/// norms stay as they are stored, and products that are stored in 4 bits too.
+/// How a weight is to be held. One that is stored in 4 bits stays as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Storage {
     /// In the checkpoint's own type (f16, which nothing here computes in, as f32).
     AsStored,
     /// NF4 with double quantisation.
     Nf4,
+}
+
+/// How a model's weights are to be held. Embeddings and norms stay as they are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Held {
+    /// The seven products of each layer.
+    pub products: Storage,
+    /// lm_head. Where it is tied, NF4 makes a copy of the embedding table.
+    pub head: Storage,
+}
+
+impl From<Storage> for Held {
+    /// The products so, lm_head as it is stored.
+    fn from(products: Storage) -> Self {
+        let head = Storage::AsStored;
+        Self { products, head }
+    }
 }
 
 /// One layer's weights.
@@ -210,6 +226,23 @@ impl Checkpoint {
         untied.then(|| self.dense(LM_HEAD)).transpose()
     }
 
+    /// lm_head held as `storage` says, quantised by `quantize`; none where the
+    /// embedding table serves as such.
+    ///
+    /// # Errors
+    /// If it is to be quantised and holds NaN or an infinity, or the device has no room.
+    pub fn lm_head_by(
+        &self,
+        storage: Storage,
+        quantize: impl Fn(&HostMatrix) -> engine::Result<Nf4Tensor>,
+    ) -> Result<Option<HostMatrix>> {
+        let stored = if self.config.tied { EMBEDDING } else { LM_HEAD };
+        match storage {
+            Storage::AsStored => self.lm_head(),
+            Storage::Nf4 => self.quantize(stored, quantize).map(Some),
+        }
+    }
+
     /// The norm before lm_head, `[hidden]`.
     ///
     /// # Errors
@@ -261,8 +294,10 @@ impl Checkpoint {
             }
         };
         let norm = |name| self.vector(&format!("model.layers.{index}.{name}.weight"));
-        // Side by side: copying out of the map and the scales of scales take one thread each.
-        let products: Vec<_> = (Module::ALL.into_par_iter().map(product)).collect::<Result<_>>()?;
+        // Side by side: copying out of the map and the scales of scales take one thread
+        // each. The first error in the order of the products is told, not in that of time.
+        let products: Vec<Result<_>> = Module::ALL.into_par_iter().map(product).collect();
+        let products: Vec<_> = products.into_iter().collect::<Result<_>>()?;
         let weights = LayerWeights {
             input_norm: norm("input_layernorm")?,
             post_attention_norm: norm("post_attention_layernorm")?,
@@ -275,20 +310,30 @@ impl Checkpoint {
     }
 
     /// A weight's shape and storage without its values, as a model loaded with
-    /// `storage` holds it.
+    /// `held` holds it.
     ///
     /// # Errors
-    /// If it is lm_head and tied.
-    pub(crate) fn hollow(&self, weight: Weight, storage: Storage) -> Result<HostMatrix> {
+    /// If it is lm_head, tied, and not to be quantised.
+    pub(crate) fn hollow(&self, weight: Weight, held: Held) -> Result<HostMatrix> {
         let (name, shape) = (weight.name(), weight.shape(&self.config));
-        let product = matches!(weight, Weight::Product(..));
-        let kind = match self.info(&name)?.1.dtype {
-            Dtype::U8 => MatrixKind::Nf4,
-            _ if product && storage == Storage::Nf4 => MatrixKind::Nf4,
-            Dtype::BF16 => MatrixKind::Bf16,
-            _ => MatrixKind::F32,
+        let storage = match weight {
+            Weight::Product(..) => held.products,
+            Weight::Head => held.head,
+            _ => Storage::AsStored,
+        };
+        let kind = match storage {
+            Storage::Nf4 => MatrixKind::Nf4,
+            Storage::AsStored => self.stored_kind(&name)?,
         };
         Ok(HostMatrix::hollow([shape[0], shape[1]], kind))
+    }
+
+    fn stored_kind(&self, name: &str) -> Result<MatrixKind> {
+        Ok(match self.info(name)?.1.dtype {
+            Dtype::U8 => MatrixKind::Nf4,
+            Dtype::BF16 => MatrixKind::Bf16,
+            _ => MatrixKind::F32,
+        })
     }
 
     /// A name for exactly these weights: SHA-256, in hex, over the digests of

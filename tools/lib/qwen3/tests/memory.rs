@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use engine::{Backend, Cpu, Reading};
 use qwen3::plan::{self, Extent, Outline, Part};
 use qwen3::{
-    AdapterConfig, Batch, Checkpoint, Keep, Lora, LoraLayout, Model, Optimiser, OptimiserKind,
-    Pass, Row, Storage, Update,
+    AdapterConfig, Batch, Checkpoint, Held, Keep, Lora, LoraLayout, Model, Optimiser,
+    OptimiserKind, Pass, Row, Storage, Update,
 };
 
 /// The system's allocator, counting.
@@ -53,13 +53,13 @@ fn rows(lengths: &[usize]) -> Vec<(Vec<u32>, Vec<bool>)> {
 /// Two steps over the rows; how much more was in use at most than before.
 fn measured(
     checkpoint: &Checkpoint,
-    storage: Storage,
+    held: Held,
     layout: &LoraLayout,
     batch: &[Row<'_>],
     (keep, kind): (Keep, OptimiserKind),
 ) -> [usize; 2] {
     let before = USED.load(Relaxed);
-    let model = Model::load(Cpu, checkpoint, storage).unwrap();
+    let model = Model::load(Cpu, checkpoint, held).unwrap();
     let weights = USED.load(Relaxed) - before;
     let initial = model.initial(layout, 1).unwrap();
     let mut params = model.adapter_params(layout, &initial).unwrap();
@@ -104,15 +104,21 @@ fn the_plan_is_what_the_heap_gives() {
 fn check() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../tests");
     let mut first = true;
-    for (name, storage) in [
-        ("demo/model", Storage::Nf4),
-        ("demo/model", Storage::AsStored),
-        ("parity/files/sharded", Storage::AsStored),
-        ("parity/files/nf4", Storage::AsStored),
+    let nf4_head = Held {
+        head: Storage::Nf4,
+        ..Storage::Nf4.into()
+    };
+    for (name, held) in [
+        ("demo/model", Storage::Nf4.into()),
+        ("demo/model", Storage::AsStored.into()),
+        ("demo/model", nf4_head), // tied
+        ("parity/files/sharded", Storage::AsStored.into()),
+        ("parity/files/sharded", nf4_head), // apart
+        ("parity/files/nf4", Storage::AsStored.into()),
     ] {
         let checkpoint = Checkpoint::open(&folder.join(name)).unwrap();
         let config = checkpoint.config();
-        let outline = Outline::new(&Cpu, &checkpoint, storage).unwrap();
+        let outline = Outline::new(&Cpu, &checkpoint, held).unwrap();
         for (lengths, keep, dora, eight_bit) in [
             (&[40; 50][..], Keep::All, false, false),
             (&[40; 50], Keep::All, true, true),
@@ -140,14 +146,14 @@ fn check() {
             };
             let pass = (outline.pass(&Cpu, &layout, Extent::of(&batch), keep)).unwrap();
             let planned = (weights + plan::adapter(&layout, &kind) + pass).total();
-            let run = || measured(&checkpoint, storage, &layout, &batch, (keep, kind));
+            let run = || measured(&checkpoint, held, &layout, &batch, (keep, kind));
             // The first time of all, libraries take what they keep.
             if std::mem::take(&mut first) {
                 run();
             }
             let [loaded, peak] = run();
             println!(
-                "{name}, {storage:?}, {} rows, {keep:?}: {planned} planned, {peak} used, {:+.2}%",
+                "{name}, {held:?}, {} rows, {keep:?}: {planned} planned, {peak} used, {:+.2}%",
                 lengths.len(),
                 100.0 * (peak as f64 / planned as f64 - 1.0)
             );

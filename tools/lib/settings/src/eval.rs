@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Quantization, TextChoice};
+use crate::{LmHead, Quantization, TextChoice};
 
 /// The whole file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -27,6 +27,8 @@ pub struct Generation {
     pub model: Option<String>,
     /// How its layers' weights are held.
     pub quantization: Option<Quantization>,
+    /// How its output projection is held.
+    pub lm_head: Option<LmHead>,
     /// Which text of a pair.
     pub text: Option<TextChoice>,
     /// Put before every conversation; empty for none.
@@ -52,6 +54,7 @@ impl Default for Generation {
         Self {
             model: None,
             quantization: None,
+            lm_head: None,
             text: None,
             system_prompt: None,
             prompt_template: None,

@@ -30,6 +30,18 @@ pub enum Quantization {
     None,
 }
 
+/// How the frozen output projection, lm_head, is held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LmHead {
+    /// As it is in the checkpoint.
+    #[default]
+    AsStored,
+    /// As [`Quantization::Nf4`]. Where it is tied to the embeddings, those stay as
+    /// they are.
+    Nf4,
+}
+
 /// The base model.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Model {
@@ -37,6 +49,8 @@ pub struct Model {
     pub path: String,
     /// How the layers' weights are held.
     pub quantization: Quantization,
+    /// How the output projection is held.
+    pub lm_head: LmHead,
     /// Folder where the weights in 4 bits are kept for the next run; empty: nowhere.
     pub cache: String,
 }
@@ -46,6 +60,7 @@ impl Default for Model {
         Self {
             path: "data/cache/models/Qwen3-8B".into(),
             quantization: Quantization::Nf4,
+            lm_head: LmHead::AsStored,
             cache: "data/cache/quantized".into(),
         }
     }
@@ -77,6 +92,7 @@ impl<'de> Deserialize<'de> for Model {
             path: Option<String>,
             cache: Option<String>,
             quantization: Option<AnyQuantization>,
+            lm_head: Option<LmHead>,
             load_in_4bit: Option<bool>,
             bnb_4bit_quant_type: Option<String>,
             bnb_4bit_use_double_quant: Option<bool>,
@@ -141,6 +157,7 @@ impl<'de> Deserialize<'de> for Model {
             path: keys.path.unwrap_or_else(|| Self::default().path),
             cache: keys.cache.unwrap_or_else(|| Self::default().cache),
             quantization,
+            lm_head: keys.lm_head.unwrap_or_default(),
         })
     }
 }
