@@ -364,6 +364,7 @@ fn likelihoods_and_greedy_replies_are_those_of_an_independent_model() {
         "|model:",
         "|lora:",
         "|quantization:none|",
+        "|lm_head:as_stored|",
     ] {
         assert!(signature.contains(part), "{part}: {signature}");
     }

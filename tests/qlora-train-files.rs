@@ -1070,6 +1070,13 @@ fn the_model_card_spells_choices_as_the_settings_do() {
     );
     // 0.3 of 2 steps, rounded up.
     assert!(card.contains(", linear, warm-up steps 1,"), "{card}");
+    train(&tool, "head", &["--lm-head", "nf4"]);
+    let card = fs::read_to_string(tool.folder().join("head/README.md")).unwrap();
+    assert!(
+        card.contains("| Base weights in training | nf4, lm_head in nf4 |")
+            && card.contains("over NF4, `lm_head` included"),
+        "{card}"
+    );
 }
 
 #[test]
@@ -1153,6 +1160,10 @@ fn the_stand_in_for_a_gpu_is_measured() {
     };
     let (kept, again) = (bench(&[]), bench(&["--recompute", "--adamw-8bit"]));
     assert!(again < kept, "{again} {kept}");
+    // The table of 1024 × 128 in bf16 leaves the device; its copy in 4 bits stays there, with
+    // room to decode it.
+    let nf4_head = bench(&["--lm-head", "nf4"]);
+    assert!(nf4_head < kept, "{nf4_head} {kept}");
 }
 
 #[test]

@@ -352,6 +352,10 @@ fn another_run_in_the_folder_is_refused_by_name() {
     .exits(2)
     .says("training.learning_rate = 0.0001, was 0.002")
     .says("RUN=new");
+    let other_head = ["--steps", "3", "--resume", "--lm-head", "nf4"];
+    train(&tool, "out", &other_head)
+        .exits(2)
+        .says(r#"model.lm_head = "nf4", was "as_stored""#);
     tool.file("pairs.jsonl", &pairs(30));
     train(&tool, "out", &["--steps", "3", "--resume"])
         .exits(2)

@@ -282,22 +282,14 @@ fn a_quantised_base_is_its_decoded_self() {
     assert!(distance(&losses, &unquantised) > 1e-3, "quantising shows");
     assert_eq!((losses, grads), run(&decoded));
 
-    // Of the head alone the mean loss knows little: TODO_MEASURE.
+    // The head alone in NF4 moves the mean loss by 0.030 of 4.53 here (2026-11-23), a single
+    // one by up to 4% of the largest: twice that is allowed.
     let held = Held {
         products: Storage::AsStored,
         head: Storage::Nf4,
     };
     let losses = run(&Model::load(Cpu, &checkpoint, held).unwrap()).0;
     let mean = |losses: &[f32]| losses.iter().sum::<f32>() / losses.len() as f32;
-    let off = (mean(&losses) - mean(&unquantised)).abs();
-    println!(
-        "{off} of {}; {}",
-        mean(&unquantised),
-        distance(&losses, &unquantised)
-    );
-    assert!(off < 0.01 * mean(&unquantised), "{off}");
-    assert!(
-        distance(&losses, &unquantised) > 1e-4,
-        "quantising the head shows"
-    );
+    assert!((mean(&losses) - mean(&unquantised)).abs() < 0.06);
+    assert!((1e-4..0.08).contains(&distance(&losses, &unquantised)));
 }
