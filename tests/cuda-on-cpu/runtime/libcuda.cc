@@ -3,7 +3,8 @@
 // talks to NVIDIA's libraries is executed in CI as well, against what their manuals
 // say; what they do beyond that only a GPU shows.
 //
-// CUDA_STAND_IN makes it unfit: `old` (driver), `none` (no GPU), `ancient` (GPU), `full` (memory).
+// CUDA_STAND_IN makes it unfit: `old` (driver), `none` (no GPU), `ancient` (GPU), `full` (memory),
+// `crowded` (no page-locked memory that the GPU sees).
 #include "internal.h"
 
 #include <algorithm>
@@ -170,7 +171,8 @@ EXPORTED int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void
   settle();
   return memcpy(to, from, bytes), Success;
 }
-EXPORTED int cuMemHostAlloc(void **at, size_t bytes, unsigned) {
+EXPORTED int cuMemHostAlloc(void **at, size_t bytes, unsigned flags) {
+  if (unfit("crowded") && flags & 2) return OutOfMemory;
   std::lock_guard lock(one);
   return page_locked.insert(*at = malloc(bytes)), Success;
 }

@@ -16,6 +16,7 @@ its CPU one: that looks codes up in a table too coarse for small values, which i
 CUDA kernel does not; how far that leads is in provenance.json, as a part of the way.
 tools/lib/engine/tests/adamw8bit.rs reads the file.
 """
+import datetime
 import hashlib
 import json
 import pathlib
@@ -130,7 +131,7 @@ moved = (end - start).norm()
     json.dumps(
         {
             "made_by": "make.py",
-            "date": "2026-11-23",
+            "date": str(datetime.date.today()),
             "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest()},
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "bitsandbytes": bnb.__version__},
             "update": {"lr": LR, "weight_decay": DECAY, "betas": BETAS, "eps": EPS, "steps": STEPS},

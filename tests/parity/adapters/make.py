@@ -13,6 +13,7 @@ expected.safetensors    NAME.logits.* of the first row before, NAME.initial.* th
 Everything in f32 on the CPU; an NF4 base is bitsandbytes' own, double-quantised, decoded to f32.
 tools/lib/qwen3/tests/model/adapters.rs reads it.
 """
+import datetime
 import hashlib
 import json
 import pathlib
@@ -115,7 +116,7 @@ save_file(tensors, HERE / "expected.safetensors")
 
 files = sorted(f for f in HERE.rglob("*") if f.is_file() and f.suffix != ".py" and f.name != "provenance.json")
 (HERE / "provenance.json").write_text(json.dumps({
-    "made_by": "make.py", "date": "2026-11-23",
+    "made_by": "make.py", "date": str(datetime.date.today()),
     "sha256": {str(f.relative_to(HERE)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files},
     "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
                  "peft": peft.__version__, "bitsandbytes": bitsandbytes.__version__}}, indent=2) + "\n")

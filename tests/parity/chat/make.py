@@ -20,6 +20,7 @@ Each line of cases.jsonl: `messages`, what the template was told (`tools`,
   decoded  the ids as text again, special tokens left out
 """
 import argparse
+import datetime
 import hashlib
 import json
 import pathlib
@@ -282,7 +283,7 @@ if args.show is None:
     print(len(lines), "conversations,", tokens, "tokens")
     names = ["cases.jsonl", "model/tokenizer.json", "model/tokenizer_config.json", "model/chat_template.jinja"]
     (out / "provenance.json").write_text(json.dumps({
-        "made_by": "make.py", "date": "2026-11-23",
+        "made_by": "make.py", "date": str(datetime.date.today()),
         "sha256": {n: hashlib.sha256((out / n).read_bytes()).hexdigest() for n in names},
         "versions": {"python": platform.python_version(), "transformers": transformers.__version__,
                      "tokenizers": tokenizers.__version__}}, indent=2) + "\n")

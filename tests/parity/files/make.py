@@ -5,11 +5,13 @@
 
 sharded/   a tiny random Qwen3 from transformers' save_pretrained, in shards, bf16
 nf4/       the same loaded in 4 bits with double quantisation, and saved
+nf4-plain/ the same without double quantisation, bitsandbytes' own default
 adapter/   a rank-stabilised LoRA of it from peft's save_pretrained
-expected.safetensors   tensors of the three, in f32, as torch holds them
+expected.safetensors   tensors of them, in f32, as torch holds them
 
 tools/lib/qwen3/tests/{checkpoint,adapter}.rs read them.
 """
+import datetime
 import hashlib
 import json
 import pathlib
@@ -26,7 +28,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM
 
 HERE = pathlib.Path(__file__).parent
-FOLDERS = ["sharded", "nf4", "adapter"]
+FOLDERS = ["sharded", "nf4", "nf4-plain", "adapter"]
 for name in FOLDERS:
     shutil.rmtree(HERE / name, ignore_errors=True)
 torch.manual_seed(20261123)
@@ -44,16 +46,17 @@ model.save_pretrained(HERE / "sharded", max_shard_size="60KB")
 some = ["model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.q_norm", "model.norm", "lm_head"]
 expected = {f"sharded.{name}.weight": model.get_submodule(name).weight.detach().float() for name in some}
 
-quantized = AutoModelForCausalLM.from_pretrained(
-    HERE / "sharded", device_map="cpu",
-    quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                           bnb_4bit_compute_dtype=torch.bfloat16))
-quantized.save_pretrained(HERE / "nf4")
-for name in ("self_attn.o_proj", "mlp.gate_proj"):
-    weight = quantized.get_submodule(f"model.layers.1.{name}").weight
-    state = weight.quant_state
-    state.dtype = torch.float32  # as they are before rounding to the compute type
-    expected[f"nf4.model.layers.1.{name}.weight"] = dequantize_4bit(weight.data, state).float().reshape(state.shape)
+for folder, double in (("nf4", True), ("nf4-plain", False)):
+    quantized = AutoModelForCausalLM.from_pretrained(
+        HERE / "sharded", device_map="cpu",
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
+                                               bnb_4bit_compute_dtype=torch.bfloat16))
+    quantized.save_pretrained(HERE / folder)
+    for name in ("self_attn.o_proj", "mlp.gate_proj"):
+        weight = quantized.get_submodule(f"model.layers.1.{name}").weight
+        state = weight.quant_state
+        state.dtype = torch.float32  # as they are before rounding to the compute type
+        expected[f"{folder}.model.layers.1.{name}.weight"] = dequantize_4bit(weight.data, state).float().reshape(state.shape)
 
 base = Qwen3ForCausalLM.from_pretrained(HERE / "sharded", dtype=torch.float32)
 lora = get_peft_model(base, LoraConfig(
@@ -72,7 +75,7 @@ save_file({k: v.contiguous().clone() for k, v in expected.items()}, HERE / "expe
 
 files = sorted(f for f in HERE.rglob("*") if f.is_file() and f.name not in ("make.py", "provenance.json"))
 (HERE / "provenance.json").write_text(json.dumps({
-    "made_by": "make.py", "date": "2026-11-23",
+    "made_by": "make.py", "date": str(datetime.date.today()),
     "sha256": {str(f.relative_to(HERE)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files},
     "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
                  "peft": peft.__version__, "bitsandbytes": bitsandbytes.__version__}}, indent=2) + "\n")

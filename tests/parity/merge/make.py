@@ -7,6 +7,7 @@ expected.safetensors   the products that the adapter changes
 
 tests/qlora-train-files.rs reads it.
 """
+import datetime
 import hashlib
 import json
 import pathlib
@@ -25,7 +26,7 @@ changed = {k: v.contiguous() for k, v in merged.state_dict().items() if "q_proj"
 assert len(changed) == 4 and all(v.dtype == torch.bfloat16 for v in changed.values())
 save_file(changed, HERE / "expected.safetensors")
 (HERE / "provenance.json").write_text(json.dumps({
-    "made_by": "make.py", "date": "2026-11-23",
+    "made_by": "make.py", "date": str(datetime.date.today()),
     "sha256": {"expected.safetensors": hashlib.sha256((HERE / "expected.safetensors").read_bytes()).hexdigest()},
     "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
                  "peft": peft.__version__}}, indent=2) + "\n")

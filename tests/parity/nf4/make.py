@@ -11,6 +11,7 @@ nearest code, as its CUDA kernel takes.  Its CPU kernel looks them up in a table
 `scales` is a case of double quantisation alone.  `map` is the dynamic map,
 `levels` the NF4 table.  tools/lib/engine/tests/nf4.rs reads the file.
 """
+import datetime
 import hashlib
 import json
 import pathlib
@@ -116,7 +117,7 @@ out = {k: v.contiguous().clone() for k, v in out.items()}
 save_file(out, HERE / "reference.safetensors")
 digest = hashlib.sha256((HERE / "reference.safetensors").read_bytes()).hexdigest()
 (HERE / "provenance.json").write_text(json.dumps({
-    "made_by": "make.py", "date": "2026-11-23", "sha256": {"reference.safetensors": digest},
+    "made_by": "make.py", "date": str(datetime.date.today()), "sha256": {"reference.safetensors": digest},
     "versions": {"python": platform.python_version(), "torch": torch.__version__, "bitsandbytes": bnb.__version__},
     "nested_codes_where_the_cpu_lookup_differs": differs,
 }, indent=2) + "\n")

@@ -1,4 +1,5 @@
-"""qlora-train and gen-eval against transformers and PEFT, in f32 on the demo's model.
+"""qlora-train and gen-eval against transformers and PEFT, in f32 on the demo's model, and
+on a copy of it whose head is its own.
 
 Both sides start from one adapter, take the same rows in the same order and do 20
 updates; loss, gradient norm and learning rate of each must agree. Then PEFT loads
@@ -10,6 +11,7 @@ import json
 import pathlib
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -94,8 +96,21 @@ def dynamic_map():
     return np.array(sorted(values), dtype=np.float32)
 
 
-def base(quantization, lm_head="as_stored"):
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="eager")
+def untied(folder):
+    """The demo's model with an lm_head of its own, a little off the embeddings."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    head = model.lm_head.weight.data
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(head + 0.1 * head.std() * torch.randn(head.shape))
+    model.save_pretrained(folder)
+    for file in MODEL.glob("*token*"):
+        shutil.copyfile(file, folder / file.name)
+    shutil.copyfile(MODEL / "chat_template.jinja", folder / "chat_template.jinja")
+    return folder
+
+
+def base(quantization, lm_head="as_stored", source=MODEL):
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
     if quantization == "nf4":
         for name, module in model.named_modules():
             if name.split(".")[-1] in PROJECTIONS:
@@ -105,8 +120,8 @@ def base(quantization, lm_head="as_stored"):
     return model
 
 
-def theirs(folder, train, batch, accumulation, schedule, held, lr_ratio):
-    model = peft.PeftModel.from_pretrained(base(*held), folder, is_trainable=True).train()
+def theirs(folder, train, batch, accumulation, schedule, held, lr_ratio, source):
+    model = peft.PeftModel.from_pretrained(base(*held, source), folder, is_trainable=True).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     factors = {"a": [], "b": []}
     for name, parameter in model.named_parameters():
@@ -159,12 +174,15 @@ def main():
                 if "lora_B" in parameter_name:
                     torch.nn.init.normal_(parameter, std=0.02)
             initial.save_pretrained(scratch / name)
-        # Base and its head, rows, micro-batches, schedule, rate of B over that of A (LoRA+), scale by the root of the rank.
+        own_head = untied(scratch / "untied")
+        # Base and its head, rows, micro-batches, schedule, rate of B over that of A (LoRA+), scale by the root of
+        # the rank, model.
         stored = ("none", "as_stored")
-        cases = [(stored, 4, 1, "cosine", 1, False), (stored, 2, 3, "linear", 4, True),
-                 (("nf4", "as_stored"), 3, 2, "constant", 1, True), (("nf4", "as_stored"), 5, 1, "cosine", 8, False),
-                 (("nf4", "nf4"), 4, 1, "linear", 2, False)]
-        for number, (held, batch, accumulation, schedule, lr_ratio, rslora) in enumerate(cases):
+        cases = [(stored, 4, 1, "cosine", 1, False, MODEL), (stored, 2, 3, "linear", 4, True, MODEL),
+                 (("nf4", "as_stored"), 3, 2, "constant", 1, True, MODEL), (("nf4", "as_stored"), 5, 1, "cosine", 8, False, MODEL),
+                 (("nf4", "nf4"), 4, 1, "linear", 2, False, MODEL),
+                 (stored, 3, 2, "cosine", 1, False, own_head), (("nf4", "as_stored"), 4, 1, "linear", 1, False, own_head)]
+        for number, (held, batch, accumulation, schedule, lr_ratio, rslora, source) in enumerate(cases):
             initial = "initial-rslora" if rslora else "initial"
             (scratch / "train.yaml").write_text(json.dumps({
                 "lora": {"rank": RANK, "alpha": ALPHA, "dropout": 0, "use_rslora": rslora, "lr_ratio": lr_ratio},
@@ -172,12 +190,12 @@ def main():
                              "max_grad_norm": CLIP, "batch_size": batch, "gradient_accumulation_steps": accumulation,
                              "lr_scheduler": schedule, "save_steps": 0, "eval_steps": 0}}))
             out = scratch / f"run{number}"
-            command = ["qlora-train", "--model", MODEL, "--data", "pairs.jsonl", "--out", out, "--config", "train.yaml",
+            command = ["qlora-train", "--model", source, "--data", "pairs.jsonl", "--out", out, "--config", "train.yaml",
                        "--quantization", held[0], "--lm-head", held[1], "--init-adapter", initial, "--no-shuffle", "--quiet"]
             run = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
             assert run.returncode == 0, run.stderr
             ours = [line for line in map(json.loads, run.stdout.splitlines()) if "loss" in line]
-            reference = theirs(scratch / initial, train, batch, accumulation, schedule, held, lr_ratio)
+            reference = theirs(scratch / initial, train, batch, accumulation, schedule, held, lr_ratio, source)
             assert len(ours) == len(reference) == STEPS
             for mine, other in zip(ours, reference):
                 for key in other:

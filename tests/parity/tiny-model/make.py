@@ -5,6 +5,7 @@ The autograd model in tests/tiny-model must give the same logits. Weights are th
 committed bf16 values, arithmetic is f32, attention eager. Ids come from
 transformers' own rendering of the chat template.
 """
+import datetime
 import hashlib
 import json
 import pathlib
@@ -58,7 +59,7 @@ for tweet, reply in CHATS:
 digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
 (HERE / "provenance.json").write_text(json.dumps({
     "made_by": "make.py",
-    "date": "2026-11-23",
+    "date": str(datetime.date.today()),
     "sha256": {"cases.json": digest(HERE / "cases.json"), "../../demo/model/model.safetensors": digest(MODEL / "model.safetensors")},
     "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
 }, indent=2) + "\n")

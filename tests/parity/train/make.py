@@ -12,6 +12,7 @@ expected.safetensors   gradients of the first step; the factors after the tenth
 
 Everything in f32 on the CPU. tools/lib/qwen3/tests/model/peft.rs reads it.
 """
+import datetime
 import hashlib
 import json
 import pathlib
@@ -113,7 +114,7 @@ save_file(tensors, HERE / "expected.safetensors")
 
 files = sorted(f for f in HERE.rglob("*") if f.is_file() and f.suffix != ".py" and f.name != "provenance.json")
 (HERE / "provenance.json").write_text(json.dumps({
-    "made_by": "make.py", "date": "2026-11-23",
+    "made_by": "make.py", "date": str(datetime.date.today()),
     "sha256": {str(f.relative_to(HERE)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files},
     "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
                  "peft": peft.__version__}}, indent=2) + "\n")

@@ -1,10 +1,10 @@
-//! Every kernel against the CPU backend's operation, on random input and odd
-//! shapes. A check is one function over any backend; it runs on the CPU, rounding as a
-//! GPU does, then on a
-//! device per order of threads with poisoned memory, every access looked at; and
-//! on a GPU where there is one.
+//! Every kernel against the CPU backend's operation, on random input and odd shapes. A
+//! check is one function over any backend; it runs on the CPU, rounding as a GPU does,
+//! then on a device per order of threads with poisoned memory, every access looked at;
+//! and on a GPU where there is one. The input is another in each run, and a failure
+//! tells its seed.
 
-use crate::support::{Draw, Machine, compare, emulated, gpu, only_gpu};
+use crate::support::{Draw, Machine, compare, compare_over, emulated, fresh, gpu, only_gpu};
 use cuda_on_cpu::Order;
 use engine::nf4::{self, Nf4Tensor};
 use engine::{
@@ -30,7 +30,7 @@ fn nf4(draw: &mut Draw, [rows, cols]: [usize; 2], nested: bool) -> HostMatrix {
 #[test]
 fn embeddings_gather_and_scatter() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
-        let mut draw = Draw(1);
+        let mut draw = fresh(1);
         let (width, count) = (8 * 37, 5);
         let table: Vec<_> = draw
             .vec(11 * width)
@@ -66,7 +66,7 @@ fn rms_norm_and_its_gradient() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
         let mut results = Vec::new();
         for (tokens, width) in [(1, 8), (7, 8 * 37), (3, 4096)] {
-            let mut draw = Draw(width as u64);
+            let mut draw = fresh(width as u64);
             let x = b.act(&draw.vec(tokens * width));
             let dy = b.act(&draw.vec(tokens * width));
             let w = b.upload_f32(&draw.vec(width)).unwrap();
@@ -86,7 +86,7 @@ fn rms_norm_and_its_gradient() {
 #[test]
 fn swiglu_and_its_gradient() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
-        let mut draw = Draw(3);
+        let mut draw = fresh(3);
         let (tokens, width) = (5, 8 * 53);
         let gate_up: Vec<f32> = draw
             .vec(tokens * 2 * width)
@@ -129,7 +129,7 @@ fn norm_and_rotation_of_queries_and_keys() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
         let mut results = Vec::new();
         for heads in HEADS {
-            let mut draw = Draw(heads.dim as u64);
+            let mut draw = fresh(heads.dim as u64);
             let tokens = 7;
             let angles: Vec<f32> = draw
                 .vec(20 * heads.dim / 2)
@@ -167,7 +167,7 @@ fn norm_and_rotation_of_queries_and_keys() {
 
 /// Attention over rows of these lengths, and its gradient.
 fn attend<B: Machine>(b: &B, heads: Heads, lengths: &[usize]) -> Vec<Vec<f32>> {
-    let mut draw = Draw(heads.dim as u64 + 7);
+    let mut draw = fresh(heads.dim as u64 + 7);
     let rows: Vec<_> = (0..).zip(lengths.iter().copied()).collect();
     let rows = Ragged::new(b, &rows).unwrap();
     let tokens = rows.tokens();
@@ -227,12 +227,35 @@ fn attention_of_wide_heads() {
     compare("attention, 128", &[BF16, F32, BF16], run(&Rounded), run);
 }
 
+/// Tokens of a long row: what the processor does in seconds. The longest that is
+/// supported, 8,192, takes it minutes.
+fn long_row() -> usize {
+    let asked = std::env::var("CUDA_TESTS_LONG_ROW").ok();
+    asked.map_or(1_100, |tokens| tokens.parse().unwrap())
+}
+
+#[test]
+fn attention_of_a_long_row() {
+    const ONE: Heads = Heads {
+        query: 1,
+        kv: 1,
+        dim: 32,
+    };
+    let length = [5, long_row(), 3];
+    let reference = attend(&Rounded, ONE, &length);
+    let limits = [BF16, F32, BF16];
+    let name = format!("attention, {length:?}");
+    compare_over(&[Order::Random], &name, &limits, reference, |b| {
+        attend(b, ONE, &length)
+    });
+}
+
 #[test]
 fn the_cache_and_attention_over_it() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
         let mut results = Vec::new();
         for heads in HEADS {
-            let mut draw = Draw(heads.dim as u64 + 9);
+            let mut draw = fresh(heads.dim as u64 + 9);
             let cache = Cache {
                 slots: 3,
                 capacity: 9,
@@ -279,7 +302,7 @@ fn adapted_group<B: Machine>(
     residual: bool,
     dora: bool,
 ) -> Vec<Vec<f32>> {
-    let mut draw = Draw(kinds.len() as u64 + 20);
+    let mut draw = fresh(kinds.len() as u64 + 20);
     let inputs = 72;
     let rows = Ragged::new(b, lengths).unwrap();
     let tokens = rows.tokens();
@@ -504,7 +527,7 @@ fn decoding_is_the_rounded_value() {
         let mut results = Vec::new();
         for nested in [false, true] {
             let (rows, cols) = (9, 8 * 41);
-            let matrix = nf4(&mut Draw(5), [rows, cols], nested);
+            let matrix = nf4(&mut fresh(5), [rows, cols], nested);
             let weight = b.upload_matrix(matrix).unwrap();
             let one: Vec<f32> = (0..cols * cols)
                 .map(|i| f32::from(u8::from(i / cols == i % cols)))
@@ -547,7 +570,7 @@ fn few<B: Machine>(
     residual: bool,
 ) -> Vec<Vec<f32>> {
     const MANY: usize = 40;
-    let mut draw = Draw((tokens * inputs) as u64);
+    let mut draw = fresh((tokens * inputs) as u64);
     let weights: Vec<_> = outputs
         .iter()
         .enumerate()
@@ -628,7 +651,7 @@ fn quantising_gives_the_hosts_bits() {
         .into_iter()
         .enumerate()
         {
-            let mut draw = Draw(60 + i as u64);
+            let mut draw = fresh(60 + i as u64);
             let [rows, cols] = shape;
             let values = match difficult_ones {
                 true => difficult(&mut draw, shape),
@@ -688,7 +711,7 @@ fn loss_logits_and_their_gradient() {
         let mut results = Vec::new();
         let (rows, vocabulary, width) = (5, 1000, 72);
         for quantised in [false, true] {
-            let mut draw = Draw(31);
+            let mut draw = fresh(31);
             let head = match quantised {
                 true => nf4(&mut draw, [vocabulary, width], true),
                 false => {
@@ -722,7 +745,7 @@ fn loss_logits_and_their_gradient() {
 #[test]
 fn norm_and_adamw() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
-        let mut draw = Draw(41);
+        let mut draw = fresh(41);
         let len = 3001;
         let grads = b.upload_f32(&draw.vec(len)).unwrap();
         let mut params = b.upload_f32(&draw.vec(len)).unwrap();
@@ -766,7 +789,7 @@ fn norm_and_adamw() {
 #[test]
 fn adamw_with_moments_in_8_bits() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
-        let mut draw = Draw(43);
+        let mut draw = fresh(43);
         // Whole blocks, short ones, more of them than warps; a value belongs to none.
         let stretches =
             [(0..5 * 256, 0.1), (1280..1281, 0.0), (1282..4101, 0.01)].map(|(range, decay)| {
@@ -836,7 +859,7 @@ fn noise_on_embeddings_is_the_same() {
                 seed: u64::MAX - 5,
                 step: 70_000,
             };
-            for start in [vec![0.0; len], Draw(61).vec(len)] {
+            for start in [vec![0.0; len], fresh(61).vec(len)] {
                 let mut x = b.act(&start);
                 b.add_noise(&noise, &rows, width, &mut x);
                 results.push(b.read_act(&x, len).unwrap());
@@ -853,7 +876,7 @@ fn noise_on_embeddings_is_the_same() {
 fn sampling_chooses_the_same_tokens() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
         let (rows, width) = (12, 777);
-        let mut draw = Draw(51);
+        let mut draw = fresh(51);
         // In steps, so that many are equal: ties go to the lower id.
         let logits: Vec<f32> = draw
             .vec(rows * width)

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use cuda_on_cpu::{Emulated, Order};
 use engine::{Backend, Cuda, Reading};
-use qwen3::plan::{self, Extent, Outline};
+use qwen3::plan::{self, Extent, Outline, Part};
 use qwen3::{
     AdapterConfig, Batch, Checkpoint, Held, Keep, Lora, LoraLayout, Model, Optimiser,
     OptimiserKind, Pass, Row, Storage, Update,
@@ -12,18 +12,27 @@ use qwen3::{
 
 #[test]
 fn the_plan_is_what_is_allocated() {
-    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo/model");
-    let checkpoint = Checkpoint::open(&demo).unwrap();
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let (tied, untied) = ("demo/model", "parity/files/sharded");
+    let (nested, plain) = ("parity/files/nf4", "parity/files/nf4-plain");
+    let as_stored = Held::from(Storage::AsStored);
+    let nf4 = Held::from(Storage::Nf4);
     let nf4_head = Held {
         head: Storage::Nf4,
-        ..Storage::Nf4.into()
+        ..nf4
     };
-    for (held, keep, dora, eight_bit) in [
-        (Storage::Nf4.into(), Keep::All, false, false),
-        (Storage::Nf4.into(), Keep::Layers(0), false, true),
-        (nf4_head, Keep::Layers(0), false, true),
-        (Storage::AsStored.into(), Keep::Layers(2), true, false),
+    for (name, held, keep, dora, eight_bit) in [
+        (tied, nf4, Keep::All, false, false),
+        (tied, nf4, Keep::Layers(0), false, true),
+        (tied, nf4_head, Keep::Layers(0), false, true),
+        (tied, as_stored, Keep::Layers(2), true, false),
+        (untied, nf4, Keep::Layers(1), true, true),
+        (untied, nf4_head, Keep::Layers(0), true, true),
+        (untied, as_stored, Keep::All, false, false),
+        (nested, as_stored, Keep::Layers(1), false, true),
+        (plain, nf4, Keep::Layers(1), true, false),
     ] {
+        let checkpoint = Checkpoint::open(&tests.join(name)).unwrap();
         let emulated = Emulated::new(Order::Forward, false);
         let meter = emulated.meter();
         let cuda = Cuda::new(Box::new(emulated)).unwrap();
@@ -52,11 +61,15 @@ fn the_plan_is_what_is_allocated() {
         let outline = Outline::new(&cuda, &checkpoint, held).unwrap();
         let pass = outline.pass(&cuda, &layout, Extent::of(&rows), keep);
         let weights = outline.weights(&cuda);
+        // A table that is no head stays in the host's memory.
+        let looked_up = name != tied || held == nf4_head;
+        assert_eq!(weights.of(Part::Embedding) == 0, looked_up);
+        assert_eq!(weights.of(Part::Head) > 0, looked_up);
         let planned = weights + plan::adapter(&layout, &kind) + pass.unwrap();
         assert_eq!(meter.used(), tables, "a plan allocates nothing");
 
         let model = Model::load(cuda, &checkpoint, held).unwrap();
-        assert_eq!(meter.used(), tables + weights.total(), "{held:?}");
+        assert_eq!(meter.used(), tables + weights.total(), "{name}, {held:?}");
         let initial = model.initial(&layout, 0).unwrap();
         let mut params = model.adapter_params(&layout, &initial).unwrap();
         let b = model.backend();
@@ -84,7 +97,7 @@ fn the_plan_is_what_is_allocated() {
         }
         let norm = size_of::<f32>(); // of the gradients
         let (planned, peak) = (planned.total() + tables + norm, meter.peak());
-        println!("{held:?}, {keep:?}: {planned} planned, {peak} used");
-        assert_eq!(planned, peak, "{held:?}, {keep:?}");
+        println!("{name}, {held:?}, {keep:?}: {planned} planned, {peak} used");
+        assert_eq!(planned, peak, "{name}, {held:?}, {keep:?}");
     }
 }

@@ -3,7 +3,8 @@
 use std::process::{Command, Output};
 
 use cuda_on_cpu::STAND_IN;
-use engine::{Choice, Device};
+use engine::{Backend, Choice, Device, HostMatrix};
+use half::bf16;
 
 use crate::support::{ONLY_GPU, gpu, only_gpu};
 
@@ -22,7 +23,8 @@ fn with(mut command: Command, folders: &[&str], unfit: &str) -> Output {
 /// Names the device that a child shall open.
 const OPEN: &str = "CUDA_TESTS_OPEN";
 
-/// In a child: opens a device as the tools do, and says what came of it.
+/// In a child: opens a device as the tools do, brings it a table, and says what came
+/// of it.
 #[test]
 fn the_child_opens_a_device() {
     let Ok(choice) = std::env::var(OPEN) else {
@@ -30,9 +32,17 @@ fn the_child_opens_a_device() {
     };
     let opened = choice
         .parse::<Choice>()
-        .and_then(|choice| Device::open(choice).map_err(|e| e.to_string()));
+        .and_then(|choice| Device::open(choice).map_err(|e| e.to_string()))
+        .and_then(|(device, words)| match device {
+            Device::Cpu(_) => Ok(words),
+            Device::Cuda(cuda) => {
+                let table = HostMatrix::bf16(1, 8, vec![bf16::ONE; 8]);
+                let uploaded = cuda.upload_table(table).map_err(|e| e.to_string());
+                uploaded.map(|_| words)
+            }
+        });
     match opened {
-        Ok((_, words)) => println!("opened: {words}"),
+        Ok(words) => println!("opened: {words}"),
         Err(problem) => println!("refused: {problem}"),
     }
 }
@@ -98,6 +108,8 @@ fn what_is_missing_or_too_old_is_said_with_its_remedy() {
         ("cuda:0", "none", "there is no GPU 0: 0 found"),
         ("auto", "ancient", "compute capability 7.5"),
         ("cuda", "full", "out of memory"),
+        // Not on the device instead: nobody has planned it there.
+        ("auto", "crowded", "page-locked host memory, for embeddings"),
         ("cuda:x", "", "no device"),
     ] {
         let (fine, words) = open(choice, &[driver, cublas], unfit);

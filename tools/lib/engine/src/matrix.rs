@@ -34,8 +34,11 @@ pub enum MatrixKind {
     F32,
     /// bfloat16.
     Bf16,
-    /// NF4, its scales quantised again.
-    Nf4,
+    /// NF4.
+    Nf4 {
+        /// Whether its scales are quantised again.
+        nested: bool,
+    },
 }
 
 impl HostMatrix {
@@ -45,7 +48,7 @@ impl HostMatrix {
         let data = match kind {
             MatrixKind::F32 => MatrixData::F32(Vec::new()),
             MatrixKind::Bf16 => MatrixData::Bf16(Vec::new()),
-            MatrixKind::Nf4 => MatrixData::Nf4(Nf4Tensor::hollow([rows, cols])),
+            MatrixKind::Nf4 { nested } => MatrixData::Nf4(Nf4Tensor::hollow([rows, cols], nested)),
         };
         Self { rows, cols, data }
     }

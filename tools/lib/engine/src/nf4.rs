@@ -298,17 +298,21 @@ impl Nf4Tensor {
         bytes(self.rows * self.cols, nested)
     }
 
-    /// Shape without values, doubly quantised.
-    pub(crate) fn hollow([rows, cols]: [usize; 2]) -> Self {
-        Self {
-            rows,
-            cols,
-            packed: Vec::new(),
-            absmax: Absmax::Nested {
+    /// Shape without values, its scales quantised again or not.
+    pub(crate) fn hollow([rows, cols]: [usize; 2], nested: bool) -> Self {
+        let absmax = match nested {
+            false => Absmax::Plain(Vec::new()),
+            true => Absmax::Nested {
                 codes: Vec::new(),
                 absmax: Vec::new(),
                 offset: 0.0,
             },
+        };
+        Self {
+            rows,
+            cols,
+            packed: Vec::new(),
+            absmax,
         }
     }
 

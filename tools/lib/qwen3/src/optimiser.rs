@@ -24,8 +24,9 @@ pub struct OptimiserKind {
     /// a quarter of the memory.
     ///
     /// Blocks are those of bitsandbytes' AdamW8bit: they begin with each factor. It
-    /// keeps those of fewer than 4,096 values in 32 bits; here every one is in 8, as
-    /// factors that small are of ranks below 4.
+    /// keeps tensors of fewer than 4,096 values in 32 bits; here all are in 8. The
+    /// difference shows with ranks below 4 and with DoRA, whose magnitudes are a tensor
+    /// of 1,024 to 3,072 values for most products of the smaller models.
     pub eight_bit: bool,
     /// How many times as fast as the A factors the B factors learn (LoRA+, Hayou et
     /// al., arXiv 2402.12354), and DoRA's magnitudes with them, as peft has it.

@@ -9,6 +9,9 @@ use fancy_regex::Regex;
 
 use crate::config::Module;
 
+/// What PEFT calls every projection of every layer.
+const ALL_LINEAR: &str = "all-linear";
+
 /// Which products get a pair of factors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Targets {
@@ -27,7 +30,7 @@ impl Targets {
 
     /// What PEFT takes a text for: `all-linear`, or else a regular expression.
     pub fn from_text(text: &str) -> Self {
-        if text.eq_ignore_ascii_case("all-linear") {
+        if text.eq_ignore_ascii_case(ALL_LINEAR) {
             Self::all_linear()
         } else {
             Self::Pattern(text.into())
@@ -129,11 +132,19 @@ pub(crate) fn resolve(targets: &Targets, layers: usize) -> Result<Vec<(usize, Mo
             if names.is_empty() {
                 return unfit("is empty: nothing would be trained".into());
             }
+            if names
+                .iter()
+                .any(|name| name.eq_ignore_ascii_case(ALL_LINEAR))
+            {
+                return unfit(format!(
+                    "holds `{ALL_LINEAR}`, which stands alone, not in a list"
+                ));
+            }
             if let Some(stray) = names.iter().find(stray) {
                 let known = Module::ALL.map(Module::name).join(", ");
                 return unfit(format!(
-                    "holds `{stray}`, which matches nothing; there are {known}, all-linear \
-                     for these seven, and longer names such as layers.0.mlp.up_proj"
+                    "holds `{stray}`, which matches nothing; there are {known}, \
+                     and longer names such as layers.0.mlp.up_proj"
                 ));
             }
             let chosen = all().filter(|(_, name)| names.iter().any(|target| meant(target, name)));

@@ -321,19 +321,21 @@ impl Checkpoint {
             Weight::Head => held.head,
             _ => Storage::AsStored,
         };
-        let kind = match storage {
-            Storage::Nf4 => MatrixKind::Nf4,
-            Storage::AsStored => self.stored_kind(&name)?,
+        let shape = [shape[0], shape[1]];
+        let stored = self.info(&name).map(|(_, info)| info.dtype);
+        let kind = match (stored, storage) {
+            (Ok(Dtype::U8), _) => {
+                // As loading has it, which holds some scales plain.
+                let (_, absmax) = self.quantized_parts(&name, shape)?;
+                let nested = matches!(absmax, Absmax::Nested { .. });
+                MatrixKind::Nf4 { nested }
+            }
+            (_, Storage::Nf4) => MatrixKind::Nf4 { nested: true },
+            (Ok(Dtype::BF16), _) => MatrixKind::Bf16,
+            (Ok(_), _) => MatrixKind::F32,
+            (Err(missing), _) => return Err(missing),
         };
-        Ok(HostMatrix::hollow([shape[0], shape[1]], kind))
-    }
-
-    fn stored_kind(&self, name: &str) -> Result<MatrixKind> {
-        Ok(match self.info(name)?.1.dtype {
-            Dtype::U8 => MatrixKind::Nf4,
-            Dtype::BF16 => MatrixKind::Bf16,
-            _ => MatrixKind::F32,
-        })
+        Ok(HostMatrix::hollow(shape, kind))
     }
 
     /// A name for exactly these weights: SHA-256, in hex, over the digests of

@@ -93,21 +93,19 @@ fn a_sharded_checkpoint_loads_as_transformers_saved_it() {
 
 #[test]
 fn a_checkpoint_in_four_bits_loads_as_it_is() {
-    let checkpoint = Checkpoint::open(&parity("nf4")).unwrap();
-    for module in [Module::O, Module::Gate] {
-        let block = if module == Module::O {
-            "self_attn"
-        } else {
-            "mlp"
-        };
-        let theirs = expected(&format!("nf4.model.layers.1.{block}.{module}.weight"));
-        for storage in [Storage::AsStored, Storage::Nf4] {
-            let ours = product(&checkpoint, module, storage);
-            let MatrixData::Nf4(tensor) = &ours.data else {
-                panic!("{module}")
-            };
-            assert!(matches!(tensor.absmax(), Absmax::Nested { .. }));
-            assert_eq!(values(&ours), theirs, "{module}");
+    for (folder, double) in [("nf4", true), ("nf4-plain", false)] {
+        let checkpoint = Checkpoint::open(&parity(folder)).unwrap();
+        for (module, block) in [(Module::O, "self_attn"), (Module::Gate, "mlp")] {
+            let name = format!("{folder}.model.layers.1.{block}.{module}.weight");
+            for storage in [Storage::AsStored, Storage::Nf4] {
+                let ours = product(&checkpoint, module, storage);
+                let MatrixData::Nf4(tensor) = &ours.data else {
+                    panic!("{name}")
+                };
+                let nested = matches!(tensor.absmax(), Absmax::Nested { .. });
+                assert_eq!(nested, double, "{name}");
+                assert_eq!(values(&ours), expected(&name), "{name}");
+            }
         }
     }
 }

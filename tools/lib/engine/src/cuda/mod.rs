@@ -339,20 +339,18 @@ impl Backend for Cuda {
         Ok(Matrix { rows, cols, store })
     }
 
-    /// In the host's memory, from where a pass reads eight kilobytes a token at most;
-    /// on the device where the host has no room that stays in place.
+    /// A table in bf16 stays in the host's memory, from where a pass reads eight
+    /// kilobytes a token at most; any other goes to the device. Host memory that cannot
+    /// be locked is an error: the device may have been planned full without the table.
     fn upload_table(&self, table: HostMatrix) -> Result<Matrix> {
         let HostMatrix { rows, cols, data } = table;
-        let MatrixData::Bf16(values) = data else {
-            return self.upload_matrix(HostMatrix { rows, cols, data });
-        };
-        match Shared::of(&self.queue, &values) {
-            Ok(shared) if cols % 8 == 0 => Ok(Matrix {
+        match data {
+            MatrixData::Bf16(values) if cols % 8 == 0 => Ok(Matrix {
                 rows,
                 cols,
-                store: Store::Shared(shared),
+                store: Store::Shared(Shared::of(&self.queue, &values)?),
             }),
-            _ => self.upload_matrix(HostMatrix::bf16(rows, cols, values)),
+            data => self.upload_matrix(HostMatrix { rows, cols, data }),
         }
     }
 

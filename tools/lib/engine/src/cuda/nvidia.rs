@@ -146,8 +146,14 @@ impl Context {
         let with = |e| failed("copying to the GPU", e);
         let mut staged = self.staged.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: events in the list are live.
-        let passed = |event| unsafe { sys::cuEventQuery(event) } == sys::CUresult::CUDA_SUCCESS;
-        while staged.front().is_some_and(|first| passed(first.event)) {
+        let passed = |event| match unsafe { sys::cuEventQuery(event) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            other => other.result().map(|()| true).map_err(with),
+        };
+        while let Some(first) = staged.front() {
+            if !passed(first.event)? {
+                break;
+            }
             let Staged { event, pinned } = staged.pop_front().expect("there is a first");
             // SAFETY: the event is nobody else's.
             unsafe { cuda::event::destroy(event) }.map_err(with)?;
@@ -540,7 +546,13 @@ impl Driver for Nvidia {
         self.context.enter()?;
         // SAFETY: the memory is written below before anything reads it.
         let at = unsafe { cuda::malloc_host(bytes.len(), sys::CU_MEMHOSTALLOC_DEVICEMAP) }
-            .map_err(|e| failed("page-locked host memory", e))?;
+            .map_err(|e| {
+                let megabytes = bytes.len().div_ceil(1_000_000);
+                unusable(
+                    format!("{megabytes} MB of page-locked host memory, for embeddings: {e}"),
+                    "free host memory, or raise the limit on what may be locked (ulimit -l)",
+                )
+            })?;
         // SAFETY: fresh memory of this size.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at.cast::<u8>(), bytes.len()) };
         // With unified addressing, which every 64-bit system has, the host's address is
