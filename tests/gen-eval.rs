@@ -275,7 +275,7 @@ fn oracle_reply(
     longest: usize,
 ) -> String {
     let (chat, model) = (fixture.chat(), fixture.oracle());
-    let mut ids = chat.encode_prompt(messages).unwrap();
+    let mut ids = chat.encode_prompt(messages, &[]).unwrap();
     let prompt = ids.len();
     while ids.len() < prompt + longest {
         let mut batch = Batch::default();
@@ -521,6 +521,19 @@ fn prompts_come_from_the_training_settings() {
     run.exits(0)
         .says("adapter lora was trained with another text")
         .says("another system prompt");
+
+    // The base too: its head in 4 bits, unless the command says otherwise.
+    let four_bits = trained.replace("none}", "none, lm_head: nf4}");
+    fixture.tool.file("run1/train.yaml", &four_bits);
+    let run = fixture.tool.run(&arguments, &fixture.pairs()).exits(0);
+    let lines = run.never_says("warning").records();
+    let other = lines[3]["systems"]["base"]["nll"].as_f64().unwrap();
+    let off = (other - nll).abs();
+    assert!(off > 100.0 * NLL_TOLERANCE && off < 0.1 * nll, "{other} {nll}");
+    let stored = [&arguments[..], &["--lm-head=as_stored"]].concat();
+    let run = fixture.tool.run(&stored, &fixture.pairs()).exits(0);
+    let run = run.says("adapter lora was trained with another lm_head");
+    assert_eq!(run.records()[3]["systems"]["base"]["nll"], ours);
     fixture
         .run(&["--adapter=run2"])
         .exits(0)
@@ -565,6 +578,77 @@ data: {text: raw, prompt_template: 'Pair {{ id }}, {{ tweet|length }} letters: {
     ask("{{ tweed }}").exits(3).says(
         "-:1: key `tweed`: missing, and the prompt template names it; the nearest there is `tweet`",
     );
+}
+
+/// A prompt with its completion, or `messages`, are asked and scored as they were learnt.
+#[test]
+fn conversations_are_replied_to() {
+    let fixture = Fixture::new();
+    let (ask, reply) = ("Bread?", "And toast");
+    let tool = json!({"type": "function", "function": {"name": "look", "parameters": {}}});
+    let call = json!({"name": "look", "arguments": {"at": "oven"}});
+    let turns = json!([
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": ask},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "toast"},
+        {"role": "assistant", "content": reply},
+        {"role": "user", "content": "Thanks"},
+    ]);
+    let rows = [
+        json!({"prompt": ask, "completion": reply, "split": "eval"}),
+        json!({"prompt": "Seen", "completion": "in training", "split": "train"}),
+        json!({"id": 7, "conversation_id": "c", "messages": turns, "tools": [tool], "split": "eval"}),
+        json!({"messages": turns.as_array().unwrap()[..3], "tools": [tool], "split": "eval"}),
+    ];
+    let rows: String = rows.iter().map(|row| format!("{row}\n")).collect();
+    let arguments = ["--model=model", "--quantization=none", "--max-new-tokens=4"];
+    let lines = fixture.tool.run(&arguments, &rows).exits(0).records();
+    let field = |key: &str| -> Vec<&str> {
+        lines[..3].iter().map(|line| line[key].as_str().unwrap()).collect()
+    };
+    assert_eq!(field("id"), ["line 1", "7", "line 4"]);
+    assert_eq!(field("conversation_id"), ["line 1", "c", "line 4"]);
+    let references = field("reference");
+    assert_eq!(references[..2], [reply, reply]);
+    assert!(
+        references[2].contains(r#"{"name": "look", "arguments": {"at": "oven"}}"#),
+        "{references:?}"
+    );
+    let asked = field("tweet");
+    assert_eq!(asked[0], ask);
+    assert_eq!(
+        asked[1],
+        "system: Be brief.\n\nuser: Bread?\n\nassistant: \n\ntool: toast"
+    );
+    let (nll, tokens) = oracle_nll(
+        &fixture,
+        None,
+        &[Message::user(ask), Message::assistant(reply)],
+    );
+    let ours = lines[0]["systems"]["base"]["nll"].as_f64().unwrap();
+    assert!((ours - nll).abs() < NLL_TOLERANCE, "{ours}, not {nll}");
+    assert_eq!(lines[0]["reference_tokens"], json!(tokens));
+    // The last reply alone is scored, here the same one.
+    assert_eq!(lines[1]["reference_tokens"], json!(tokens));
+
+    for (row, said) in [
+        (
+            json!({"messages": [{"role": "user", "content": "u"}]}),
+            "-:1: key `messages`: no turn of the assistant",
+        ),
+        (
+            json!({"messages": [{"role": "User", "content": "u"}, {"role": "assistant", "content": "a"}]}),
+            "-:1: key `messages`: turn 1: no role `User`",
+        ),
+        (json!({"text": "x"}), "-:1: no row that is understood"),
+    ] {
+        fixture
+            .tool
+            .run(&arguments, &format!("{row}\n"))
+            .exits(3)
+            .says(said);
+    }
 }
 
 /// A base that was given to qlora-train by its name on the hub is found by it.
@@ -712,10 +796,10 @@ fn killed_at_any_moment_it_goes_on_to_the_same_bytes() {
         child.wait().unwrap();
     }
     assert!(kills > 0, "it was done before it could be killed");
-    // As a crash in the middle of writing would leave it.
-    let mut text = std::fs::read_to_string(&journal).unwrap();
-    text.push_str(r#"{"first":0,"sys"#);
-    std::fs::write(&journal, text).unwrap();
+    // As a crash in the middle of writing would leave it, within a character even.
+    let mut bytes = std::fs::read(&journal).unwrap();
+    bytes.extend(b"{\"first\":0,\"system\":\"\xc3");
+    std::fs::write(&journal, bytes).unwrap();
 
     let resumed = fixture.tool.run(&arguments, &many(&fixture)).exits(0);
     assert_eq!(resumed.stdout, whole);
