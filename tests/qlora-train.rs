@@ -234,14 +234,17 @@ fn killed_before_the_adapter_is_published_it_is_published_on_resuming() {
 fn a_signal_saves_and_leaves_with_130() {
     let tool = tool();
     train(&tool, "whole", &[]).exits(0);
-    let code = signal_after(&tool, "out", &[], 3, "-TERM");
-    assert_eq!(code, Some(130));
-    let saved = fs::read_dir(tool.folder().join("out/checkpoints"))
-        .unwrap()
-        .count();
-    assert!(saved > 0, "nothing saved");
-    train(&tool, "out", &["--resume"]).exits(0);
-    same(&tool, "whole", "out");
+    for signal in ["-TERM", "-INT"] {
+        let out = format!("out{signal}");
+        let code = signal_after(&tool, &out, &[], 3, signal);
+        assert_eq!(code, Some(130), "{signal}");
+        let saved = fs::read_dir(tool.folder().join(&out).join("checkpoints"))
+            .unwrap()
+            .count();
+        assert!(saved > 0, "{signal}: nothing saved");
+        train(&tool, &out, &["--resume"]).exits(0);
+        same(&tool, "whole", &out);
+    }
 }
 
 #[test]
@@ -331,6 +334,33 @@ fn conversations_are_rows_too() {
         2,
         "no evaluation without held-out rows\n{run}"
     );
+    let card = tool.read("out/README.md");
+    for words in [
+        "# A LoRA adapter that answers in chats",
+        "8 rows to train on, 0 held out: 8 conversations (",
+        "had the system prompts that they came with",
+        "It writes replies in the manner",
+        "| Began from | fresh values |",
+    ] {
+        assert!(card.contains(words), "{words}\n{card}");
+    }
+    for words in ["tweet", "normalised", "likes", "no system prompt"] {
+        assert!(!card.contains(words), "{words}\n{card}");
+    }
+
+    // Beside pairs, and from another adapter.
+    let mixed = pairs(3) + &row(1) + "\n" + r#"{"prompt":"Hm?","completion":"Yes."}"#;
+    tool.file("pairs.jsonl", &mixed);
+    let more = ["--steps", "1", "--init-adapter", "out"];
+    train(&tool, "mixed", &more).exits(0);
+    let card = tool.read("mixed/README.md");
+    for words in [
+        "3 tweets with replies, normalised text; 1 prompts with completions; 1 conversations",
+        "There is no system prompt.",
+        "| Began from | another adapter (SHA-256 of its values ",
+    ] {
+        assert!(card.contains(words), "{words}\n{card}");
+    }
 }
 
 #[test]
@@ -361,6 +391,94 @@ fn another_run_in_the_folder_is_refused_by_name() {
         .exits(2)
         .says("the data changed");
     assert_eq!(before, result(&tool, "out"));
+}
+
+/// The parts of a pattern are settings of which one can go, or all be there in another
+/// order, in which another one fits first.
+#[test]
+fn another_pattern_is_another_run() {
+    let tool = tool();
+    let with = |pattern: &str| {
+        let patterns = format!("dropout: 0.1, alpha_pattern: {{{pattern}}}");
+        tool.file("train.yaml", &CONFIG.replace("dropout: 0.1", &patterns));
+    };
+    let again = ["--steps", "1", "--resume"];
+    let (both, turned) = (
+        r"'.*\.[qv]_proj': 4, '.*\.[qk]_proj': 16",
+        r"'.*\.[qk]_proj': 16, '.*\.[qv]_proj': 4",
+    );
+    with(both);
+    train(&tool, "out", &["--steps", "1"]).exits(0);
+    train(&tool, "out", &again).exits(0).says("finished");
+    let before = result(&tool, "out");
+    for (pattern, said) in [
+        (
+            r"'.*\.[qv]_proj': 4",
+            r"no lora.alpha_pattern..*\.[qk]_proj, was 16",
+        ),
+        (turned, "lora.alpha_pattern has another order"),
+        (
+            &format!("{both}, o_proj: 2"),
+            "lora.alpha_pattern.o_proj = 2.0, which that run did not have",
+        ),
+    ] {
+        with(pattern);
+        train(&tool, "out", &again).exits(2).says(said);
+    }
+    assert_eq!(before, result(&tool, "out"));
+    // A value that looks like a setting is told whole.
+    let system = |prompt: &str| format!("{CONFIG}\ndata: {{system_prompt: {prompt}}}\n");
+    tool.file("train.yaml", &system("a = b"));
+    train(&tool, "system", &["--steps", "1"]).exits(0);
+    tool.file("train.yaml", &system("a = c"));
+    train(&tool, "system", &again)
+        .exits(2)
+        .says("data.system_prompt = a = c, was a = b;");
+}
+
+/// The last update's values are on no step's loss.
+#[test]
+fn an_adapter_that_is_no_number_is_not_published() {
+    let tool = tool();
+    let hot = ["--steps", "1", "--learning-rate", "1e39"];
+    let config = CONFIG.replace("warmup_steps: 2", "warmup_steps: 0");
+    tool.file("train.yaml", &config);
+    for (out, rows, said) in [
+        ("held-out", 31, "step 1: the held-out loss is no longer"),
+        ("none", 4, "step 1: a value of the adapter is no longer"),
+    ] {
+        tool.file("pairs.jsonl", &pairs(rows));
+        train(&tool, out, &hot)
+            .exits(4)
+            .says(said)
+            .says("lower training.learning_rate");
+        let adapter = format!("{out}/adapter_model.safetensors");
+        assert!(!tool.folder().join(adapter).exists());
+    }
+}
+
+#[test]
+fn what_is_finished_needs_neither_memory_nor_room() {
+    let tool = tool();
+    train(&tool, "out", &["--steps", "1"]).exits(0);
+    let again = ["--steps", "1", "--resume", "--max-memory", "1MB"];
+    train(&tool, "out", &again).exits(0).says("finished");
+}
+
+#[test]
+fn absurd_numbers_of_steps_are_told_as_such() {
+    let tool = tool();
+    let most = u64::MAX.to_string();
+    let config = CONFIG.replace("eval_steps: 4", "eval_steps: 1");
+    tool.file("train.yaml", &config);
+    train(&tool, "out", &["--dry-run", "--steps", &most])
+        .exits(0)
+        .says(" days ");
+    let config = config.replace("save_steps: 3", "save_steps: 1, save_total_limit: 0");
+    tool.file("train.yaml", &config);
+    train(&tool, "out", &["--dry-run", "--steps", &most])
+        .exits(4)
+        .says("training.save_total_limit");
 }
 
 #[test]
@@ -412,7 +530,19 @@ fn rows_that_teach_nothing_are_refused_by_line() {
             r#"{"id":"x","tweet":"t","reply":"r"}"#,
             "key `tweet_normalized`: missing: run pair-dedup, or set data.text: raw",
         ),
-        (r#"{"id":"x"}"#, "`tweet` is missing"),
+        (r#"{"id":"x","reply":"r"}"#, "`tweet` is missing"),
+        (
+            r#"{"id":"x","text":"r"}"#,
+            "`tweet` with `reply`, `messages`, or `prompt` with `completion`",
+        ),
+        (
+            r#"{"messages":[{"role":"developer","content":"d"},{"role":"assistant","content":"a"}]}"#,
+            "key `messages`: turn 1: no role `developer`: there are system, user, assistant, tool; write `system`?",
+        ),
+        (
+            r#"{"messages":[{"role":"user","content":[]},{"role":"assistant","content":"a"}]}"#,
+            "key `messages`: turn 1: `content` is a list of parts",
+        ),
         ("{", "not a JSON object"),
         (r#"{"v":99,"id":"x"}"#, "version 99"),
         (r#"{"messages":"hello"}"#, "key `messages`"),
@@ -434,6 +564,13 @@ fn rows_that_teach_nothing_are_refused_by_line() {
         .exits(0)
         .says("2 rows spell out a special token")
         .says("the first is pairs.jsonl:1, <|im_end|>");
+    let empty = r#"{"prompt":"p","completion":""}"#;
+    tool.file("pairs.jsonl", &format!("{good}{empty}\n{good}{empty}\n"));
+    train(&tool, "silent", &["--steps", "1"])
+        .exits(0)
+        .says("2 rows have an empty reply")
+        .says("the first is pairs.jsonl:2")
+        .says("the warm-up is as long as the whole run of 1 steps");
     tool.file("pairs.jsonl", &with("{"));
     train(
         &tool,
@@ -549,6 +686,17 @@ fn a_dry_run_shows_the_plan_and_writes_nothing() {
         run.stdout.is_empty() && !tool.folder().join("out").exists(),
         "{run}"
     );
+    let bad = format!("{}{{\n", pairs(8));
+    tool.file("pairs.jsonl", &bad);
+    let more = [
+        "--dry-run",
+        "--max-bad-lines",
+        "1",
+        "--rejects",
+        "bad.jsonl",
+    ];
+    train(&tool, "out", &more).exits(0).says("1 malformed");
+    assert!(!tool.folder().join("bad.jsonl").exists());
 }
 
 #[test]
@@ -603,7 +751,10 @@ fn prompts_with_completions_are_the_same_rows_as_messages() {
         }),
     );
     train(&tool, "messages", &["--steps", "2"]).exits(0);
-    same(&tool, "prompts", "messages");
+    for (name, prompts) in result(&tool, "prompts").into_iter().skip(1) {
+        let messages = fs::read(tool.folder().join("messages").join(&name)).unwrap();
+        assert!(prompts == messages, "{name} differs");
+    }
 }
 
 #[test]
@@ -669,11 +820,16 @@ fn it_stops_early_and_finishes_with_the_best() {
         "train.yaml",
         &overshooting(", early_stopping_patience: 3, load_best_model_at_end: true"),
     );
-    for after in [4, 9] {
+    // The second time between its best evaluation and the last: a line a step, one
+    // for every other step's evaluation, and one before the first.
+    for after in [4, at + at / 2 + 4] {
         let resume: &[&str] = if after == 4 { &[] } else { &["--resume"] };
-        signal_after(&tool, "killed", resume, after, "-KILL");
+        let code = signal_after(&tool, "killed", resume, after, "-KILL");
+        assert_eq!(code, Some(-9), "it was to be killed after {after} lines");
     }
-    train(&tool, "killed", &["--resume"]).exits(0);
+    train(&tool, "killed", &["--resume"])
+        .exits(0)
+        .says("going on after step");
     same(&tool, "early", "killed");
 }
 
@@ -837,11 +993,29 @@ fn a_prompt_template_is_the_users_turn() {
             "`reply`, which is what the model is to learn",
         ),
         ("{ tweet }", "names no field of the pair"),
+        (
+            "{% if tweet_lang %}{{ tweet_lang|nothing }}{% endif %}{{ tweet }}",
+            "data.prompt_template: unknown filter",
+        ),
+        (
+            "{{ tweet }}{{ nothing() }}",
+            "data.prompt_template: unknown function",
+        ),
     ] {
         with(template);
         train(&tool, "out", &[]).exits(2).says(said);
         assert!(!tool.folder().join("out").exists());
     }
+    with("{% if tweet_likes %}{{ tweet }}{% endif %}");
+    train(&tool, "out", &[])
+        .exits(3)
+        .says("pairs.jsonl:1: key `prompt_template`: it renders as nothing for this row");
+    with("Say: {{ tweet }}");
+    let elsewhere = arguments.iter().map(|&a| if a == "prompts" { "dry" } else { a });
+    let dry: Vec<&str> = elsewhere.chain(["--data", "prompts.jsonl", "--dry-run"]).collect();
+    tool.run(&dry, "")
+    .exits(0)
+    .says("data.prompt_template words tweets only: 6 rows");
     // It is part of what a run is.
     with("{{ tweet }}!");
     train(&tool, "template", &["--steps", "2", "--resume"])
@@ -978,7 +1152,7 @@ fn the_card_says_where_the_rows_come_from_and_how_the_replies_were_found() {
     // Evaluation comes later; it may come again.
     let test = |kind: &str, more: &str| {
         format!(
-            r#"{{"v":1,"a":"systems.base","b":"systems.lora","metric":"nll","test":"{kind}","n":88,"mean_a":3.5,"mean_b":2.25,{more},"signature":"tool:sigtest|seed:42"}}"#
+            r#"{{"v":1,"a":"systems.base","b":"systems.lora","metric":"nll","test":"{kind}","n":88,"mean_a":3.5,"mean_b":2.25,{more},"signature":"tool:sigtest|alpha:0.01|seed:42"}}"#
         ) + "\n"
     };
     let lines = test("permutation", r#""p_holm":0.0002"#)
@@ -993,6 +1167,7 @@ fn the_card_says_where_the_rows_come_from_and_how_the_replies_were_found() {
             "{added}"
         );
         assert!(added.contains("`lora` against `base`, 88 held-out tweets"));
+        assert!(added.contains("| 99% of `lora` − `base` |"), "{added}");
         // Nothing but the section is another.
         let outside = |card: &str| {
             let (before, rest) = card.split_once("<!-- evaluation -->").unwrap();
@@ -1001,6 +1176,22 @@ fn the_card_says_where_the_rows_come_from_and_how_the_replies_were_found() {
         };
         assert_eq!(outside(&card), outside(&added));
     }
+    assert!(
+        !card.contains("likes"),
+        "no filter by likes is known\n{card}"
+    );
+    tool.file(
+        "validate.json",
+        &tool
+            .read("validate.json")
+            .replace(r#""tool":"validate""#, r#""tool":"pair-validate""#),
+    );
+    train(&tool, "filtered", &[&from[..], &few].concat()).exits(0);
+    let filtered = tool.read("filtered/README.md");
+    assert!(
+        filtered.contains("which passed the filters above") && filtered.contains("goes by likes"),
+        "{filtered}"
+    );
     let own = "# Mine\n\nText.\n";
     tool.file("out/README.md", own);
     tool.run(&["card", "--evaluation", "tests.jsonl", "out"], "")
@@ -1035,7 +1226,7 @@ fn a_damaged_adapter_is_not_taken_for_a_finished_one() {
     fs::write(&weights, &bytes).unwrap();
     train(&tool, "out", &["--steps", "3", "--resume"])
         .exits(4)
-        .says("out/adapter_model.safetensors is not as it was written")
+        .says("out/adapter_model.safetensors: is not as it was written")
         .says("delete adapter_model.safetensors");
     // The remedy that it names is one.
     fs::remove_file(&weights).unwrap();
@@ -1046,6 +1237,76 @@ fn a_damaged_adapter_is_not_taken_for_a_finished_one() {
         .current_dir(tool.folder().join("out"))
         .status();
     assert!(sums.unwrap().success());
+}
+
+#[test]
+fn a_flipped_bit_is_seen_wherever_it_is() {
+    let flip = |path: PathBuf| {
+        let mut bytes = fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(&path, &bytes).unwrap();
+    };
+    let tool = tool();
+    let config = CONFIG.replace("save_steps: 3", "save_steps: 2");
+    tool.file("train.yaml", &config);
+    train(&tool, "whole", &[]).exits(0);
+    // In the kept base: made anew.
+    let cache = tool.folder().join("data/cache/quantized");
+    let kept = fs::read_dir(&cache)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let kept = kept.filter(|path| path.is_dir()).next().unwrap();
+    flip(kept.join("model.safetensors"));
+    train(&tool, "out", &[])
+        .exits(0)
+        .says("is not as it was made: made anew");
+    same(&tool, "whole", "out");
+    // In a checkpoint: refused, and the one before serves.
+    fs::remove_file(tool.folder().join("out/adapter_model.safetensors")).unwrap();
+    flip(
+        tool.folder()
+            .join("out/checkpoints/step-12/state.safetensors"),
+    );
+    train(&tool, "out", &["--resume"])
+        .exits(4)
+        .says("out/checkpoints/step-12: delete it to go on from the one before")
+        .says("state.safetensors is not as it was written");
+    fs::remove_dir_all(tool.folder().join("out/checkpoints/step-12")).unwrap();
+    // Times alone are no reason to stop.
+    fs::write(tool.folder().join("out/timing.jsonl"), "").unwrap();
+    train(&tool, "out", &["--resume"]).exits(0);
+    same(&tool, "whole", "out");
+    // In the adapter: inspect says so.
+    flip(tool.folder().join("out/adapter_model.safetensors"));
+    let run = tool.run(&["inspect", "--strict", "out"], "").exits(1);
+    assert!(run.stdout.contains("is not as it was written"), "{run}");
+}
+
+#[test]
+fn the_data_is_never_written() {
+    let tool = tool();
+    let before = tool.read("pairs.jsonl");
+    let bad = ["--max-bad-lines", "1", "--rejects", "./pairs.jsonl"];
+    train(&tool, "out", &bad)
+        .exits(2)
+        .says("--rejects ./pairs.jsonl: is the file of --data too");
+    train(&tool, "out", &["--log", "pairs.jsonl"])
+        .exits(2)
+        .says("--log pairs.jsonl: is the file of --data too");
+    assert_eq!(tool.read("pairs.jsonl"), before);
+}
+
+#[test]
+fn a_folder_of_something_else_is_left_alone() {
+    let tool = tool();
+    fs::create_dir(tool.folder().join("mine")).unwrap();
+    tool.file("mine/README.md", "precious");
+    train(&tool, "mine", &["--resume"])
+        .exits(2)
+        .says("--out mine has README.md and no run.json");
+    let text = fs::read_to_string(tool.folder().join("mine/README.md")).unwrap();
+    assert_eq!(text, "precious");
 }
 
 #[test]
@@ -1090,7 +1351,7 @@ fn killed_at_random_moments_a_run_leaves_the_same_bytes() {
         state ^= state << 17;
         (state >> 11) as f64 / (1u64 << 53) as f64
     };
-    let mut kills = 0;
+    let (mut kills, mut resumed) = (0, 0);
     let mut moments = Vec::new();
     for round in 0..200 {
         assert!(round < 199, "seed {seed}: no end after {moments:?}");
@@ -1100,7 +1361,7 @@ fn killed_at_random_moments_a_run_leaves_the_same_bytes() {
             .command(&arguments("killed", resume))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(fs::File::create(tool.folder().join("said")).unwrap())
             .spawn()
             .unwrap();
         // Some five kills; the longer it goes on, the longer a start is let live.
@@ -1116,6 +1377,7 @@ fn killed_at_random_moments_a_run_leaves_the_same_bytes() {
             }
             std::thread::sleep(Duration::from_millis(1));
         };
+        resumed += u32::from(tool.read("said").contains("going on after step"));
         match status {
             Some(status) => {
                 assert_eq!(status.code(), Some(0), "seed {seed}: {moments:?}");
@@ -1128,7 +1390,11 @@ fn killed_at_random_moments_a_run_leaves_the_same_bytes() {
             }
         }
     }
-    println!("{kills} kills, a whole run takes {whole:?}");
+    println!("{kills} kills, {resumed} from a checkpoint, a whole run takes {whole:?}");
+    assert!(
+        kills > 0 && resumed > 0,
+        "seed {seed}: {kills} kills, {resumed} from a checkpoint: {moments:?}"
+    );
     for name in [
         "README.md",
         "metrics.jsonl",
@@ -1316,7 +1582,10 @@ fn memory_that_does_not_suffice_is_refused_with_what_would() {
     refused
         .says("tokens needs")
         .says("training.max_memory allows 1.0 MB; what would help: training.optim: adamw_8bit");
-    train(&tool, "out", &["--max-memory", "a lot"])
+    // Found out before anything is read.
+    let wrong = ["--max-memory", "a lot", "--model", "nowhere"];
+    let wrong = [&wrong[..], &["--data", "none.jsonl", "--out", "out"]].concat();
+    tool.run(&wrong, "")
         .exits(2)
         .says("it must be a size such as 8GB");
     // A longer row than any other: shorter ones would fit.

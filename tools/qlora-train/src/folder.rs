@@ -23,7 +23,8 @@ use qwen3::{CodedMoment, Moments};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
-/// What a run is: two runs with the same identity give the same bytes.
+/// What a run is: on one kind of processor, or GPU, two runs with the same identity
+/// give the same figures and the same adapter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Identity {
     /// Format of the folder.
@@ -46,23 +47,35 @@ pub struct Identity {
 }
 
 impl Identity {
+    /// The settings, keys and values apart.
+    fn keys(&self) -> Vec<(&str, &str)> {
+        let lines = self.settings.iter();
+        lines
+            .map(|line| line.split_once(" = ").unwrap_or((line, "")))
+            .collect()
+    }
+
     /// What differs from the run that is there already, in words.
     fn changes_from(&self, old: &Self) -> Vec<String> {
         let mut changes = Vec::new();
-        for new in &self.settings {
-            let key = new.split(" = ").next().unwrap_or(new);
-            let was = old
-                .settings
-                .iter()
-                .find(|line| line.split(" = ").next() == Some(key));
-            match was {
-                Some(was) if was == new => {}
-                Some(was) => changes.push(format!(
-                    "{new}, was {}",
-                    was.split(" = ").nth(1).unwrap_or_default()
-                )),
-                None => changes.push(format!("{new}, which that run did not know")),
+        let [new, was] = [self, old].map(Self::keys);
+        for (key, now) in new.iter().filter(|line| !was.contains(line)) {
+            changes.push(match was.iter().find(|(other, _)| other == key) {
+                Some((_, before)) => format!("{key} = {now}, was {before}"),
+                None => format!("{key} = {now}, which that run did not have"),
+            });
+        }
+        // Each entry of a pattern is a key of its own.
+        for (key, before) in &was {
+            if !new.iter().any(|(other, _)| other == key) {
+                changes.push(format!("no {key}, was {before}"));
             }
+        }
+        if changes.is_empty() && self.settings != old.settings {
+            changes.push(
+                "lora.rank_pattern or lora.alpha_pattern has another order, and the first that fits holds"
+                    .into(),
+            );
         }
         let parts = [
             ("the data", self.data != old.data),
@@ -87,6 +100,11 @@ impl Identity {
     }
 }
 
+/// Whether an adapter is in `path` already.
+pub fn is_finished(path: &Path) -> bool {
+    path.join("adapter_model.safetensors").exists()
+}
+
 /// Most tokens of a pass in the run that is in `path`, if there is one that can be read.
 pub fn pass_tokens(path: &Path) -> Option<usize> {
     let text = fs::read_to_string(path.join("run.json")).ok()?;
@@ -109,9 +127,23 @@ struct Cut {
     step: u64,
     metrics_bytes: u64,
     timing_bytes: u64,
+    /// SHA-256 of state.safetensors: a flipped bit would train on, unseen.
+    state: String,
 }
 
 const SUMS: &str = "SHA256SUMS";
+
+/// What a run writes, beside run.json, which comes first.
+const OURS: [&str; 8] = [
+    "metrics.jsonl",
+    "timing.jsonl",
+    "checkpoints",
+    "README.md",
+    "train.yaml",
+    SUMS,
+    SUMMED[0],
+    SUMMED[1],
+];
 
 /// The files of a finished adapter that make what it computes.
 const SUMMED: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
@@ -128,28 +160,6 @@ pub fn write_sums(folder: &Path, part: &Path) -> Result<()> {
         &folder.join(SUMS),
         text.as_bytes(),
     )?)
-}
-
-/// Refuses a finished adapter whose files are not as they were written.
-fn check_sums(folder: &Path) -> Result<()> {
-    let sums = folder.join(SUMS);
-    let text = fs::read_to_string(&sums).with_context(|| sums.display().to_string())?;
-    for line in text.lines() {
-        let Some((sum, name)) = line.split_once("  ") else {
-            continue;
-        };
-        let file = folder.join(name);
-        let is = cli::sha256_file(&file).with_context(|| file.display().to_string())?;
-        if is != sum {
-            let cause = format!(
-                "{} is not as it was written ({SUMS}): damaged, or changed by hand; delete \
-                 adapter_model.safetensors, and --resume writes it again from the last checkpoint",
-                file.display()
-            );
-            return Err(Failure::World(cause).into());
-        }
-    }
-    Ok(())
 }
 
 /// A line of metrics.jsonl, of an update or of an evaluation.
@@ -219,11 +229,21 @@ impl Folder {
                 )));
             }
         } else {
+            if let Some(there) = OURS.iter().find(|file| path.join(file).exists()) {
+                return Err(usage(format!(
+                    "--out {name} has {there} and no run.json: not a run that can go on; name another folder"
+                )));
+            }
             let text = serde_json::to_string_pretty(identity)? + "\n";
             jsonl::write_atomically(&run, text.as_bytes())?;
         }
-        if path.join("adapter_model.safetensors").exists() {
-            check_sums(path)?;
+        if is_finished(path) {
+            qwen3::check_sums(path).map_err(|damage| {
+                Failure::World(format!(
+                    "{damage}; delete adapter_model.safetensors, and --resume writes it again \
+                     from the last checkpoint"
+                ))
+            })?;
             return Ok(Found::Finished);
         }
         let open = |file: &str| -> Result<File> {
@@ -336,8 +356,12 @@ impl Folder {
                 .with_context(|| path.display().to_string())?
                 .len();
             if length < bytes {
+                if name == "timing.jsonl" {
+                    continue; // no result depends on it
+                }
                 let cause = format!(
-                    "{} is shorter than its checkpoint says: it was changed by hand",
+                    "{} is shorter than the newest checkpoint says: changed by hand; delete that \
+                     checkpoint to go on from the one before, or train in another folder",
                     path.display()
                 );
                 return Err(Failure::World(cause).into());
@@ -390,13 +414,15 @@ impl Folder {
             }
             fs::create_dir_all(&part)?;
             let file = part.join("state.safetensors");
-            synced(&file, &serialized(state)?)?;
+            let tensors = serialized(state)?;
+            synced(&file, &tensors)?;
             self.metrics.sync_all()?;
             self.timing.sync_all()?;
             let cut = Cut {
                 step: state.step,
                 metrics_bytes: self.metrics.metadata()?.len(),
                 timing_bytes: self.timing.metadata()?.len(),
+                state: cli::sha256_hex(&tensors),
             };
             synced(&part.join("state.json"), &serde_json::to_vec(&cut)?)?;
             fs::rename(&part, &target)?;
@@ -445,6 +471,10 @@ fn synced(path: &Path, bytes: &[u8]) -> Result<()> {
 fn read_checkpoint(path: &Path) -> Result<(State, Cut)> {
     let cut: Cut = serde_json::from_slice(&fs::read(path.join("state.json"))?)?;
     let bytes = fs::read(path.join("state.safetensors"))?;
+    anyhow::ensure!(
+        cli::sha256_hex(&bytes) == cut.state,
+        "state.safetensors is not as it was written"
+    );
     let tensors = SafeTensors::deserialize(&bytes)?;
     let eight_bit = tensors.names().contains(&"m.codes");
     let coded = |name: &str| -> Result<CodedMoment> {

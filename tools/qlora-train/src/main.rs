@@ -109,7 +109,8 @@ struct QloraTrain {
     /// Decides the initial adapter, the order of rows and dropout
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Show settings, counts and plan, and stop before anything is written
+    /// Show settings, counts and plan, and stop: nothing is written, no rejects either,
+    /// and no model downloaded
     #[arg(long)]
     dry_run: bool,
     /// For the model card: a summary of pair-validate or pair-dedup (their --summary);
@@ -183,7 +184,14 @@ impl Tool for QloraTrain {
             return Ok(());
         };
         let settings = &resolved.settings;
+        for (flag, path) in (self.data.iter().map(|path| ("--data", path)))
+            .chain(self.provenance.iter().map(|path| ("--provenance", path)))
+        {
+            app.reads(flag, path)?;
+        }
         check(app, settings)?;
+        // The first call takes SIGUSR1 over, which would end the process while it loads.
+        app.asked_to_save()?;
         let to_train = match (&self.data, &self.out) {
             (Some(data), Some(out)) => Some((data, out)),
             (None, None) if self.save_quantized.is_some() => None,
@@ -209,7 +217,15 @@ impl Tool for QloraTrain {
         }
 
         let (device, which) = Device::open(self.device)?;
-        let model_path = hub::fetch(app, &settings.model.path)?;
+        let model = &settings.model.path;
+        let model_path = match hub::find(model) {
+            None if self.dry_run => {
+                let cause =
+                    format!("no model {model} on this machine, and --dry-run downloads none");
+                return Err(Failure::Usage(cause).into());
+            }
+            _ => hub::fetch(app, model)?,
+        };
         let checkpoint = Checkpoint::open(&model_path)?;
         let Some((data, out)) = to_train else {
             return to_save.map_or(Ok(()), |folder| {
@@ -223,7 +239,11 @@ impl Tool for QloraTrain {
         chat.check(config, &GenerationConfig::load(&model_path)?)?;
 
         let origin = Origin::read(&model_path, &self.provenance)?;
-        let rows = rows::load(app, data, self.rejects.as_deref(), settings, &chat)?;
+        let rejects = match self.dry_run {
+            true => rows::Rejected::Dropped,
+            false => rows::Rejected::Kept(self.rejects.as_deref()),
+        };
+        let rows = rows::load(app, data, rejects, settings, &chat)?;
         if let Some(last) = origin.steps.last()
             && last.written != rows.read() as u64
         {
@@ -242,9 +262,62 @@ impl Tool for QloraTrain {
             .transpose()?;
         let plan = plan::Plan::new(settings, config, &rows, initial.as_ref())?;
         let t = &settings.training;
+        if schedule::warmup(t, plan.steps) >= plan.steps {
+            app.warn(format_args!(
+                "the warm-up is as long as the whole run of {} steps: the learning rate never reaches {}; lower \
+                 training.warmup_steps, or set training.warmup_ratio",
+                plan.steps, t.learning_rate
+            ));
+        }
         if rows.eval.is_empty() && (t.early_stopping_patience > 0 || t.load_best_model_at_end) {
             let cause = "no row is held out, so there is no best: set data.eval_fraction, or give rows `split: eval`";
             return Err(Failure::Usage(cause.into()).into());
+        }
+
+        let identity = |pass_tokens| -> Result<Identity> {
+            app.info(format_args!(
+                "hashing the base model {}",
+                model_path.display()
+            ));
+            Ok(Identity {
+                v: 1,
+                version: env!("CARGO_PKG_VERSION").into(),
+                // Where the model lies, is kept, how often a checkpoint is saved and what is
+                // warned of change no result.
+                settings: resolved
+                    .show(PrintConfig::Key)
+                    .lines()
+                    .filter(|line| {
+                        ![
+                            "model.path",
+                            "model.cache",
+                            "training.save_",
+                            "training.spike_factor",
+                            "training.max_memory",
+                        ]
+                        .iter()
+                        .any(|key| line.starts_with(key))
+                    })
+                    .map(String::from)
+                    .collect(),
+                pass_tokens,
+                data: rows.sha256.clone(),
+                model: checkpoint.fingerprint()?,
+                device: match device {
+                    Device::Cpu(_) => "cpu".into(),
+                    Device::Cuda(_) => "cuda".into(),
+                },
+                init_adapter: initial.as_ref().map(Adapter::fingerprint),
+            })
+        };
+        let finished = || {
+            app.info(format_args!("{} is finished; nothing to do", out.display()));
+            Ok(())
+        };
+        // What is finished needs neither memory nor room on the disk.
+        if self.resume && !self.dry_run && folder::is_finished(out) {
+            Folder::open(out, true, &identity(0)?)?;
+            return finished();
         }
 
         let storage = match settings.model.quantization {
@@ -279,6 +352,9 @@ impl Tool for QloraTrain {
         for line in fit.describe() {
             app.detail(line);
         }
+        if let Some(doubt) = fit.doubt() {
+            app.warn(doubt);
+        }
         let kind = train::optimiser_of(settings);
         let room = disk::Need::new(t, &plan.layout, &kind, plan.steps);
         room.check(out)?;
@@ -295,45 +371,9 @@ impl Tool for QloraTrain {
             return Ok(());
         }
 
-        app.info(format_args!(
-            "hashing the base model {}",
-            model_path.display()
-        ));
-        let identity = Identity {
-            v: 1,
-            version: env!("CARGO_PKG_VERSION").into(),
-            // Where the model lies, is kept, how often a checkpoint is saved and what is
-            // warned of change no result.
-            settings: resolved
-                .show(PrintConfig::Key)
-                .lines()
-                .filter(|line| {
-                    ![
-                        "model.path",
-                        "model.cache",
-                        "training.save_",
-                        "training.spike_factor",
-                        "training.max_memory",
-                    ]
-                    .iter()
-                    .any(|key| line.starts_with(key))
-                })
-                .map(String::from)
-                .collect(),
-            pass_tokens: fit.pass_tokens,
-            data: rows.sha256.clone(),
-            model: checkpoint.fingerprint()?,
-            device: match device {
-                Device::Cpu(_) => "cpu".into(),
-                Device::Cuda(_) => "cuda".into(),
-            },
-            init_adapter: initial.as_ref().map(Adapter::fingerprint),
-        };
+        let identity = identity(fit.pass_tokens)?;
         let (folder, state) = match Folder::open(out, self.resume, &identity)? {
-            Found::Finished => {
-                app.info(format_args!("{} is finished; nothing to do", out.display()));
-                return Ok(());
-            }
+            Found::Finished => return finished(),
             Found::Fresh(folder) => (folder, None),
             Found::Resumed(folder, state) => {
                 app.info(format_args!(
@@ -382,8 +422,9 @@ impl Tool for QloraTrain {
 
 /// Settings that parse and cannot work.
 fn check(app: &App, settings: &TrainSettings) -> Result<()> {
-    rows::prompt_template(settings)?;
+    rows::wording(settings)?;
     let t = &settings.training;
+    t.max_memory.as_deref().map(memory::parse).transpose()?;
     let positive = [
         ("lora.rank", settings.lora.rank as f64),
         ("lora.alpha", settings.lora.alpha),

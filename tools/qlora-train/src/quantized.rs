@@ -67,8 +67,21 @@ fn find_or_make(
     let lock = File::create(&lock_path).with_context(|| lock_path.display().to_string())?;
     lock.lock()
         .with_context(|| lock_path.display().to_string())?;
+    // What the folder held when it was made: a flipped bit would train on, unseen.
+    let sum_path = cache.join(format!("{fingerprint}.sum"));
     if folder.exists() {
-        match Checkpoint::open(&folder) {
+        let kept = Checkpoint::open(&folder).map_err(anyhow::Error::from);
+        let as_made = kept.and_then(|kept| {
+            let is = kept.fingerprint()?;
+            let was = fs::read_to_string(&sum_path).unwrap_or_default();
+            anyhow::ensure!(
+                is == was.trim(),
+                "{} is not as it was made",
+                folder.display()
+            );
+            Ok(kept)
+        });
+        match as_made {
             Ok(kept) => {
                 app.info(format_args!(
                     "the base in 4 bits comes from {}",
@@ -83,11 +96,13 @@ fn find_or_make(
         }
     }
     write(app, base, &folder, device, beside)?;
+    let kept = Checkpoint::open(&folder)?;
+    jsonl::write_atomically(&sum_path, format!("{}\n", kept.fingerprint()?).as_bytes())?;
     app.info(format_args!(
         "the base in 4 bits is kept in {}",
         folder.display()
     ));
-    Ok(Checkpoint::open(&folder)?)
+    Ok(kept)
 }
 
 fn write(app: &App, base: &Checkpoint, folder: &Path, device: &Device, beside: u64) -> Result<()> {

@@ -67,9 +67,8 @@ pub fn run<B: Backend>(
     let fresh = state.is_none();
     let mut trainer = Trainer::new(job, model, folder, state)?;
     trainer.estimate()?;
-    // The first calls take the signals over: from here on they wait for a step's end.
+    // The first call takes the signals over: from here on they wait for a step's end.
     job.app.interrupted()?;
-    job.app.asked_to_save()?;
     if fresh {
         trainer.evaluate()?;
     }
@@ -290,13 +289,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         line.loss = sum / line.supervised_tokens as f64;
         line.grad_norm = f64::from(step.norm.wait()?[0]);
         if !(line.loss.is_finite() && line.grad_norm.is_finite()) {
-            // To resume would repeat every step to the same end.
-            let cause = "lower training.learning_rate and train in another folder (make: RUN=new)";
-            return Err(Failure::World(format!(
-                "step {}: the loss is no longer a number: {cause}",
-                line.step
-            ))
-            .into());
+            return Err(no_number(line.step, "the loss is"));
         }
         self.lines.metric(&line)?;
         if let Some(spike) = self.spikes.see(line.step, line.loss, line.grad_norm) {
@@ -383,10 +376,15 @@ impl<'a, B: Backend> Trainer<'a, B> {
         self.lines.folder.save(&state, keep)
     }
 
-    /// All adapter parameters as they are now.
+    /// All adapter parameters as they are now. The loss tells of those before an update
+    /// only, so the last ones are looked at here.
     fn values(&self) -> Result<Vec<f32>> {
         let all = 0..self.job.plan.layout.len();
-        Ok(self.model.backend().read_f32(&self.params, all).wait()?)
+        let values = self.model.backend().read_f32(&self.params, all).wait()?;
+        match values.iter().all(|value| value.is_finite()) {
+            true => Ok(values),
+            false => Err(no_number(self.step, "a value of the adapter is")),
+        }
     }
 
     /// Evaluates on the held-out rows, if there are any, and takes note of it.
@@ -430,6 +428,9 @@ impl<'a, B: Backend> Trainer<'a, B> {
         let (fit, layout) = (self.job.fit, &self.job.plan.layout);
         self.pass.reserve(self.model, fit.survey.extent, layout)?;
         let eval_loss = sum / tokens as f64;
+        if !eval_loss.is_finite() {
+            return Err(no_number(self.step, "the held-out loss is"));
+        }
         Ok(Some(EvalLine {
             step: self.step,
             eval_loss,
@@ -486,6 +487,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         let card = crate::card::render(&Card {
             settings,
             identity: self.job.identity,
+            folder: self.lines.folder.path(),
             rows,
             origin: self.job.origin,
             figures: &self.lines.folder.figures()?,
@@ -493,7 +495,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
             best: best.map(|(step, _)| step),
             eval_loss,
             spikes: &self.spikes.seen,
-        });
+        })?;
         let folder = self.lines.folder.path();
         put_into(folder, settings, &adapter, self.model.config(), &card)?;
         app.info(format_args!("the adapter is in {}", folder.display()));
@@ -507,6 +509,12 @@ impl<'a, B: Backend> Trainer<'a, B> {
             Some(Err(error)) => Err(error.into()),
         }
     }
+}
+
+/// The end of a run that cannot come back: to resume would repeat every step to it.
+fn no_number(step: u64, what: &str) -> anyhow::Error {
+    let remedy = "lower training.learning_rate and train in another folder (make: RUN=new)";
+    Failure::World(format!("step {step}: {what} no longer a number: {remedy}")).into()
 }
 
 /// Writes an adapter with its card and settings; its weights come last, for their

@@ -159,6 +159,9 @@ impl Fetch {
             )
             .into());
         }
+        for path in inputs {
+            app.reads("--input", path)?;
+        }
         let mut out = Output::stdout();
         let mut leftovers = Leftovers {
             file: app.rejects("--unpaired", self.unpaired.as_deref())?,

@@ -33,11 +33,11 @@ pub struct App {
     name: String,
     common: Common,
     bars: MultiProgress,
-    log: Option<Mutex<File>>,
+    log: Mutex<Option<File>>,
     counts: Mutex<Option<Counts>>,
     interrupted: OnceLock<Arc<AtomicBool>>,
     save: OnceLock<Arc<AtomicBool>>,
-    /// Flags and the files that they write.
+    /// Flags and the files that they read or write.
     claimed: Mutex<Vec<(String, PathBuf)>>,
 }
 
@@ -54,7 +54,7 @@ impl App {
                 };
                 let file =
                     open().map_err(|e| Failure::Usage(format!("--log {}: {e}", path.display())))?;
-                Some(Mutex::new(file))
+                Some(file)
             }
         };
         if let Some(threads) = common.threads {
@@ -67,7 +67,7 @@ impl App {
             name,
             common,
             bars: MultiProgress::new(),
-            log,
+            log: Mutex::new(log),
             counts: Mutex::new(None),
             interrupted: OnceLock::new(),
             save: OnceLock::new(),
@@ -124,6 +124,23 @@ impl App {
         Ok(jsonl::Rejects::create(path)?)
     }
 
+    /// Notes a file that is read, so that no flag after this writes it, and refuses
+    /// one that is the log. To be called before the first message.
+    pub fn reads(&self, flag: &str, path: &Path) -> anyhow::Result<()> {
+        if path == Path::new("-") {
+            return Ok(());
+        }
+        if let Some(log) = self.common.log.as_deref().filter(|log| is_same(log, path)) {
+            // Not even this message may go there.
+            *self.log.lock().unwrap_or_else(|e| e.into_inner()) = None;
+            let cause = format!("--log {}: is the file of {flag} too", log.display());
+            return Err(Failure::Usage(cause).into());
+        }
+        let mut claimed = self.claimed.lock().unwrap_or_else(|e| e.into_inner());
+        claimed.push((flag.to_owned(), path.to_owned()));
+        Ok(())
+    }
+
     /// Refuses a path to write to that is a folder, standard input's or output's
     /// own file, or another flag's: it would be overwritten while it is used.
     pub fn claim(&self, flag: &str, path: &Path) -> anyhow::Result<()> {
@@ -142,12 +159,14 @@ impl App {
                 }
             }
         }
+        if self.common.log.as_deref().is_some_and(|log| is_same(log, path)) {
+            return refuse("is the file of --log too".into());
+        }
         let mut claimed = self.claimed.lock().unwrap_or_else(|e| e.into_inner());
-        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        if let Some((other, _)) = claimed.iter().find(|(_, other)| *other == path) {
+        if let Some((other, _)) = claimed.iter().find(|(_, other)| is_same(other, path)) {
             return refuse(format!("is the file of {other} too"));
         }
-        claimed.push((flag.to_owned(), path));
+        claimed.push((flag.to_owned(), path.to_owned()));
         Ok(())
     }
 
@@ -245,16 +264,22 @@ impl App {
     }
 
     pub(crate) fn log_line(&self, text: &str) {
-        if let Some(log) = &self.log {
+        if let Some(log) = &mut *self.log.lock().unwrap_or_else(|e| e.into_inner()) {
             let now = OffsetDateTime::now_utc()
                 .replace_nanosecond(0)
                 .unwrap_or_else(|_| OffsetDateTime::now_utc());
             let stamp = now.format(&Rfc3339).unwrap_or_default();
-            let _ = writeln!(
-                log.lock().unwrap_or_else(|e| e.into_inner()),
-                "{stamp} {text}"
-            );
+            let _ = writeln!(log, "{stamp} {text}");
         }
+    }
+}
+
+/// Whether both are names of one file, there or not.
+fn is_same(a: &Path, b: &Path) -> bool {
+    let inode = |path: &Path| path.metadata().ok().map(|found| (found.dev(), found.ino()));
+    match (inode(a), inode(b)) {
+        (Some(a), Some(b)) => a == b,
+        _ => std::path::absolute(a).ok() == std::path::absolute(b).ok(),
     }
 }
 

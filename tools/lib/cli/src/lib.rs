@@ -42,7 +42,7 @@ pub struct Common {
     /// Write the messages to this file as well, with timestamps
     #[arg(long, value_name = "FILE", help_heading = "Common options")]
     pub log: Option<PathBuf>,
-    /// Show no progress
+    /// Show no progress, and of settings and plans nothing
     #[arg(short, long, help_heading = "Common options")]
     pub quiet: bool,
     /// Threads to use [default: one per core]; the output does not depend on it

@@ -19,11 +19,13 @@ use sha2::{Digest, Sha256};
 
 use crate::config::{Config, Keys, Module};
 use crate::error::{Error, Result, read};
+use crate::fingerprint::hex;
 use crate::targets::{self, Strength, Targets, Unfit, name_of};
 use crate::weights::{bf16s, f16s, f32s};
 
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
+const SUMS: &str = "SHA256SUMS";
 const PREFIX: &str = "base_model.model.";
 /// PEFT takes the `.weight` off when it saves.
 const MAGNITUDE: &str = "lora_magnitude_vector";
@@ -33,6 +35,8 @@ const MAGNITUDE: &str = "lora_magnitude_vector";
 pub struct AdapterConfig {
     /// The base model it was trained on: a name or a folder, for people to read.
     pub base_model: String,
+    /// Branch, tag or commit of the base on the hub, where it is not the newest.
+    pub revision: Option<String>,
     /// Inner dimension of every pair that no pattern gives another.
     pub rank: usize,
     /// Numerator of the scale, unless a pattern gives another.
@@ -57,6 +61,7 @@ impl AdapterConfig {
     pub fn new(rank: usize, alpha: f64) -> Self {
         Self {
             base_model: String::new(),
+            revision: None,
             rank,
             alpha,
             dropout: 0.0,
@@ -113,6 +118,30 @@ pub struct Adapter {
     pub pairs: BTreeMap<(usize, Module), Pair>,
 }
 
+/// Holds an adapter's files against the sums in `SHA256SUMS` beside them, where it
+/// is: peft takes a flipped bit, or a scale changed by hand, as it comes.
+///
+/// # Errors
+/// If one is not as it was written, or cannot be read.
+pub fn check_sums(folder: &Path) -> Result<()> {
+    let sums = folder.join(SUMS);
+    if !sums.exists() {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&read(&sums)?).into_owned();
+    for (sum, name) in text.lines().filter_map(|line| line.split_once("  ")) {
+        if ![CONFIG, TENSORS].contains(&name) {
+            continue;
+        }
+        let path = folder.join(name);
+        if hex(&Sha256::digest(read(&path)?)) != sum {
+            let reason = format!("is not as it was written ({SUMS}): damaged, or changed by hand");
+            return Err(Error::file(&path, reason));
+        }
+    }
+    Ok(())
+}
+
 impl Adapter {
     /// Reads the adapter in `folder`, for a base of the shape `model`.
     /// bf16 and f16 values are widened.
@@ -120,8 +149,9 @@ impl Adapter {
     /// # Errors
     /// If a file is missing or malformed, a setting is missing or not
     /// supported, a target or pattern matches nothing, or a tensor is missing,
-    /// unexpected or of another shape.
+    /// unexpected or of another shape; or if a file is not what its sum says.
     pub fn load(folder: &Path, model: &Config) -> Result<Self> {
+        check_sums(folder)?;
         let keys = Keys::read(folder.join(CONFIG))?;
         let config = read_config(&keys)?;
         let strengths = config.resolve(model.layers);
@@ -248,13 +278,14 @@ impl Adapter {
                 hash.update(value.to_le_bytes());
             }
         }
-        crate::fingerprint::hex(&hash.finalize())
+        hex(&hash.finalize())
     }
 
     /// What PEFT writes, the optional parts at rest.
     fn config_json(&self) -> Value {
         let AdapterConfig {
             base_model,
+            revision,
             rank,
             alpha,
             dropout,
@@ -279,7 +310,7 @@ impl Adapter {
             "task_type": "CAUSAL_LM",
             "auto_mapping": null,
             "base_model_name_or_path": base_model,
-            "revision": null,
+            "revision": revision,
             "inference_mode": true,
             "r": rank,
             "lora_alpha": number(*alpha),
@@ -416,6 +447,7 @@ fn read_config(keys: &Keys) -> Result<AdapterConfig> {
         base_model: keys
             .optional("base_model_name_or_path")?
             .unwrap_or_default(),
+        revision: keys.optional("revision")?,
         rank: keys.size("r")?,
         alpha,
         dropout: keys.optional("lora_dropout")?.unwrap_or(0.0),
