@@ -799,6 +799,10 @@ fn targets_and_patterns_that_match_nothing_are_refused() {
             "target_modules: [q_proj, x_proj]",
             "lora.target_modules holds `x_proj`, which matches nothing",
         ),
+        (
+            "target_modules: [all-linear]",
+            "lora.target_modules holds `all-linear`, which stands alone, not in a list",
+        ),
         ("target_modules: []", "lora.target_modules is empty"),
         (
             "rank_pattern: {x_proj: 4}",
@@ -1128,6 +1132,11 @@ fn the_machine_is_measured_on_random_weights() {
         let share = operations / seconds / figure["product_tflops"].as_f64().unwrap() / 1e12;
         let told = figure["roofline"].as_f64().unwrap();
         assert!((told - share).abs() < 1e-9 * share, "{told} {share}");
+    }
+    for flag in ["--slots", "--rank", "--layers", "--tokens"] {
+        tool.run(&["bench", "--shape", "tiny", flag, "0"], "")
+            .exits(2)
+            .says(flag);
     }
     tool.run(&["bench", "--shape", "qwen3-9b"], "")
         .exits(2)

@@ -187,9 +187,9 @@ fn a_model_is_fetched_once_and_the_token_stays_with_the_hub() {
     assert!(inspected.stdout.contains("no problems"), "{inspected}");
 }
 
-/// Others know the base by its repository's name: the revision is no part of that.
+/// Others know the base by its repository's name: the revision is told apart from it.
 #[test]
-fn a_revision_is_fetched_beside_the_rest_and_left_out_of_the_name() {
+fn a_revision_is_fetched_beside_the_rest_and_stands_beside_the_name() {
     let store = store(|reply, _| reply);
     let hub = hub(&store);
     let tool = tool(&hub);
@@ -211,9 +211,22 @@ fn a_revision_is_fetched_beside_the_rest_and_left_out_of_the_name() {
     assert!(!tool.folder().join(FOLDER).exists());
     let config: Value = serde_json::from_str(&tool.read("run/adapter_config.json")).unwrap();
     assert_eq!(config["base_model_name_or_path"], "demo/tiny");
+    assert_eq!(config["revision"], "v2");
     let card = tool.read("run/README.md");
     assert!(card.contains("base_model: \"demo/tiny\"\n"), "{card}");
-    assert!(card.contains("demo/tiny@v2"), "{card}");
+    for words in [
+        "demo/tiny@v2",
+        "base = \"demo/tiny\"\n",
+        "AutoTokenizer.from_pretrained(base, revision=\"v2\")",
+        "AutoModelForCausalLM.from_pretrained(base, revision=\"v2\", dtype",
+        "vllm serve demo/tiny --revision v2 ",
+    ] {
+        assert!(card.contains(words), "{words}\n{card}");
+    }
+    // The adapter alone leads to the base of that revision.
+    let merged = "merge --adapter run --out merged --no-check";
+    let merged: Vec<_> = merged.split(' ').collect();
+    tool.run(&merged, "").exits(0);
 }
 
 #[test]
@@ -312,6 +325,12 @@ fn what_is_not_there_is_told() {
         .says("could not be asked");
     assert_eq!(hub.requests().len(), 3);
     assert!(!tool.folder().join("data/cache/models/no").exists());
+    tool.file("rows.jsonl", "{}\n");
+    let dry = ["--model", "no/such", "--data", "rows.jsonl", "--out", "run"];
+    tool.run(&[&dry[..], &["--dry-run"]].concat(), "")
+        .exits(2)
+        .says("no model no/such on this machine, and --dry-run downloads none");
+    assert_eq!(hub.requests().len(), 3);
     for path in ["nowhere", "a/b/c", "../up", "./demo/tiny", "/demo/tiny"] {
         tool.run(&["--model", path, "--save-quantized", "four"], "")
             .exits(2)
@@ -319,5 +338,8 @@ fn what_is_not_there_is_told() {
     }
     // A token crosses no network in clear text.
     let tool = tool.env("HF_ENDPOINT", "http://hub.example");
-    tool.run(&FETCH, "").exits(2).says("clear text");
+    tool.run(&FETCH, "")
+        .exits(2)
+        .says("HF_ENDPOINT")
+        .says("clear text");
 }

@@ -433,7 +433,7 @@ fn another_pattern_is_another_run() {
     tool.file("train.yaml", &system("a = c"));
     train(&tool, "system", &again)
         .exits(2)
-        .says("data.system_prompt = a = c, was a = b;");
+        .says(r#"data.system_prompt = "a = c", was "a = b";"#);
 }
 
 /// The last update's values are on no step's loss.
@@ -1011,11 +1011,15 @@ fn a_prompt_template_is_the_users_turn() {
         .exits(3)
         .says("pairs.jsonl:1: key `prompt_template`: it renders as nothing for this row");
     with("Say: {{ tweet }}");
-    let elsewhere = arguments.iter().map(|&a| if a == "prompts" { "dry" } else { a });
-    let dry: Vec<&str> = elsewhere.chain(["--data", "prompts.jsonl", "--dry-run"]).collect();
+    let elsewhere = arguments
+        .iter()
+        .map(|&a| if a == "prompts" { "dry" } else { a });
+    let dry: Vec<&str> = elsewhere
+        .chain(["--data", "prompts.jsonl", "--dry-run"])
+        .collect();
     tool.run(&dry, "")
-    .exits(0)
-    .says("data.prompt_template words tweets only: 6 rows");
+        .exits(0)
+        .says("data.prompt_template words tweets only: 6 rows");
     // It is part of what a run is.
     with("{{ tweet }}!");
     train(&tool, "template", &["--steps", "2", "--resume"])
@@ -1253,10 +1257,10 @@ fn a_flipped_bit_is_seen_wherever_it_is() {
     train(&tool, "whole", &[]).exits(0);
     // In the kept base: made anew.
     let cache = tool.folder().join("data/cache/quantized");
-    let kept = fs::read_dir(&cache)
+    let mut kept = fs::read_dir(&cache)
         .unwrap()
         .map(|entry| entry.unwrap().path());
-    let kept = kept.filter(|path| path.is_dir()).next().unwrap();
+    let kept = kept.find(|path| path.is_dir()).unwrap();
     flip(kept.join("model.safetensors"));
     train(&tool, "out", &[])
         .exits(0)
@@ -1281,6 +1285,26 @@ fn a_flipped_bit_is_seen_wherever_it_is() {
     flip(tool.folder().join("out/adapter_model.safetensors"));
     let run = tool.run(&["inspect", "--strict", "out"], "").exits(1);
     assert!(run.stdout.contains("is not as it was written"), "{run}");
+    // In the base that an adapter is merged into: said.
+    let merge = |out| {
+        let arguments = [
+            "merge",
+            "--no-check",
+            "--model",
+            MODEL,
+            "--adapter",
+            "whole",
+            "--out",
+            out,
+        ];
+        tool.run(&arguments, "").exits(0)
+    };
+    merge("merged").never_says("other bytes");
+    let run = tool.read("whole/run.json");
+    let at = run.find("\"model\": \"").unwrap() + 10;
+    let other = format!("{}{}{}", &run[..at], "0".repeat(64), &run[at + 64..]);
+    tool.file("whole/run.json", &other);
+    merge("again").says("whole was trained on other bytes than");
 }
 
 #[test]

@@ -15,7 +15,7 @@ MODEL = Path(__file__).parents[2] / "demo/model"
 TWEET, SYSTEM = "the tweet", 'Say "hm" first.\nThen be brief.'
 ROWS = [("Anyone up?", "Every day!"), ("Rain again", "Good for the garden 🌱"), (TWEET, "No")]
 SETTINGS = {
-    "model": {"path": str(MODEL), "quantization": "none"}, "lora": {"rank": 4},
+    "model": {"path": "models/demo", "quantization": "none"}, "lora": {"rank": 4},
     "training": {"max_steps": 2, "batch_size": 3, "gradient_accumulation_steps": 1, "learning_rate": 0.02, "warmup_steps": 0},
     "data": {"text": "raw", "system_prompt": SYSTEM},
 }
@@ -24,6 +24,8 @@ with tempfile.TemporaryDirectory() as folder:
     folder = Path(folder)
     rows = [json.dumps({"id": f"p{i}", "tweet": t, "reply": r}) for i, (t, r) in enumerate(ROWS)]
     (folder / "pairs.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "models").mkdir()
+    (folder / "models/demo").symlink_to(MODEL)  # the base's path is relative, as by default
     (folder / "train.yaml").write_text(json.dumps(SETTINGS))
     train = ["qlora-train", "--quiet", "--config", "train.yaml", "--data", "pairs.jsonl", "--out", "out", "--device", "cpu"]
     subprocess.run(train, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

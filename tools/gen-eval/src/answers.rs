@@ -35,7 +35,7 @@ impl Tally {
     fn add(&mut self, item: &Item, answer: &Answer, chat: &Chat) -> Result<SystemLine> {
         // A model may begin or end with a line break; no reader would see it.
         let prediction = chat.decode(&answer.completion.ids)?.trim().to_owned();
-        let scores = self.corpus.add(&prediction, &item.source.reference);
+        let scores = self.corpus.add(&prediction, &item.reference);
         let tokens = item.reference_tokens();
         self.nll += answer.nll;
         self.tokens += tokens as u64;
@@ -124,13 +124,12 @@ pub fn write_items<'a, B: Backend>(
                 let answer = answers.get(i).context("a system left an item unanswered")?;
                 fields.push((name, tally.add(item, answer, &setup.chat)?));
             }
-            let source = &item.source;
             out.json(&ItemLine {
                 v: record::VERSION,
-                id: &source.id,
-                conversation_id: &source.conversation_id,
-                tweet: &source.tweet,
-                reference: &source.reference,
+                id: &item.id,
+                conversation_id: &item.conversation_id,
+                tweet: &item.tweet,
+                reference: &item.reference,
                 reference_tokens: item.reference_tokens(),
                 systems: Ordered(fields),
             })?;

@@ -26,11 +26,12 @@ pub fn fetch(app: &App, model: &str) -> Result<PathBuf> {
         }
         Event::Retrying(retry) => app.warn(retry),
     });
-    fetched.map_err(|error| {
-        if error.is_usage() {
-            Failure::Usage(format!("{error}, with --model")).into()
-        } else {
-            error.into()
+    fetched.map_err(|error| match error {
+        hub::Error::NoModel(_) => Failure::Usage(format!("{error}, with --model")).into(),
+        hub::Error::Config(_) => {
+            let cause = format!("HF_ENDPOINT and HF_TOKEN, environment or .env: {error}");
+            Failure::Usage(cause).into()
         }
+        error => error.into(),
     })
 }

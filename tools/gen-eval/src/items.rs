@@ -1,119 +1,127 @@
-//! The pairs to reply to, as the model reads them.
+//! The rows to reply to, as the model reads them.
 
 use anyhow::Result;
 use cli::{App, Failure};
 use jsonl::Position;
-use qwen3::{Chat, Config, LossOn, Message, PromptTemplate};
+use qwen3::{Chat, Config, Conversation, Form, LossOn, Wording};
 use record::{Record, Split};
-use settings::TextChoice;
 
-/// How a pair is put to the model: the same for every system of a comparison.
-#[derive(Debug)]
-pub struct Wording {
-    /// Which text of a pair.
-    pub text: TextChoice,
-    /// Put before every conversation; empty for none.
-    pub system_prompt: String,
-    /// The user's turn.
-    pub prompt: PromptTemplate,
-}
-
-/// A pair as it was read.
+/// A row as it was read: what is asked, and how it was answered.
 pub struct Source {
-    pub id: String,
-    pub conversation_id: String,
-    pub tweet: String,
-    /// The user's turn: the tweet in the words of the prompt template.
-    pub prompt: String,
-    pub reference: String,
+    conversation: Conversation,
+    /// The turns before the reply.
+    asked: usize,
     pub split: Option<Split>,
 }
 
 impl Source {
-    /// The pair in a record.
+    /// The row in a record; the reply is the last assistant turn.
     pub fn new(record: &Record, wording: &Wording) -> Result<Self, record::Error> {
-        let pair = record.pair()?;
-        let normalized = |key: &str| -> Result<String, record::Error> {
-            record.get(key)?.ok_or_else(|| record::Error::Field {
-                key: key.into(),
-                cause: "missing: run pair-dedup, or take the raw texts with --text raw".into(),
-            })
+        let mut conversation = wording.read(record)?;
+        let messages = &mut conversation.messages;
+        let asked = messages.iter().rposition(|m| m.role == "assistant");
+        let cause = match asked {
+            Some(0) => "the assistant speaks first: nothing is put to the model",
+            Some(asked) => {
+                messages.truncate(asked + 1);
+                let split = record.get("split")?;
+                return Ok(Self {
+                    conversation,
+                    asked,
+                    split,
+                });
+            }
+            None => "no turn of the assistant: nothing to compare with",
         };
-        let (tweet, reference) = match wording.text {
-            TextChoice::Raw => (pair.tweet, pair.reply),
-            TextChoice::Normalized => (
-                normalized("tweet_normalized")?,
-                normalized("reply_normalized")?,
-            ),
-        };
-        let mut fields = record.values()?;
-        fields.insert("tweet".into(), tweet.as_str().into());
-        let prompt = wording
-            .prompt
-            .render(&fields)
-            .map_err(|error| record::Error::Field {
-                key: error.key().into(),
-                cause: error.to_string(),
-            })?;
-        let split = record.get("split")?;
-        Ok(Self {
-            id: pair.id,
-            conversation_id: pair.conversation_id,
-            tweet,
-            prompt,
-            reference,
-            split,
+        Err(record::Error::Field {
+            key: "messages".into(),
+            cause: cause.into(),
         })
+    }
+
+    /// Whether the words of the prompt template are around it.
+    pub fn is_pair(&self) -> bool {
+        self.conversation.form == Form::Pair
+    }
+
+    /// What is replied to, for those who judge the replies: a tweet or a question alone;
+    /// of a longer conversation each turn with its role.
+    fn tweet(&self) -> String {
+        if let Some(tweet) = &self.conversation.tweet {
+            return tweet.clone();
+        }
+        let asked = &self.conversation.messages[..self.asked];
+        let mut turns = asked.iter().filter(|m| m.role != "system");
+        if let (Some(only), None) = (turns.next(), turns.next()) {
+            return only.content.clone();
+        }
+        let turns = asked.iter().map(|m| format!("{}: {}", m.role, m.content));
+        turns.collect::<Vec<_>>().join("\n\n")
     }
 }
 
-/// A pair in tokens.
+/// A row in tokens.
 pub struct Item {
-    pub source: Source,
+    /// Its own name, else `line N`.
+    pub id: String,
+    pub conversation_id: String,
+    /// What is replied to, as text.
+    pub tweet: String,
+    pub reference: String,
     /// What the model is to answer.
     pub prompt: Vec<u32>,
     /// Prompt and reference, and which tokens are the reference's.
     pub ids: Vec<u32>,
     pub labelled: Vec<bool>,
+    /// A special token that one of its texts spells out.
+    special: Option<String>,
 }
 
 impl Item {
-    /// Encodes a pair, exactly as training did.
-    pub fn new(
-        source: Source,
-        position: &Position,
-        wording: &Wording,
-        chat: &Chat,
-        config: &Config,
-    ) -> Result<Self> {
+    /// Encodes a row, exactly as training did.
+    pub fn new(source: Source, position: &Position, chat: &Chat, config: &Config) -> Result<Self> {
         let refuse = |cause: String| Failure::Input(format!("{position}: {cause}"));
-        let mut messages = Vec::new();
-        if !wording.system_prompt.is_empty() {
-            messages.push(Message::system(&wording.system_prompt));
-        }
-        messages.push(Message::user(&source.prompt));
+        let tweet = source.tweet();
+        let (row, asked) = (source.conversation, source.asked);
+        let said = &row.messages[asked];
         let prompt = chat
-            .encode_prompt(&messages)
+            .encode_prompt(&row.messages[..asked], &row.tools)
             .map_err(|e| refuse(e.to_string()))?;
-        messages.push(Message::assistant(&source.reference));
-        let whole = chat
-            .encode_training(&messages, &[], LossOn::Reply)
+        let mut whole = chat
+            .encode_training(&row.messages, &row.tools, LossOn::Reply)
             .map_err(|e| refuse(e.to_string()))?;
         if whole.ids.len().max(prompt.len() + 1) > config.max_positions {
             let (have, most) = (whole.ids.len(), config.max_positions);
             return Err(refuse(format!(
-                "{have} tokens, more than the model's {most}: leave the pair out"
+                "{have} tokens, more than the model's {most}: leave the row out"
             ))
             .into());
         }
-        if !whole.labelled.iter().skip(1).any(|&labelled| labelled) {
-            return Err(refuse("the reply has no token to be scored".into()).into());
-        }
+        // The last reply alone is scored.
+        let end = whole.labelled.iter().rposition(|&labelled| labelled);
+        let end = end.ok_or_else(|| refuse("the reply has no token to be scored".into()))?;
+        let before = whole.labelled[..end]
+            .iter()
+            .rposition(|&labelled| !labelled);
+        let start = before.map_or(0, |at| at + 1);
+        whole.labelled[..start].fill(false);
+        // Calls of tools stand in the rendered reply only.
+        let reference = match said.rest.contains_key("tool_calls") {
+            true => chat.decode(&whole.ids[start..=end])?.trim().to_owned(),
+            false => said.content.clone(),
+        };
+        let mut texts = row.messages.iter().map(|message| &message.content);
+        let special = texts.find_map(|text| chat.special_in(text));
+        let id = row.id.unwrap_or_else(|| format!("line {}", position.line));
         Ok(Self {
-            source,
+            conversation_id: row.thread.unwrap_or_else(|| id.clone()),
+            id,
+            tweet,
+            reference,
             prompt,
             ids: whole.ids,
             labelled: whole.labelled,
+            special: special.map(str::to_owned),
         })
     }
 
@@ -127,7 +135,7 @@ impl Item {
     }
 }
 
-/// Of the pairs read, those held out; all of them where none says which side it is on.
+/// Of the rows read, those held out; all of them where none says which side it is on.
 pub fn held_out(app: &App, sources: Vec<(Position, Source)>) -> Vec<(Position, Source)> {
     let read = sources.len();
     if sources.iter().all(|(_, source)| source.split.is_none()) {
@@ -158,13 +166,12 @@ pub fn held_out(app: &App, sources: Vec<(Position, Source)>) -> Vec<(Position, S
 }
 
 /// A tweet that spells out `<|im_end|>` ends its own turn, in training as here.
-pub fn warn_of_special_tokens(app: &App, chat: &Chat, items: &[Item]) {
+pub fn warn_of_special_tokens(app: &App, items: &[Item]) {
     for item in items {
-        let texts = [&item.source.prompt, &item.source.reference];
-        if let Some(token) = texts.into_iter().find_map(|text| chat.special_in(text)) {
+        if let Some(token) = &item.special {
             app.warn(format_args!(
                 "pair {}: a text spells out {token}, which the model reads as such",
-                item.source.id
+                item.id
             ));
         }
     }

@@ -105,11 +105,18 @@ impl Journal {
                 return Err(e).with_context(|| format!("locking {shown}"));
             }
         }
-        let mut text = String::new();
-        file.read_to_string(&mut text)
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)
             .with_context(|| format!("reading {shown}"))?;
-        // A line without its end is one that a crash cut off.
-        text.truncate(text.rfind('\n').map_or(0, |at| at + 1));
+        // A line without its end is one that a crash cut off, maybe inside a character.
+        bytes.truncate(
+            bytes
+                .iter()
+                .rposition(|&b| b == b'\n')
+                .map_or(0, |at| at + 1),
+        );
+        let text = String::from_utf8(bytes)
+            .map_err(|e| Failure::Input(format!("{shown}: no kept answers: {e}")))?;
         let mut lines = text.lines().zip(1..);
         let bad = |line: usize, error: serde_json::Error| {
             Failure::Input(format!("{shown}:{line}: no kept answers: {error}"))

@@ -36,8 +36,9 @@ use crate::systems::Named;
 
 /// Generate replies to held-out tweets and score them
 ///
-/// Reads pairs on standard input, keeps those of `split: eval`, and for the base model
-/// and the base with each adapter writes a reply, its ROUGE, BLEU and chrF against
+/// Reads pairs, or rows with `messages` or `prompt` and `completion`, on standard input,
+/// keeps those of `split: eval`, and for the base model and the base with each adapter
+/// writes a reply (to what is before the last assistant turn), its ROUGE, BLEU and chrF against
 /// the reply that people liked, and that reply's negative log-likelihood (`nll`, per
 /// token). A last line has the figures of each system over all pairs. With
 /// --score-only nothing is generated: lines {"prediction","reference"} get the scores.
@@ -236,18 +237,19 @@ impl GenEval {
                 Ok(())
             },
         )?;
-        let mut items = Vec::new();
+        let (mut items, mut unworded) = (Vec::new(), 0);
         for (position, source) in items::held_out(app, sources) {
-            items.push(Item::new(
-                source,
-                &position,
-                &setup.wording,
-                &setup.chat,
-                setup.checkpoint.config(),
-            )?);
+            unworded += usize::from(!source.is_pair());
+            let config = setup.checkpoint.config();
+            items.push(Item::new(source, &position, &setup.chat, config)?);
+        }
+        if unworded > 0 && setup.has_own_template {
+            app.warn(format_args!(
+                "the prompt template words tweets only: {unworded} rows with `messages` or `prompt` are as they stand"
+            ));
         }
         counts.written = items.len() as u64;
-        items::warn_of_special_tokens(app, &setup.chat, &items);
+        items::warn_of_special_tokens(app, &items);
         let mut out = Output::stdout();
         if !items.is_empty() {
             let kind = match device {

@@ -3,11 +3,11 @@
 
 use anyhow::{Context, Result};
 use cli::{App, Failure, PrintConfig, Resolved, Signature};
-use qwen3::{Adapter, Chat, Checkpoint, GenerationConfig, Held, PromptTemplate, Storage};
-use settings::{EvalSettings, Generation, LmHead, Quantization, TrainSettings};
+use qwen3::{Adapter, Chat, Checkpoint, GenerationConfig, Held, PromptTemplate, Storage, Wording};
+use settings::{EvalSettings, Generation, LmHead, Quantization, TextChoice, TrainSettings};
 
 use crate::hub;
-use crate::items::{Item, Wording};
+use crate::items::Item;
 use crate::journal::Identity;
 use crate::systems::Named;
 
@@ -44,6 +44,8 @@ pub struct Setup {
     pub stop_ids: Vec<u32>,
     pub adapters: Vec<(String, Adapter)>,
     pub wording: Wording,
+    /// Whether tweets are worded otherwise than as they are.
+    pub has_own_template: bool,
     pub held: Held,
 }
 
@@ -81,8 +83,9 @@ impl Setup {
         let defaults = TrainSettings::default();
         let like = of_training.unwrap_or(&defaults);
         let template = (settings.prompt_template.as_ref()).unwrap_or(&like.data.prompt_template);
+        let text = settings.text.unwrap_or(like.data.text);
         let wording = Wording {
-            text: settings.text.unwrap_or(like.data.text),
+            normalized: text == TextChoice::Normalized,
             system_prompt: settings
                 .system_prompt
                 .clone()
@@ -100,7 +103,7 @@ impl Setup {
                 continue;
             };
             for (what, differs) in [
-                ("text", settings.data.text != wording.text),
+                ("text", settings.data.text != text),
                 (
                     "system prompt",
                     settings.data.system_prompt != wording.system_prompt,
@@ -169,6 +172,7 @@ impl Setup {
             fingerprint,
             chat,
             adapters,
+            has_own_template: *template != defaults.data.prompt_template,
             wording,
             held,
         })

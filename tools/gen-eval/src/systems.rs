@@ -77,19 +77,23 @@ impl Named {
         Ok(Some(run.model))
     }
 
-    /// The base that the adapter names, as PEFT writes it.
+    /// The base that the adapter names, as PEFT writes it: `NAME`, or `NAME@REVISION`.
     pub fn names_base(&self) -> Result<Option<String>> {
         #[derive(Deserialize)]
         struct AdapterConfig {
             base_model_name_or_path: Option<String>,
+            revision: Option<String>,
         }
         let path = self.folder.join("adapter_config.json");
         let shown = || path.display().to_string();
         let text = std::fs::read_to_string(&path).with_context(shown)?;
         let config: AdapterConfig = serde_json::from_str(&text).with_context(shown)?;
-        Ok(config
-            .base_model_name_or_path
-            .filter(|name| !name.is_empty()))
+        let base = config.base_model_name_or_path;
+        let base = base.filter(|name| !name.is_empty());
+        Ok(base.map(|base| match config.revision {
+            Some(revision) if !Path::new(&base).exists() => format!("{base}@{revision}"),
+            _ => base,
+        }))
     }
 
     /// Fails before anything is read where there is no adapter, or a half-trained one.

@@ -5,6 +5,7 @@
 //! measured in the same minute: a share of them says how much is left, on any device.
 
 use std::fs::File;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -61,14 +62,15 @@ pub struct Bench {
     #[arg(long, default_value = "qwen3-8b", value_name = "NAME", value_parser = shape)]
     shape: Shape,
     /// Fewer layers than the shape has
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = positive)]
     layers: Option<usize>,
     /// Packed tokens of a training step, smallest first
     #[arg(
         long,
         default_value = "160,640,2048,16384",
         value_delimiter = ',',
-        value_name = "LIST"
+        value_name = "LIST",
+        value_parser = positive
     )]
     tokens: Vec<usize>,
     /// Compute every layer again in the backward pass, for less memory
@@ -84,7 +86,7 @@ pub struct Bench {
     #[arg(long, value_name = "KIND", default_value = "as_stored")]
     lm_head: LmHeadFlag,
     /// Rank of the adapter
-    #[arg(long, default_value_t = 16, value_name = "N")]
+    #[arg(long, default_value_t = 16, value_name = "N", value_parser = positive)]
     rank: usize,
     /// Steps that are timed, after two that are not
     #[arg(long, default_value_t = 10, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
@@ -100,7 +102,8 @@ pub struct Bench {
         long,
         default_value = "256",
         value_delimiter = ',',
-        value_name = "LIST"
+        value_name = "LIST",
+        value_parser = positive
     )]
     slots: Vec<usize>,
     /// Side of the square product whose rate is measured [default: 8192, CPU 1024]
@@ -125,6 +128,11 @@ $ qlora-train bench --shape tiny --tokens 64,256 --steps 2 --recompute --prompts
 struct Shape {
     name: String,
     config: Config,
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    let number: NonZeroUsize = text.parse().map_err(|e| format!("{e}"))?;
+    Ok(number.get())
 }
 
 fn side(text: &str) -> Result<usize, String> {

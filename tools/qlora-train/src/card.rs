@@ -6,7 +6,7 @@
 //! is said to be unknown.
 
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -28,6 +28,8 @@ pub struct Card<'a> {
     pub settings: &'a TrainSettings,
     /// What the run is.
     pub identity: &'a Identity,
+    /// Where it is going to lie.
+    pub folder: &'a Path,
     /// What was learnt, and what was held out.
     pub rows: &'a Rows,
     /// Where the model and the rows come from.
@@ -51,45 +53,90 @@ const CURVE: usize = 8;
 const EVALUATION: [&str; 2] = ["<!-- evaluation -->", "<!-- end of evaluation -->"];
 
 /// Markdown with the front matter that model hubs read.
-pub fn render(card: &Card<'_>) -> String {
+///
+/// # Errors
+/// If the system does not tell where the adapter's folder is.
+pub fn render(card: &Card<'_>) -> Result<String> {
     let mut out = String::new();
+    let seen = seen_from(card.folder, &card.settings.model.path);
+    let seen = seen.with_context(|| card.folder.display().to_string())?;
     // Writing to a String cannot fail.
-    let _ = card.write(&mut out);
-    out
+    let _ = card.write(&mut out, &seen);
+    Ok(out)
+}
+
+/// A model's folder as it is named from within `folder`, in which the card's code
+/// runs; an absolute path or a name on the hub is the same everywhere.
+fn seen_from(folder: &Path, model: &str) -> std::io::Result<String> {
+    let path = Path::new(model);
+    if path.is_absolute() || !path.exists() {
+        return Ok(hub::parts(model).0.to_owned());
+    }
+    // Without links, for `..` leads to the parent of what a link names.
+    let from = folder.canonicalize()?;
+    let to = std::env::current_dir()?.canonicalize()?.join(path);
+    let common = (from.components().zip(to.components()))
+        .take_while(|(a, b)| a == b)
+        .count();
+    let up = from.components().skip(common).map(|_| "..".as_ref());
+    let down = to.components().skip(common).map(|part| part.as_os_str());
+    let seen: PathBuf = up.chain(down).collect();
+    Ok(seen.display().to_string())
 }
 
 impl Card<'_> {
-    fn write(&self, out: &mut String) -> std::fmt::Result {
-        let base = quoted(hub::repository(&self.settings.model.path));
+    fn write(&self, out: &mut String, seen: &str) -> std::fmt::Result {
+        let base = quoted(hub::parts(&self.settings.model.path).0);
+        let kinds = self.rows.kinds;
+        let (does, row) = match kinds.only_pairs() {
+            true => ("replies to tweets", "tweet"),
+            false => ("answers in chats", "prompt"),
+        };
         writeln!(
             out,
             "---\nbase_model: {base}\nbase_model_relation: adapter\nlibrary_name: peft\n\
              pipeline_tag: text-generation\ntags: [lora, qlora, qwen3]\n---\n\n\
-             # A LoRA adapter that replies to tweets\n"
+             # A LoRA adapter that {does}\n"
         )?;
-        if self.settings.data.shuffled_replies {
+        let shuffled = self.settings.data.shuffled_replies;
+        if shuffled {
             writeln!(
                 out,
-                "**A control, not for use:** each tweet was trained with another tweet's reply.\n"
+                "**A control, not for use:** each {row} was trained with another {row}'s reply.\n"
             )?;
         }
         self.model(out)?;
         self.data(out)?;
         self.training(out)?;
+        let later = match shuffled {
+            true => "the comparison with this control stands in the card of the adapter itself.",
+            false => "`make eval`, or `qlora-train card`, adds it here.",
+        };
         writeln!(
             out,
-            "\n## Evaluation\n\n{}\nNot recorded: `make eval`, or `qlora-train card`, adds it here.\n{}\n",
+            "\n## Evaluation\n\n{}\nNot recorded: {later}\n{}\n",
             EVALUATION[0], EVALUATION[1]
         )?;
-        self.usage(out)?;
+        self.usage(out, seen)?;
+        let writes = match kinds.only_pairs() {
+            true => "one reply to one tweet",
+            false => "replies",
+        };
+        let filtered = (self.origin.steps.iter()).any(|step| step.tool == "pair-validate");
+        let (chosen, likes) = match filtered {
+            true => (
+                ", which passed the filters above",
+                " Where a filter goes by likes: they measure attention, neither truth nor kindness.",
+            ),
+            false => ("", ""),
+        };
         writeln!(
             out,
             "\n## Intended use and limits\n\n\
-             It writes one reply to one tweet in the manner of the replies that it was trained on, which were \
-             chosen by how many people liked them. It has learnt how such replies sound. What it states as fact \
-             is the base model's guess; what the filters let through, it can repeat; likes measure attention, \
-             neither truth nor kindness. Nothing was tested beyond the figures above. Let a person read what it \
-             writes before anyone else does, and say that a machine wrote it.\n\n## Licence\n"
+             It writes {writes} in the manner of the replies that it was trained on{chosen}. It has learnt how \
+             such replies sound. What it states as fact is the base model's guess; what was in the data, it can \
+             repeat.{likes} Nothing was tested beyond the figures above. Let a person read what it writes before \
+             anyone else does, and say that a machine wrote it.\n\n## Licence\n"
         )?;
         match &self.origin.licence {
             Some((licence, file)) => {
@@ -136,12 +183,17 @@ impl Card<'_> {
         if settings.model.lm_head == LmHead::Nf4 {
             held += ", lm_head in nf4";
         }
+        let began = match &self.identity.init_adapter {
+            Some(hash) => format!("another adapter (SHA-256 of its values {hash:.12})"),
+            None => "fresh values".into(),
+        };
         writeln!(
             out,
             "| | |\n|---|---|\n\
              | Base model | {} (SHA-256 of its files {:.12}) |\n\
              | Base weights in training | {} |\n\
              | Adapter | {kind}, on {targets} |\n\
+             | Began from | {began} |\n\
              | Made by | qlora-train {} on {} |",
             cell(&settings.model.path),
             self.identity.model,
@@ -157,11 +209,24 @@ impl Card<'_> {
             TextChoice::Normalized => "normalised",
             TextChoice::Raw => "raw",
         };
+        let kinds: Vec<String> = [
+            (
+                rows.kinds.pairs,
+                format!("tweets with replies, {text} text"),
+            ),
+            (rows.kinds.prompts, "prompts with completions".into()),
+            (rows.kinds.conversations, "conversations".into()),
+        ]
+        .into_iter()
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, what)| format!("{count} {what}"))
+        .collect();
         writeln!(
             out,
-            "\n## Data\n\n{} rows to train on, {} held out, {text} text (SHA-256 of the encoded rows {:.12}).\n",
+            "\n## Data\n\n{} rows to train on, {} held out: {} (SHA-256 of the encoded rows {:.12}).\n",
             rows.train.len(),
             rows.eval.len(),
+            kinds.join("; "),
             self.identity.data
         )?;
         writeln!(
@@ -226,7 +291,7 @@ impl Card<'_> {
                 fenced("", &settings.join("\n"))
             )?;
         }
-        writeln!(out, "How the pairs were collected is not recorded.")
+        writeln!(out, "How the rows were collected is not recorded.")
     }
 
     fn training(&self, out: &mut String) -> std::fmt::Result {
@@ -308,40 +373,64 @@ impl Card<'_> {
         )
     }
 
-    fn usage(&self, out: &mut String) -> std::fmt::Result {
-        let (data, lora) = (&self.settings.data, &self.settings.lora);
-        let base = hub::repository(&self.settings.model.path);
+    fn usage(&self, out: &mut String, base: &str) -> std::fmt::Result {
+        let (data, lora, kinds) = (&self.settings.data, &self.settings.lora, self.rows.kinds);
         writeln!(
             out,
             "## Use\n\nThe prompt is the model's own chat template with `enable_thinking=False`."
         )?;
-        match data.system_prompt.as_str() {
-            "" => writeln!(out, "There is no system prompt.")?,
+        if kinds.conversations > 0 {
+            writeln!(
+                out,
+                "The conversations had the system prompts that they came with."
+            )?;
+        }
+        // Conversations are taken as they are.
+        let single = kinds.pairs + kinds.prompts > 0;
+        let system_prompt = match single {
+            true => data.system_prompt.as_str(),
+            false => "",
+        };
+        match system_prompt {
+            "" if single => writeln!(out, "There is no system prompt.")?,
+            "" => {}
             prompt => writeln!(out, "The system prompt:\n\n{}", fenced("", prompt))?,
         }
-        match data.prompt_template.as_str() {
-            "{{ tweet }}" => writeln!(out, "The user's turn is the tweet.\n")?,
-            template => writeln!(
-                out,
-                "The user's turn, a Jinja template over the pair's fields:\n\n{}",
-                fenced("jinja", template)
-            )?,
+        if kinds.pairs > 0 {
+            match data.prompt_template.as_str() {
+                "{{ tweet }}" => writeln!(out, "The user's turn is the tweet.")?,
+                template => writeln!(
+                    out,
+                    "The user's turn, a Jinja template over the pair's fields:\n\n{}",
+                    fenced("jinja", template)
+                )?,
+            }
         }
-        let system = match data.system_prompt.as_str() {
+        let said = match (kinds.only_pairs(), data.prompt_template.as_str()) {
+            (true, "{{ tweet }}") => "the tweet",
+            _ => "the user's turn",
+        };
+        let system = match system_prompt {
             "" => String::new(),
             prompt => format!(
                 "{{\"role\": \"system\", \"content\": {}}}, ",
                 quoted(prompt)
             ),
         };
+        let revision = hub::parts(&self.settings.model.path).1;
+        let at = revision.map_or(String::new(), |name| format!(", revision={}", quoted(name)));
+        let note = match base == self.settings.model.path || revision.is_some() {
+            true => "",
+            false => "  # where it was in training, seen from this folder",
+        };
         let script = format!(
             "from peft import PeftModel\n\
              from transformers import AutoModelForCausalLM, AutoTokenizer\n\n\
-             base = {}\n\
-             tokenizer = AutoTokenizer.from_pretrained(base)\n\
-             model = AutoModelForCausalLM.from_pretrained(base, dtype=\"auto\")\n\
+             base = {}{note}\n\
+             tokenizer = AutoTokenizer.from_pretrained(base{at})\n\
+             model = AutoModelForCausalLM.from_pretrained(base{at}, dtype=\"auto\")\n\
              model = PeftModel.from_pretrained(model, \".\")  # this folder\n\
-             messages = [{system}{{\"role\": \"user\", \"content\": \"the tweet\"}}]\n\
+             messages = [{system}{{\"role\": \"user\", \"content\": \"{said}\"}}]\n\
              prompt = tokenizer.apply_chat_template(\n    \
                  messages, add_generation_prompt=True, enable_thinking=False, return_dict=True, return_tensors=\"pt\"\n)\n\
              reply = model.generate(**prompt, max_new_tokens=96)[0, prompt[\"input_ids\"].shape[1] :]\n\
@@ -365,7 +454,7 @@ impl Card<'_> {
         };
         writeln!(
             out,
-            "With PEFT{four_bits}:\n\n{}",
+            "\nIn this folder, with PEFT{four_bits}:\n\n{}",
             fenced("python", &script)
         )?;
         if lora.use_dora || !lora.rank_pattern.is_empty() || !lora.alpha_pattern.is_empty() {
@@ -379,8 +468,9 @@ impl Card<'_> {
         let ranks = [8, 16, 32, 64, 128, 256, 320, 512];
         let room = ranks.into_iter().find(|&room| room >= lora.rank);
         if let Some(room) = room {
+            let at = revision.map_or(String::new(), |name| format!(" --revision {}", shell(name)));
             let serve = format!(
-                "vllm serve {} --enable-lora --max-lora-rank {room} --lora-modules replies=.",
+                "vllm serve {}{at} --enable-lora --max-lora-rank {room} --lora-modules replies=.",
                 shell(base)
             );
             writeln!(
@@ -499,6 +589,13 @@ fn write_tests(out: &mut String, tests: &[Test]) -> std::fmt::Result {
         let same = |other: &&Test| other.a == test.a && other.b == test.b;
         let name = |path: &str| cell(path.rsplit('.').next().unwrap_or(path));
         let (a, b) = (name(&test.a), name(&test.b));
+        // An interval covers 1 − alpha, which sigtest's signature holds.
+        let mut parts = test.signature.split('|');
+        let alpha = parts.find_map(|part| part.strip_prefix("alpha:")?.parse::<f64>().ok());
+        let level = match alpha {
+            Some(alpha) => format!("{}%", (1e4 * (1.0 - alpha)).round() / 100.0),
+            None => "Interval".into(),
+        };
         let judged = if test.a.starts_with("verdicts.") {
             ", by the judge"
         } else {
@@ -507,7 +604,7 @@ fn write_tests(out: &mut String, tests: &[Test]) -> std::fmt::Result {
         writeln!(
             out,
             "\n{b} against {a}{judged}, {} held-out tweets:\n\n\
-             | Figure | {a} | {b} | 95% of {b} − {a} | p |\n|---|---:|---:|---:|---:|",
+             | Figure | {a} | {b} | {level} of {b} − {a} | p |\n|---|---:|---:|---:|---:|",
             test.n
         )?;
         for test in tests
@@ -538,7 +635,7 @@ fn write_tests(out: &mut String, tests: &[Test]) -> std::fmt::Result {
     }
     writeln!(
         out,
-        "\nLower is better for `nll` (nats a token of the reply that people liked), higher for the others. \
+        "\nLower is better for `nll` (nats a token of the held-out reply), higher for the others. \
          p: permutation test, adjusted over the figures of a table (Holm).\n"
     )
 }
@@ -610,6 +707,7 @@ fn longest_run(text: &str) -> usize {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]
@@ -621,6 +719,19 @@ mod tests {
         assert_eq!(shell("Qwen/Qwen3-8B"), "Qwen/Qwen3-8B");
         assert_eq!(shell("it's; rm"), r"'it'\''s; rm'");
         assert_eq!(quoted("a\"b\n"), r#""a\"b\n""#);
+    }
+
+    #[test]
+    fn a_base_is_named_from_where_the_code_runs() {
+        let here = std::env::current_dir().unwrap();
+        let folder = here.join("src/inspect");
+        let seen = |model: &str| seen_from(&folder, model).unwrap();
+        assert_eq!(seen("src/main.rs"), "../main.rs");
+        assert_eq!(seen("Cargo.toml"), "../../Cargo.toml");
+        assert_eq!(seen("src/inspect/model.rs"), "model.rs");
+        assert!(folder.join(seen("../gen-eval/src")).is_dir());
+        assert_eq!(seen("/some/where"), "/some/where");
+        assert_eq!(seen("Qwen/Qwen3-8B@v1"), "Qwen/Qwen3-8B");
     }
 
     #[test]

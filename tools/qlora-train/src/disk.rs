@@ -33,7 +33,7 @@ impl Need {
         };
         let checkpoints = match training.save_total_limit as u64 {
             0 => made,
-            kept => made.min(kept + 1),
+            kept => made.min(kept.saturating_add(1)),
         };
         Self {
             checkpoint: values + kind.moment_bytes(layout) as u64,
@@ -44,7 +44,11 @@ impl Need {
 
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.checkpoints * self.checkpoint + self.adapters + BESIDE
+        self.of_checkpoints().saturating_add(self.adapters + BESIDE)
+    }
+
+    fn of_checkpoints(&self) -> u64 {
+        self.checkpoints.saturating_mul(self.checkpoint)
     }
 
     /// Refuses a folder whose disk has no room for it. What is in there already is
@@ -63,7 +67,7 @@ impl Need {
             out.display(),
             Size(free as usize),
             Size(needed as usize),
-            Size((self.checkpoints * self.checkpoint) as usize),
+            Size(self.of_checkpoints() as usize),
             self.checkpoints,
         ))
         .into())
@@ -133,5 +137,6 @@ mod tests {
         assert_eq!(need(100, 10, 0, false), 10 * 3 + 1);
         assert_eq!(need(25, 10, 3, false), 3 * 3 + 1);
         assert_eq!(need(25, 0, 3, false), 3 + 1);
+        assert_eq!(need(u64::MAX, 1, 0, false), (u64::MAX - BESIDE) / values);
     }
 }

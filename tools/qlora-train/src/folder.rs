@@ -105,6 +105,13 @@ pub fn is_finished(path: &Path) -> bool {
     path.join("adapter_model.safetensors").exists()
 }
 
+/// The fingerprint of the base that the adapter in `path` was trained on, if it is a
+/// run's.
+pub fn trained_on(path: &Path) -> Option<String> {
+    let run = fs::read_to_string(path.join("run.json")).ok()?;
+    Some(serde_json::from_str::<Identity>(&run).ok()?.model)
+}
+
 /// Most tokens of a pass in the run that is in `path`, if there is one that can be read.
 pub fn pass_tokens(path: &Path) -> Option<usize> {
     let text = fs::read_to_string(path.join("run.json")).ok()?;

@@ -27,11 +27,14 @@ pub fn fetch(app: &App, model: &str) -> Result<PathBuf> {
         }
         Event::Retrying(retry) => app.warn(retry),
     });
-    fetched.map_err(|error| {
-        if error.is_usage() {
+    fetched.map_err(|error| match error {
+        hub::Error::NoModel(_) => {
             Failure::Usage(format!("{error}, with --model or `model.path`")).into()
-        } else {
-            error.into()
         }
+        hub::Error::Config(_) => {
+            let cause = format!("HF_ENDPOINT and HF_TOKEN, environment or .env: {error}");
+            Failure::Usage(cause).into()
+        }
+        error => error.into(),
     })
 }

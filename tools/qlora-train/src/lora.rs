@@ -28,9 +28,11 @@ pub fn layout(settings: &TrainSettings, config: &Config) -> Result<(AdapterConfi
             )));
         }
     }
+    // PEFT keeps a revision elsewhere than in the name.
+    let (base, revision) = hub::parts(&settings.model.path);
     let adapter = AdapterConfig {
-        // PEFT keeps a revision elsewhere than in the name.
-        base_model: hub::repository(&settings.model.path).to_owned(),
+        base_model: base.to_owned(),
+        revision: revision.map(str::to_owned),
         rank: lora.rank,
         alpha: lora.alpha,
         dropout: lora.dropout,

@@ -37,6 +37,8 @@ struct Budget {
     /// Bytes; none: nobody knows how many there are.
     bytes: Option<usize>,
     asked: bool,
+    /// What can be had, whatever is asked for.
+    there: Option<usize>,
 }
 
 /// How a run fits.
@@ -134,6 +136,19 @@ impl Fit {
             }
             most /= 2;
         }
+    }
+
+    /// What there is to be said where training.max_memory asks for more than can be had,
+    /// and the plan goes by it.
+    pub fn doubt(&self) -> Option<String> {
+        let (planned, there) = (self.planned(), self.budget.there?);
+        (self.budget.asked && planned > there).then(|| {
+            format!(
+                "training.max_memory: {} are planned, and {} can be had: it may run out on the way",
+                Size(planned),
+                Size(there)
+            )
+        })
     }
 
     /// Bytes that the plan has in all.
@@ -358,19 +373,15 @@ impl Budget {
     /// kernels of cuBLAS come when they are first needed, and its allocator hands out
     /// whole pages.
     fn new(asked: Option<&str>, free: Option<usize>, place: Place, program: usize) -> Result<Self> {
-        if let Some(text) = asked {
-            return Ok(Self {
-                bytes: Some(parse(text)?),
-                asked: true,
-            });
-        }
-        let usable = |free: usize| match place {
+        let there = free.map(|free| match place {
             Place::Processor => program + (free - free / 10),
             Place::Gpu => free.saturating_sub(free / 50 + (256 << 20)),
-        };
+        });
+        let bytes = asked.map(parse).transpose()?;
         Ok(Self {
-            bytes: free.map(usable),
-            asked: false,
+            bytes: bytes.or(there),
+            asked: bytes.is_some(),
+            there,
         })
     }
 }
@@ -432,6 +443,13 @@ mod tests {
         for wrong in ["", "GB", "8 potatoes", "-1GB", "0", "nanGB", "infGB"] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
+        let budget = |asked| Budget::new(asked, Some(10 << 30), Place::Gpu, 0).unwrap();
+        let there = budget(None).bytes;
+        assert!(there.is_some_and(|bytes| bytes < 10 << 30));
+        assert_eq!(
+            (budget(Some("80GB")).bytes, budget(Some("80GB")).there),
+            (Some(80_000_000_000), there)
+        );
         assert_eq!(Size(1_234_567_890).to_string(), "1.23 GB");
         assert_eq!(Size(12_345_678).to_string(), "12.3 MB");
         assert_eq!(Size(12).to_string(), "0.0 kB");

@@ -106,6 +106,16 @@ impl Merge {
         };
         let base = Checkpoint::open(&model_path)?;
         let adapter = Adapter::load(&self.adapter, base.config())?;
+        let fingerprint = base.fingerprint()?;
+        if let Some(trained_on) = crate::folder::trained_on(&self.adapter)
+            && trained_on != fingerprint
+        {
+            app.warn(format_args!(
+                "{} was trained on other bytes than {} holds: a copy in 4 bits of it, or another model",
+                self.adapter.display(),
+                model_path.display()
+            ));
+        }
         let merged = Merged::new(&base, &adapter);
         let values = |weight: &Weight| weight.shape(base.config()).iter().product::<usize>();
         let parameters: usize = Weight::all(base.config()).iter().map(values).sum();
@@ -137,7 +147,7 @@ impl Merge {
             parameters: parameters as u64,
             checks,
             signature: Signature::new("qlora-train")
-                .with_hash("model", &base.fingerprint()?)
+                .with_hash("model", &fingerprint)
                 .with_hash("adapter", &adapter.fingerprint())
                 .to_string(),
         };
@@ -156,7 +166,11 @@ fn base_of(adapter: &Path) -> Result<PathBuf> {
     let named = config["base_model_name_or_path"]
         .as_str()
         .unwrap_or_default();
-    hub::find(named).ok_or_else(|| {
+    let named = match config["revision"].as_str() {
+        Some(revision) if !Path::new(named).exists() => format!("{named}@{revision}"),
+        _ => named.to_owned(),
+    };
+    hub::find(&named).ok_or_else(|| {
         let cause = format!("the adapter's base `{named}` is not here: name it with --model");
         Failure::Usage(cause).into()
     })
@@ -166,7 +180,7 @@ fn base_of(adapter: &Path) -> Result<PathBuf> {
 /// in memory at a time.
 fn check(app: &App, base: &Checkpoint, adapter: &Adapter, folder: &Path) -> Result<Vec<Check>> {
     let chat = Chat::load(base.folder())?;
-    let prompt = |text: &&str| chat.encode_prompt(&[Message::user(*text)]);
+    let prompt = |text: &&str| chat.encode_prompt(&[Message::user(*text)], &[]);
     let rows: Vec<Vec<u32>> = PROMPTS.iter().map(prompt).collect::<Result<_, _>>()?;
     let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
     app.info("comparing the merged model with base and adapter (--no-check leaves it out)");

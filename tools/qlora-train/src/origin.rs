@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use cli::Failure;
 use record::Summary;
 use serde::Deserialize;
@@ -34,7 +34,7 @@ impl Origin {
             steps.push(step);
         }
         Ok(Self {
-            licence: licence(base)?,
+            licence: licence(base),
             steps,
         })
     }
@@ -42,42 +42,39 @@ impl Origin {
 
 /// The licence that a model's folder names: in the front matter of its card, else
 /// in the first line of its LICENSE.
-fn licence(folder: &Path) -> Result<Option<(String, String)>> {
+///
+/// Both are somebody else's, and nothing is computed from them: what cannot be read
+/// names none.
+fn licence(folder: &Path) -> Option<(String, String)> {
     #[derive(Deserialize)]
     struct FrontMatter {
         license: Option<String>,
         license_name: Option<String>,
     }
-    let text = |name: &str| -> Result<Option<String>> {
-        let path = folder.join(name);
-        match path.exists() {
-            true => Ok(Some(
-                std::fs::read_to_string(&path).with_context(|| path.display().to_string())?,
-            )),
-            false => Ok(None),
-        }
+    let text = |name: &str| -> Option<String> {
+        let bytes = std::fs::read(folder.join(name)).ok()?;
+        Some(String::from_utf8_lossy(&bytes).into_owned())
     };
-    if let Some(card) = text("README.md")?
+    if let Some(card) = text("README.md")
         && let Some((front, _)) = card
             .strip_prefix("---\n")
             .and_then(|rest| rest.split_once("\n---"))
-        // Somebody else's file: what it says otherwise is no concern of ours.
         && let Ok(front) = serde_saphyr::from_str::<FrontMatter>(front)
     {
         let named = |license: &String| license != "other";
         let licence = (front.license.filter(named)).or(front.license_name);
         if let Some(licence) = licence {
-            return Ok(Some((licence, "README.md".into())));
+            return Some((licence, "README.md".into()));
         }
     }
     for name in ["LICENSE", "LICENSE.txt", "LICENSE.md"] {
-        if let Some(licence) = text(name)?
+        if let Some(licence) = text(name)
             && let Some(line) = licence.lines().map(str::trim).find(|line| !line.is_empty())
         {
-            return Ok(Some((line.to_owned(), name.into())));
+            return Some((line.to_owned(), name.into()));
         }
     }
-    Ok(None)
+    None
 }
 
 #[cfg(test)]
@@ -90,8 +87,12 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("licence-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
         let write = |name: &str, text: &str| std::fs::write(folder.join(name), text).unwrap();
-        let found = || licence(&folder).unwrap();
+        let found = || licence(&folder);
         assert_eq!(found(), None);
+        // ISO 8859-1, and a folder of that name.
+        std::fs::write(folder.join("LICENSE.md"), b"Lizenz f\xfcr alle\n").unwrap();
+        std::fs::create_dir_all(folder.join("LICENSE.txt")).unwrap();
+        assert_eq!(found().unwrap().1, "LICENSE.md");
         write("LICENSE", "\n      Apache License\n  Version 2.0\n");
         assert_eq!(found(), Some(("Apache License".into(), "LICENSE".into())));
         write("README.md", "no front matter");

@@ -11,8 +11,8 @@ use anyhow::{Context, Result};
 use cli::{App, Failure};
 use engine::rng::{Purpose, Stream};
 use jsonl::{Lines, Position, Records, Rejects};
-use qwen3::{Chat, Message, PromptTemplate};
-use record::{Reason, Record, Rejected, Split};
+use qwen3::{Chat, Form, Message, PromptTemplate, Wording};
+use record::{Reason, Record, Split};
 use settings::{LongRows, LossOn, TextChoice, TrainSettings};
 
 /// One conversation as the model sees it.
@@ -34,6 +34,32 @@ impl Row {
     }
 }
 
+/// Rows by what they were made from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Kinds {
+    /// Tweets with replies.
+    pub pairs: usize,
+    /// `prompt` with `completion`.
+    pub prompts: usize,
+    /// `messages`.
+    pub conversations: usize,
+}
+
+impl Kinds {
+    /// Whether there is nothing but tweets with replies.
+    pub fn only_pairs(&self) -> bool {
+        self.prompts + self.conversations == 0
+    }
+
+    fn of(&mut self, form: Form) -> &mut usize {
+        match form {
+            Form::Pair => &mut self.pairs,
+            Form::Prompt => &mut self.prompts,
+            Form::Messages => &mut self.conversations,
+        }
+    }
+}
+
 /// The rows of a run.
 #[derive(Debug)]
 pub struct Rows {
@@ -41,6 +67,8 @@ pub struct Rows {
     pub train: Vec<Row>,
     /// What is held out.
     pub eval: Vec<Row>,
+    /// How many of these are of each kind.
+    pub kinds: Kinds,
     /// Rows that were too long and are in neither.
     pub left_out: usize,
     /// Rows that were too long and have lost their end.
@@ -59,6 +87,7 @@ impl Rows {
 /// A line before it is put into tokens.
 struct Source {
     position: String,
+    form: Form,
     split: Option<Split>,
     /// Its side where no row says one.
     drawn: Split,
@@ -69,21 +98,32 @@ struct Source {
     record: Record,
 }
 
+/// What becomes of lines that are not taken.
+pub enum Rejected<'a> {
+    /// They go to that file, if there is one.
+    Kept(Option<&'a Path>),
+    /// Nothing is to be written.
+    Dropped,
+}
+
 /// Reads, encodes and splits the data. Malformed lines within the allowance, and
 /// rows that are too long where such are left out, are kept in `rejects`.
 pub fn load(
     app: &App,
     data: &Path,
-    rejects: Option<&Path>,
+    rejects: Rejected<'_>,
     settings: &TrainSettings,
     chat: &Chat,
 ) -> Result<Rows> {
-    let mut kept = app.rejects("--rejects", rejects)?;
+    let mut kept = match rejects {
+        Rejected::Kept(path) => app.rejects("--rejects", path)?,
+        Rejected::Dropped => Rejects::create(None)?,
+    };
     let mut records = Records::new(Lines::open(data)?, app.common().max_bad_lines);
-    let prompt = prompt_template(settings)?;
+    let wording = wording(settings)?;
     let progress = app.progress("rows", None);
     let mut next = |kept: &mut Rejects| -> Result<Option<Source>> {
-        let read = records.next_with(kept, |record| source(record, settings, &prompt))?;
+        let read = records.next_with(kept, |record| source(record, &wording))?;
         progress.add(1);
         Ok(read.map(|(position, source)| source.at(&position, settings)))
     };
@@ -114,59 +154,28 @@ pub fn load(
     Ok(rows)
 }
 
-/// The template for the user's turn of a pair.
-pub fn prompt_template(settings: &TrainSettings) -> Result<PromptTemplate, Failure> {
-    PromptTemplate::new(&settings.data.prompt_template)
-        .map_err(|error| Failure::Usage(format!("data.prompt_template: {error}")))
+/// How rows are put to the model.
+pub fn wording(settings: &TrainSettings) -> Result<Wording, Failure> {
+    Ok(Wording {
+        normalized: settings.data.text == TextChoice::Normalized,
+        system_prompt: settings.data.system_prompt.clone(),
+        prompt: PromptTemplate::new(&settings.data.prompt_template)
+            .map_err(|error| Failure::Usage(format!("data.prompt_template: {error}")))?,
+    })
 }
 
 /// The conversation that a record holds.
-fn source(
-    record: Record,
-    settings: &TrainSettings,
-    prompt: &PromptTemplate,
-) -> Result<Unplaced, record::Error> {
-    let group: Option<String> = record.get("conversation_id")?;
-    let (group, messages) = if record.contains("messages") {
-        (group, record.require("messages")?)
-    } else if record.contains("prompt") {
-        let (prompt, completion) = (record.require("prompt")?, record.require("completion")?);
-        (group, turns(settings, prompt, completion))
-    } else {
-        let [tweet, reply] = match settings.data.text {
-            TextChoice::Normalized => ["tweet_normalized", "reply_normalized"],
-            TextChoice::Raw => ["tweet", "reply"],
-        };
-        let text = |key: &str| -> Result<String, record::Error> {
-            record.get(key)?.ok_or_else(|| record::Error::Field {
-                key: key.into(),
-                cause: "missing: run pair-dedup, or set data.text: raw; rows with `messages`, or `prompt` and \
-                        `completion`, are taken too"
-                    .into(),
-            })
-        };
-        let pair = record.pair()?;
-        let mut fields = record.values()?;
-        fields.insert("tweet".into(), text(tweet)?.into());
-        let asked = prompt
-            .render(&fields)
-            .map_err(|error| record::Error::Field {
-                key: error.key().into(),
-                cause: error.to_string(),
-            })?;
-        (
-            Some(pair.conversation_id),
-            turns(settings, asked, text(reply)?),
-        )
-    };
+fn source(record: Record, wording: &Wording) -> Result<Unplaced, record::Error> {
+    let conversation = wording.read(&record)?;
     Ok(Unplaced {
-        group,
+        group: conversation.thread,
         source: Source {
             position: String::new(),
+            form: conversation.form,
             split: record.get("split")?,
             drawn: Split::Train,
-            messages,
-            tools: record.get("tools")?.unwrap_or_default(),
+            messages: conversation.messages,
+            tools: conversation.tools,
             record,
         },
     })
@@ -195,17 +204,6 @@ impl Unplaced {
             ..self.source
         }
     }
-}
-
-/// One question and its answer, under the system prompt if there is one.
-fn turns(settings: &TrainSettings, user: String, assistant: String) -> Vec<Message> {
-    let system = &settings.data.system_prompt;
-    let mut messages = Vec::new();
-    if !system.is_empty() {
-        messages.push(Message::system(system));
-    }
-    messages.extend([Message::user(user), Message::assistant(assistant)]);
-    messages
 }
 
 /// Gives each training tweet the reply of another: round a seeded circle, so
@@ -273,8 +271,13 @@ struct Encoder<'a> {
     chat: &'a Chat,
     /// Each with its own side and the drawn one.
     rows: Vec<(Row, Option<Split>, Split)>,
+    kinds: Kinds,
     cut: usize,
     left_out: usize,
+    /// Whether any row says its side, one that is left out included.
+    any_split: bool,
+    /// Rows with an empty reply, and the first one's place.
+    empty: (usize, Option<String>),
     /// Rows that spell out a special token, the first one's place, and the token.
     special: (usize, Option<(String, String)>),
 }
@@ -285,19 +288,28 @@ impl<'a> Encoder<'a> {
             settings,
             chat,
             rows: Vec::new(),
+            kinds: Kinds::default(),
             cut: 0,
             left_out: 0,
+            any_split: false,
+            empty: (0, None),
             special: (0, None),
         }
     }
 
     /// Puts a line into tokens; one that is too long goes to the rejects.
     fn add(&mut self, app: &App, mut source: Source, kept: &mut Rejects) -> Result<()> {
+        self.any_split |= source.split.is_some();
         let mut texts = source.messages.iter().map(|message| &message.content);
         if let Some(token) = texts.find_map(|text| self.chat.special_in(text)) {
             self.special.0 += 1;
             let first = || (source.position.clone(), token.to_owned());
             self.special.1.get_or_insert_with(first);
+        }
+        let mut replies = source.messages.iter().filter(|m| m.role == "assistant");
+        if replies.any(Message::is_empty) {
+            self.empty.0 += 1;
+            self.empty.1.get_or_insert_with(|| source.position.clone());
         }
         let row = match encode(&source, self.settings, self.chat)? {
             Fit::Whole(row) => row,
@@ -312,7 +324,7 @@ impl<'a> Encoder<'a> {
                     filter: "row_too_long".into(),
                     detail: format!("{tokens} tokens, at most {limit}"),
                 };
-                let rejected = Rejected {
+                let rejected = record::Rejected {
                     by: app.name().into(),
                     reasons: vec![reason],
                 };
@@ -320,6 +332,7 @@ impl<'a> Encoder<'a> {
                 return Ok(kept.record(&source.record)?);
             }
         };
+        *self.kinds.of(source.form) += 1;
         self.rows.push((row, source.split, source.drawn));
         Ok(())
     }
@@ -331,6 +344,25 @@ impl<'a> Encoder<'a> {
         if let (count, Some((position, token))) = &self.special {
             app.warn(format_args!(
                 "{count} rows spell out a special token, which the model reads as such; the first is {position}, {token}"
+            ));
+        }
+        if let (count, Some(position)) = &self.empty {
+            app.warn(format_args!(
+                "{count} rows have an empty reply, from which the model learns to say nothing; the first is {position}"
+            ));
+        }
+        let unworded = self.kinds.prompts + self.kinds.conversations;
+        let template = &self.settings.data.prompt_template;
+        if unworded > 0 && *template != TrainSettings::default().data.prompt_template {
+            app.warn(format_args!(
+                "data.prompt_template words tweets only: {unworded} rows with `messages` or `prompt` are as they stand"
+            ));
+        }
+        let conversations = self.kinds.conversations;
+        if conversations > 0 && !self.settings.data.system_prompt.is_empty() {
+            app.warn(format_args!(
+                "data.system_prompt is put before tweets and prompts only: {conversations} rows with `messages` \
+                 bring their own or none"
             ));
         }
         if self.cut > 0 {
@@ -350,18 +382,18 @@ impl<'a> Encoder<'a> {
                 self.left_out
             ));
         }
-        let any = self.rows.iter().any(|(_, own, _)| own.is_some());
         let read = self.rows.len();
         let mut rows = Rows {
             train: Vec::new(),
             eval: Vec::new(),
+            kinds: self.kinds,
             left_out: self.left_out,
             cut: self.cut,
             sha256: String::new(),
         };
         let mut fingerprint = Vec::new();
         for (mut row, own, drawn) in self.rows {
-            let side = side(own, drawn, any);
+            let side = side(own, drawn, self.any_split);
             let set = match side {
                 Split::Train => &mut rows.train,
                 Split::Eval => &mut rows.eval,

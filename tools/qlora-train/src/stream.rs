@@ -166,6 +166,7 @@ mod tests {
         let rows = Rows {
             train: rows(&[3, 5, 8]),
             eval: rows(&[6, 6, 2]),
+            kinds: crate::rows::Kinds::default(),
             left_out: 0,
             cut: 0,
             sha256: String::new(),

@@ -53,12 +53,14 @@ impl Pace {
         let evaluations = match every {
             0 => u64::from(left > 0),
             every => plan.steps.div_ceil(every) - done / every,
-        } + u64::from(done == 0);
+        };
+        let evaluations = evaluations.saturating_add(u64::from(done == 0));
         let passes =
             |passes: u64, tokens: u64| passes as f64 * self.fixed + tokens as f64 * self.per_token;
         let step = self.step + passes(survey.passes, survey.tokens) / survey.steps as f64;
         let evaluation = self.forward * passes(survey.held_out[0], survey.held_out[1]);
-        Duration::from_secs_f64(left as f64 * step + evaluations as f64 * evaluation)
+        let seconds = left as f64 * step + evaluations as f64 * evaluation;
+        Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
     }
 
     /// Of a whole model, from that of models with one of its layers and with two.

@@ -286,7 +286,7 @@ fn compute(checkpoint: &Checkpoint, adapter: Option<&Path>, stop_ids: &[u32]) ->
     let mut rows = Vec::new();
     for (number, [prompt, reply]) in (0..).zip(ROWS) {
         let user = Message::user(prompt);
-        let prompt = chat.encode_prompt(std::slice::from_ref(&user))?;
+        let prompt = chat.encode_prompt(std::slice::from_ref(&user), &[])?;
         let encoded =
             chat.encode_training(&[user, Message::assistant(reply)], &[], LossOn::Reply)?;
         let row = Row {

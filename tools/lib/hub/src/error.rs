@@ -93,11 +93,6 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether other arguments or settings are the remedy, not another try.
-    pub fn is_usage(&self) -> bool {
-        matches!(self, Self::NoModel(_) | Self::Config(_))
-    }
-
     pub(crate) fn io(path: &Path) -> impl Fn(io::Error) -> Self {
         move |source| Self::Io {
             path: path.to_owned(),

@@ -25,7 +25,7 @@ use httpclient::{Client, Policy, Retrying, Scheme, Secret};
 use serde::{Deserialize, Serialize};
 
 pub use error::Error;
-pub use name::repository;
+pub use name::parts;
 
 use name::Name;
 
@@ -101,8 +101,9 @@ impl State {
     }
 
     fn write(&self, folder: &Path) -> Result<(), Error> {
-        let json = serde_json::to_vec(self).expect("strings and a truth value are JSON");
-        Ok(jsonl::write_atomically(&folder.join(STATE), &json)?)
+        let path = folder.join(STATE);
+        let json = serde_json::to_vec(self).map_err(|e| Error::io(&path)(e.into()))?;
+        Ok(jsonl::write_atomically(&path, &json)?)
     }
 }
 
@@ -134,7 +135,7 @@ impl Hub {
     /// Where a model lies, after downloading it if need be. `told` hears how that goes.
     ///
     /// # Errors
-    /// Where there is no such model, or it does not come whole; see [`Error::is_usage`].
+    /// Where there is no such model, or it does not come whole.
     pub fn fetch(&self, model: &str, told: impl FnMut(Event)) -> Result<PathBuf, Error> {
         if let Some(folder) = find(model) {
             return Ok(folder);

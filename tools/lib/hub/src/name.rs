@@ -46,12 +46,12 @@ impl fmt::Display for Name<'_> {
     }
 }
 
-/// A model as other programs name it: without the revision where `model` is a name on
-/// the hub that has one, else as it is.
-pub fn repository(model: &str) -> &str {
+/// A model as other programs name it: where `model` is a name on the hub, the
+/// repository and the revision, if it has one; else `model` as it is.
+pub fn parts(model: &str) -> (&str, Option<&str>) {
     match Name::parse(model) {
-        Some(name) if !Path::new(model).exists() => name.repository,
-        _ => model,
+        Some(name) if !Path::new(model).exists() => (name.repository, name.revision),
+        _ => (model, None),
     }
 }
 
@@ -78,7 +78,8 @@ mod tests {
         ] {
             assert_eq!(Name::parse(path), None, "{path}");
         }
-        assert_eq!(repository("Qwen/Qwen3-8B@main"), "Qwen/Qwen3-8B");
-        assert_eq!(repository("/models/a@b"), "/models/a@b");
+        assert_eq!(parts("Qwen/Qwen3-8B@v1"), ("Qwen/Qwen3-8B", Some("v1")));
+        assert_eq!(parts("Qwen/Qwen3-8B"), ("Qwen/Qwen3-8B", None));
+        assert_eq!(parts("/models/a@b"), ("/models/a@b", None));
     }
 }

@@ -155,16 +155,16 @@ impl Chat {
             .map_err(|error| Error::Tokenizer(error.to_string()))
     }
 
-    /// What is put to the model for it to answer: the messages and the opening
-    /// of its turn, with the reasoning block already empty.
+    /// What is put to the model, which may call `tools`, for it to answer: the messages
+    /// and the opening of its turn, with the reasoning block already empty.
     ///
     /// # Errors
     /// If the template refuses the messages.
-    pub fn encode_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
+    pub fn encode_prompt(&self, messages: &[Message], tools: &[Value]) -> Result<Vec<u32>> {
         let options = RenderOptions {
+            tools: tools.to_vec(),
             add_generation_prompt: true,
             enable_thinking: Some(false),
-            ..RenderOptions::default()
         };
         self.encode(&self.render(messages, &options)?)
     }

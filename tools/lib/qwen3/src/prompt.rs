@@ -7,9 +7,12 @@
 //! record has not.
 
 use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::Arc;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::{AutoEscape, Environment, ErrorKind, UndefinedBehavior, Value};
+use minijinja::value::{Enumerator, Object};
+use minijinja::{AutoEscape, Environment, ErrorKind, State, UndefinedBehavior, Value};
 use serde_json::{Map, Value as Json};
 
 use crate::template::to_jinja;
@@ -44,6 +47,9 @@ pub enum PromptError {
         /// The field of the record that is spelt most like it.
         nearest: Option<String>,
     },
+    /// It makes an empty turn of a record.
+    #[error("it renders as nothing for this row")]
+    Empty,
     /// It fails on a record.
     #[error("{0}")]
     Render(minijinja::Error),
@@ -69,7 +75,8 @@ impl PromptTemplate {
     /// chat templates, and one line break at the end is dropped.
     ///
     /// # Errors
-    /// If it is no Jinja, names the reply's text, or names no field at all.
+    /// If it is no Jinja, uses a filter, test or function that there is not, names the
+    /// reply's text, or names no field at all.
     pub fn new(source: &str) -> Result<Self, PromptError> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder()
@@ -99,32 +106,114 @@ impl PromptTemplate {
         if names.is_empty() {
             return Err(PromptError::Constant);
         }
-        Ok(Self { environment, names })
+        let template = Self { environment, names };
+        // Filters are looked up only where they are used. Two trials, with every field
+        // false and with every field true, come by most branches.
+        for truth in [false, true] {
+            let trial = template.filled(&Map::new(), |_| Some(Value::from_object(Blank(truth))));
+            if let Err(error) = trial
+                && is_unknown(&error)
+            {
+                return Err(PromptError::Syntax(error));
+            }
+        }
+        Ok(template)
     }
 
     /// The user's turn for a record with these fields, `tweet` being the text that
     /// the model is to see. A field that is `null` counts as missing.
     ///
     /// # Errors
-    /// If the template shows a field that is missing, or fails otherwise.
+    /// If the template shows a field that is missing, renders as white space, or
+    /// fails otherwise.
     pub fn render(&self, fields: &Map<String, Json>) -> Result<String, PromptError> {
-        let known = |name: &&String| fields.get(*name).is_some_and(|value| !value.is_null());
-        let context = self.names.iter().filter(known);
-        let context = context.map(|name| (name.as_str(), to_jinja(&fields[name])));
-        let rendered = self
-            .environment
-            .get_template(NAME)
-            .and_then(|template| template.render(Value::from_pairs(context)));
-        rendered.map_err(|error| {
-            let missing = self.names.iter().find(|name| !known(name));
-            match missing.filter(|_| error.kind() == ErrorKind::UndefinedError) {
+        let blank = |_: &str| Some(Value::from_object(Blank(false)));
+        let text = self.filled(fields, |_| None).map_err(|error| {
+            let undefined = |outcome: Result<String, minijinja::Error>| {
+                outcome.is_err_and(|error| error.kind() == ErrorKind::UndefinedError)
+            };
+            // Templates may ask whether a field is there: to blame is one without which
+            // it fails when all others that are missing are blank.
+            let at_fault = |name: &&String| {
+                known(fields, name).is_none()
+                    && undefined(self.filled(fields, |other| {
+                        blank(other).filter(|_| other != name.as_str())
+                    }))
+            };
+            if error.kind() != ErrorKind::UndefinedError || undefined(self.filled(fields, blank)) {
+                return PromptError::Render(error);
+            }
+            match self.names.iter().find(at_fault) {
                 Some(name) => PromptError::Missing {
                     nearest: nearest(name, fields),
                     name: name.clone(),
                 },
                 None => PromptError::Render(error),
             }
-        })
+        })?;
+        match text.trim().is_empty() {
+            true => Err(PromptError::Empty),
+            false => Ok(text),
+        }
+    }
+
+    /// The template with these fields; what is missing is taken from `instead`.
+    fn filled(
+        &self,
+        fields: &Map<String, Json>,
+        instead: impl Fn(&str) -> Option<Value>,
+    ) -> Result<String, minijinja::Error> {
+        let value = |name: &str| known(fields, name).map(to_jinja).or_else(|| instead(name));
+        let names = self.names.iter().map(String::as_str);
+        let context = names.filter_map(|name| Some((name, value(name)?)));
+        let template = self.environment.get_template(NAME)?;
+        template.render(Value::from_pairs(context))
+    }
+}
+
+/// The field of a record, if it has it.
+fn known<'a>(fields: &'a Map<String, Json>, name: &str) -> Option<&'a Json> {
+    fields.get(name).filter(|value| !value.is_null())
+}
+
+/// Whether the template asks for something that there is not.
+fn is_unknown(error: &minijinja::Error) -> bool {
+    use ErrorKind::{UnknownFilter, UnknownFunction, UnknownTest};
+    [UnknownFilter, UnknownFunction, UnknownTest].contains(&error.kind())
+}
+
+/// Stands in for a missing field: a text of no letters, whatever is asked of it, and
+/// as true as it says.
+#[derive(Debug)]
+struct Blank(bool);
+
+impl Object for Blank {
+    fn get_value(self: &Arc<Self>, _: &Value) -> Option<Value> {
+        Some(Value::from_dyn_object(self.clone()))
+    }
+
+    fn enumerate(self: &Arc<Self>) -> Enumerator {
+        match self.0 {
+            true => Enumerator::Values(vec![Value::from_dyn_object(self.clone())]),
+            false => Enumerator::Empty,
+        }
+    }
+
+    fn is_true(self: &Arc<Self>) -> bool {
+        self.0
+    }
+
+    fn call(
+        self: &Arc<Self>,
+        _: &mut State<'_, '_>,
+        _: &[Value],
+    ) -> Result<Value, minijinja::Error> {
+        let cause = "there is no function or method of this name";
+        Err(minijinja::Error::new(ErrorKind::UnknownFunction, cause))
+    }
+
+    fn render(self: &Arc<Self>, _: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Ok(())
     }
 }
 
@@ -196,8 +285,20 @@ mod tests {
             ("{{ repl }}", "missing"),
             ("{{ lang }} {{ tweet }}", "missing"),
             ("{{ author.nam }}", "undefined"),
+            (
+                "{% if lang %}{{ lang }}{% endif %}{{ author.nam }}",
+                "undefined",
+            ),
+            (
+                "{% if lang %}{{ lang }}{% endif %}{{ tweet_like }}",
+                "the nearest there is `tweet_likes`",
+            ),
+            ("{{ autor.name }}", "the nearest there is `author`"),
             ("{{ tweet.missing.deeper }}", "undefined"),
             ("{{ tweet|nothing }}", "nothing"),
+            ("{% if lang %}{{ lang|nothing }}{% endif %}{{ tweet }}", "unknown filter"),
+            ("{% if not tweet %}{{ nothing() }}{% endif %}{{ tweet }}", "unknown function"),
+            ("{% if tweet_likes > 5 %}{{ tweet }}{% endif %}", "renders as nothing"),
         ] {
             let error = render(template, record.clone()).unwrap_err().to_string();
             assert!(error.contains(said), "{template}: {error}");

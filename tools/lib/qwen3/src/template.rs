@@ -46,6 +46,12 @@ impl Message {
         Self::new("assistant", content)
     }
 
+    /// Whether it neither says nor calls anything.
+    pub fn is_empty(&self) -> bool {
+        let calls = self.rest.get("tool_calls").and_then(Json::as_array);
+        self.content.trim().is_empty() && calls.is_none_or(Vec::is_empty)
+    }
+
     fn new(role: &str, content: impl Into<String>) -> Self {
         Self {
             role: role.into(),

@@ -67,7 +67,7 @@ fn ids_are_those_of_transformers() {
         let ids = chat.encode(&text).unwrap();
         assert_eq!(digest_of_ids(&ids), case.ids, "{text:?}\n{ids:?}\n{theirs}");
         if case.add_generation_prompt && case.enable_thinking == Some(false) {
-            assert_eq!(chat.encode_prompt(&case.messages).unwrap(), ids, "{theirs}");
+            assert_eq!(chat.encode_prompt(&case.messages, &[]).unwrap(), ids, "{theirs}");
         }
         let decoded = chat.decode(&ids).unwrap();
         assert_eq!(digest(&decoded), case.decoded, "{decoded:?}\n{theirs}");
@@ -133,7 +133,7 @@ fn a_row_is_its_prompt_and_what_the_model_is_to_say() {
         "12:30, 3/4",
     ] {
         let messages = exchange(reply);
-        let prompt = chat.encode_prompt(&messages[..2]).unwrap();
+        let prompt = chat.encode_prompt(&messages[..2], &[]).unwrap();
         let row = chat.encode_training(&messages, &[], LossOn::Reply).unwrap();
         assert!(row.ids.starts_with(&prompt), "{reply}");
         let after_the_end = row.ids.len() - 1;
@@ -300,7 +300,7 @@ fn a_template_may_refuse() {
         .unwrap();
     });
     let chat = Chat::load(folder.path()).unwrap();
-    let error = chat.encode_prompt(&[Message::user("hi")]).unwrap_err();
+    let error = chat.encode_prompt(&[Message::user("hi")], &[]).unwrap_err();
     let Error::Template(inner) = &error else {
         panic!("{error}")
     };

@@ -38,6 +38,11 @@ pub enum Error {
     /// A field that is needed is not there.
     #[error("key `{0}` is missing")]
     Missing(String),
+    /// Neither a pair nor a conversation.
+    #[error(
+        "no row that is understood: it needs `tweet` with `reply`, `messages`, or `prompt` with `completion`"
+    )]
+    NoForm,
     /// Nothing says which pair this is.
     #[error("no key `id`, and not both of `tweet_id` and `reply_id` to make one of")]
     NoId,
@@ -61,7 +66,7 @@ impl Record {
     /// Parses one line. A duplicate key is an error, for one of the two values
     /// would be lost; so is a `v` above [`VERSION`].
     pub fn parse(line: &str) -> Result<Self, Error> {
-        let record: Self = serde_json::from_str(line).map_err(|e| Error::Json(e.to_string()))?;
+        let record: Self = serde_json::from_str(line).map_err(|e| Error::Json(cause(&e, true)))?;
         match record.get::<u64>("v")? {
             Some(v) if v > VERSION => Err(Error::Version(v)),
             _ => Ok(record),
@@ -82,7 +87,7 @@ impl Record {
                 .map(Some)
                 .map_err(|e| Error::Field {
                     key: key.to_owned(),
-                    cause: e.to_string(),
+                    cause: cause(&e, false),
                 }),
         }
     }
@@ -98,7 +103,7 @@ impl Record {
         for (key, raw) in &self.fields {
             let value = serde_json::from_str(raw.get()).map_err(|e| Error::Field {
                 key: key.clone(),
-                cause: e.to_string(),
+                cause: cause(&e, false),
             })?;
             values.insert(key.clone(), value);
         }
@@ -110,11 +115,16 @@ impl Record {
         Ok(self.get::<pair::Count>(key)?.map(|count| count.0))
     }
 
+    /// An id: a text, or a whole number.
+    pub fn id(&self, key: &str) -> Result<Option<String>, Error> {
+        Ok(self.get::<pair::TextId>(key)?.map(|id| id.0))
+    }
+
     /// Sets a field: in its place where it exists, else at the end.
     pub fn set<T: Serialize + ?Sized>(&mut self, key: &str, value: &T) -> Result<(), Error> {
         let raw = serde_json::value::to_raw_value(value).map_err(|e| Error::Field {
             key: key.to_owned(),
-            cause: e.to_string(),
+            cause: cause(&e, false),
         })?;
         self.fields.insert(key.to_owned(), raw);
         Ok(())
@@ -152,6 +162,18 @@ impl Record {
     /// The typed view of a tweet→reply pair.
     pub fn pair(&self) -> Result<Pair, Error> {
         Pair::of(self)
+    }
+}
+
+/// What serde says, without its "line 1": a record stands on a line of a file, which
+/// errors name. The column is the line's where `whole` was parsed, else a value's own.
+fn cause(error: &serde_json::Error, whole: bool) -> String {
+    let text = error.to_string();
+    let (line, column) = (error.line(), error.column());
+    match text.strip_suffix(&format!(" at line {line} column {column}")) {
+        Some(text) if whole => format!("{text} at column {column}"),
+        Some(text) => text.to_owned(),
+        None => text,
     }
 }
 

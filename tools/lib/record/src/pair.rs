@@ -33,18 +33,16 @@ pub struct Pair {
 
 impl Pair {
     pub(crate) fn of(record: &Record) -> Result<Self, Error> {
-        let text_id = |key: &str| -> Result<Option<String>, Error> {
-            Ok(record.get::<TextId>(key)?.map(|id| id.0))
-        };
-        let tweet_id = text_id("tweet_id")?;
-        let reply_id = text_id("reply_id")?;
-        let id = match (text_id("id")?, &tweet_id, &reply_id) {
+        let tweet_id = record.id("tweet_id")?;
+        let reply_id = record.id("reply_id")?;
+        let id = match (record.id("id")?, &tweet_id, &reply_id) {
             (Some(id), ..) => id,
             (None, Some(tweet), Some(reply)) => format!("{tweet}-{reply}"),
             (None, ..) => return Err(Error::NoId),
         };
         Ok(Self {
-            conversation_id: text_id("conversation_id")?
+            conversation_id: record
+                .id("conversation_id")?
                 .or_else(|| tweet_id.clone())
                 .unwrap_or_else(|| id.clone()),
             id,
@@ -154,7 +152,7 @@ impl<'de> Deserialize<'de> for Count {
     }
 }
 
-struct TextId(String);
+pub(crate) struct TextId(pub(crate) String);
 
 impl<'de> Deserialize<'de> for TextId {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

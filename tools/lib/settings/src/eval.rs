@@ -23,7 +23,7 @@ pub struct EvalSettings {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Generation {
-    /// Folder of the base model in Hugging Face layout.
+    /// The base model: a folder in Hugging Face layout, or a name on the hub.
     pub model: Option<String>,
     /// How its layers' weights are held.
     pub quantization: Option<Quantization>,

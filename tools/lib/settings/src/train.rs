@@ -45,7 +45,7 @@ pub enum LmHead {
 /// The base model.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Model {
-    /// Folder in Hugging Face layout.
+    /// Folder in Hugging Face layout, or a name on the hub.
     pub path: String,
     /// How the layers' weights are held.
     pub quantization: Quantization,

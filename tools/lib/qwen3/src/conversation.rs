@@ -1,0 +1,381 @@
+//! What a line of data puts to the model: a tweet→reply pair, a conversation under
+//! `messages`, or a `prompt` with its `completion`.
+//!
+//! Training and generation read lines here, so that they ask in the same words. What
+//! the chat template would drop or render as nonsense without a word is refused: roles
+//! that it does not know, and calls and tools of another shape.
+
+use record::{Error, Record};
+use serde_json::Value;
+
+use crate::prompt::PromptTemplate;
+use crate::template::Message;
+
+/// The roles that the chat template knows; turns of others would vanish.
+const ROLES: [&str; 4] = ["system", "user", "assistant", "tool"];
+
+/// What other formats call them.
+const ALIASES: [(&str, &str); 7] = [
+    ("developer", "system"),
+    ("human", "user"),
+    ("bot", "assistant"),
+    ("gpt", "assistant"),
+    ("model", "assistant"),
+    ("function", "tool"),
+    ("observation", "tool"),
+];
+
+/// How lines are put to the model.
+#[derive(Debug)]
+pub struct Wording {
+    /// Take a pair's normalised texts, not those that were collected.
+    pub normalized: bool,
+    /// Put before pairs and prompts; empty for none.
+    pub system_prompt: String,
+    /// The user's turn of a pair.
+    pub prompt: PromptTemplate,
+}
+
+/// What a line is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// A tweet with its reply.
+    Pair,
+    /// `prompt` with `completion`.
+    Prompt,
+    /// `messages`.
+    Messages,
+}
+
+/// A line as the model reads it.
+#[derive(Debug)]
+pub struct Conversation {
+    /// What it was made from.
+    pub form: Form,
+    /// The line's name; only pairs must have one.
+    pub id: Option<String>,
+    /// The thread that it belongs to; pairs always have one.
+    pub thread: Option<String>,
+    /// The tweet of a pair, without the words of the template.
+    pub tweet: Option<String>,
+    /// Its turns.
+    pub messages: Vec<Message>,
+    /// Functions that the model may call, as JSON schemas.
+    pub tools: Vec<Value>,
+}
+
+impl Wording {
+    /// The conversation that a record holds.
+    ///
+    /// # Errors
+    /// If the record is of none of the forms, or something in it would not reach the
+    /// model as it was meant.
+    pub fn read(&self, record: &Record) -> Result<Conversation, Error> {
+        if record.contains("messages") {
+            return Ok(Conversation {
+                form: Form::Messages,
+                id: record.id("id")?,
+                thread: record.id("conversation_id")?,
+                tweet: None,
+                messages: messages(record)?,
+                tools: tools(record)?,
+            });
+        }
+        if record.contains("prompt") || record.contains("completion") {
+            let text = |key: &str| match record.get(key)? {
+                Some(Value::String(text)) => Ok(text),
+                Some(Value::Array(_)) => {
+                    Err(wrong(key, "is a list: put all turns under `messages`"))
+                }
+                Some(_) => Err(wrong(key, "is not a text")),
+                None => Ok(String::new()),
+            };
+            let (prompt, completion) = (text("prompt")?, text("completion")?);
+            if prompt.trim().is_empty() {
+                return Err(wrong(
+                    "prompt",
+                    "missing or empty: nothing is put to the model",
+                ));
+            }
+            // `null` is an empty one, as in `messages`; none at all is a mistake.
+            if !record.contains("completion") {
+                return Err(Error::Missing("completion".into()));
+            }
+            return Ok(Conversation {
+                form: Form::Prompt,
+                id: record.id("id")?,
+                thread: record.id("conversation_id")?,
+                tweet: None,
+                messages: self.exchange(prompt, completion),
+                tools: tools(record)?,
+            });
+        }
+        if !["tweet", "reply"].iter().any(|key| record.contains(key)) {
+            return Err(Error::NoForm);
+        }
+        let pair = record.pair()?;
+        let normalized = |key: &str| -> Result<String, Error> {
+            let remedy = "missing: run pair-dedup, or set data.text: raw (gen-eval: --text raw)";
+            record.get(key)?.ok_or_else(|| wrong(key, remedy))
+        };
+        let (tweet, reply) = match self.normalized {
+            true => (
+                normalized("tweet_normalized")?,
+                normalized("reply_normalized")?,
+            ),
+            false => (pair.tweet, pair.reply),
+        };
+        let mut fields = record.values()?;
+        fields.insert("tweet".into(), tweet.as_str().into());
+        let asked = self
+            .prompt
+            .render(&fields)
+            .map_err(|error| wrong(error.key(), error.to_string()))?;
+        Ok(Conversation {
+            form: Form::Pair,
+            id: Some(pair.id),
+            thread: Some(pair.conversation_id),
+            tweet: Some(tweet),
+            messages: self.exchange(asked, reply),
+            tools: tools(record)?,
+        })
+    }
+
+    /// One question and its answer, under the system prompt if there is one.
+    fn exchange(&self, user: String, assistant: String) -> Vec<Message> {
+        let system = Some(&self.system_prompt).filter(|text| !text.is_empty());
+        let system = system.map(Message::system).into_iter();
+        let turns = [Message::user(user), Message::assistant(assistant)];
+        system.chain(turns).collect()
+    }
+}
+
+fn wrong(key: &str, cause: impl Into<String>) -> Error {
+    Error::Field {
+        key: key.into(),
+        cause: cause.into(),
+    }
+}
+
+/// The turns under `messages`.
+fn messages(record: &Record) -> Result<Vec<Message>, Error> {
+    let turns: Vec<Value> = record.require("messages")?;
+    let number = |turn: Value, i: usize| {
+        message(turn).map_err(|cause| wrong("messages", format!("turn {i}: {cause}")))
+    };
+    turns
+        .into_iter()
+        .zip(1..)
+        .map(|(t, i)| number(t, i))
+        .collect()
+}
+
+fn message(turn: Value) -> Result<Message, String> {
+    let Value::Object(mut turn) = turn else {
+        return Err(r#"not an object such as {"role": "user", "content": "…"}"#.into());
+    };
+    let allowed = ROLES.join(", ");
+    let role = match turn.get("role") {
+        Some(Value::String(role)) => role.clone(),
+        _ => return Err(format!("no `role`; there are {allowed}")),
+    };
+    if !ROLES.contains(&role.as_str()) {
+        let near = nearest(&role).map_or(String::new(), |near| format!("; write `{near}`?"));
+        return Err(format!("no role `{role}`: there are {allowed}{near}"));
+    }
+    let calls = match turn.get("tool_calls") {
+        None | Some(Value::Null) => false,
+        Some(Value::Array(calls)) => {
+            if calls.iter().any(|call| !is_call(call)) {
+                return Err(r#"`tool_calls` holds something else than {"name": "…", "arguments": {…}}, alone or under "function""#.into());
+            }
+            !calls.is_empty()
+        }
+        Some(_) => return Err("`tool_calls` is not a list".into()),
+    };
+    if calls && role != "assistant" {
+        return Err(format!(
+            "`tool_calls` in a turn of the role `{role}`: only the assistant calls"
+        ));
+    }
+    match turn.get("content") {
+        Some(Value::String(_) | Value::Null) => {}
+        // Some write a turn that is nothing but calls without it.
+        None if calls => {
+            turn.insert("content".into(), Value::Null);
+        }
+        None => return Err("no `content`".into()),
+        Some(Value::Array(_)) => {
+            return Err("`content` is a list of parts: join their texts to one string; there is no model for images here".into());
+        }
+        Some(_) => return Err("`content` is not a text".into()),
+    }
+    if let Some(other) = turn.get("reasoning_content")
+        && !(other.is_string() || other.is_null())
+    {
+        return Err("`reasoning_content` is not a text".into());
+    }
+    serde_json::from_value(Value::Object(turn)).map_err(|error| error.to_string())
+}
+
+/// The role that is probably meant.
+fn nearest(role: &str) -> Option<&'static str> {
+    let role = role.trim().to_lowercase();
+    let alias = ALIASES.iter().find(|(name, _)| *name == role);
+    alias.map(|&(_, meant)| meant).or_else(|| {
+        let likeness = |name: &str| strsim::jaro_winkler(name, &role);
+        let near = ROLES.into_iter().filter(|name| likeness(name) > 0.8);
+        near.max_by(|a, b| likeness(a).total_cmp(&likeness(b)))
+    })
+}
+
+/// Whether the template renders it as a call: arguments as an object, or as JSON text.
+fn is_call(call: &Value) -> bool {
+    let call = call.get("function").unwrap_or(call);
+    let arguments = &call["arguments"];
+    named(call) && (arguments.is_object() || arguments.is_string())
+}
+
+fn named(function: &Value) -> bool {
+    function["name"]
+        .as_str()
+        .is_some_and(|name| !name.is_empty())
+}
+
+/// The functions under `tools`.
+fn tools(record: &Record) -> Result<Vec<Value>, Error> {
+    let cause = match record.get("tools")? {
+        None => return Ok(Vec::new()),
+        Some(Value::Array(tools)) => {
+            let unnamed = tools
+                .iter()
+                .position(|tool| !named(tool.get("function").unwrap_or(tool)));
+            match unnamed {
+                None => return Ok(tools),
+                Some(at) => format!(
+                    r#"tool {}: not a schema such as {{"type": "function", "function": {{"name": "…", "parameters": {{…}}}}}}"#,
+                    at + 1
+                ),
+            }
+        }
+        Some(Value::String(_)) => "is JSON as a text: write the list itself, without quotes".into(),
+        Some(_) => "is not a list of schemas".into(),
+    };
+    Err(wrong("tools", cause))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn read(line: &str) -> Result<Conversation, Error> {
+        let wording = Wording {
+            normalized: false,
+            system_prompt: "Be brief.".into(),
+            prompt: PromptTemplate::new("{{ tweet }}").unwrap(),
+        };
+        wording.read(&Record::parse(line).unwrap())
+    }
+
+    #[test]
+    fn there_are_three_forms() {
+        let roles = |line: &str| {
+            let read = read(line).unwrap();
+            let roles: Vec<String> = read.messages.into_iter().map(|m| m.role).collect();
+            (read.form, roles.join(" "))
+        };
+        assert_eq!(
+            roles(r#"{"id":"1","tweet":"t","reply":"r"}"#),
+            (Form::Pair, "system user assistant".into())
+        );
+        assert_eq!(
+            roles(r#"{"prompt":"p","completion":"c"}"#),
+            (Form::Prompt, "system user assistant".into())
+        );
+        let line = r#"{"id":7,"messages":[{"role":"user","content":"u"},{"role":"assistant","tool_calls":[{"id":"c","type":"function","function":{"name":"f","arguments":"{}"}}]},
+            {"role":"tool","content":"3"},{"role":"assistant","content":"three"}],"tools":[{"type":"function","function":{"name":"f"}},{"name":"g"}]}"#;
+        assert_eq!(
+            roles(line),
+            (Form::Messages, "user assistant tool assistant".into())
+        );
+        let read = read(line).unwrap();
+        assert_eq!((read.id.as_deref(), read.tools.len()), (Some("7"), 2));
+        assert!(!read.messages[1].is_empty(), "a call says something");
+        assert!(Message::assistant(" \n").is_empty());
+    }
+
+    #[test]
+    fn what_would_not_reach_the_model_is_refused_with_a_remedy() {
+        let turn =
+            |turn: &str| format!(r#"{{"messages":[{{"role":"user","content":"u"}},{turn}]}}"#);
+        for (line, said) in [
+            (
+                turn(r#"{"role":"developer","content":"x"}"#),
+                "key `messages`: turn 2: no role `developer`: there are system, user, assistant, tool; write `system`?",
+            ),
+            (turn(r#"{"role":"User","content":"x"}"#), "write `user`?"),
+            (
+                turn(r#"{"role":"asistant","content":"x"}"#),
+                "write `assistant`?",
+            ),
+            (
+                turn(r#"{"role":"zzz","content":"x"}"#),
+                "user, assistant, tool",
+            ),
+            (turn(r#"{"content":"x"}"#), "turn 2: no `role`"),
+            (turn(r#"{"role":"user"}"#), "turn 2: no `content`"),
+            (
+                turn(r#"{"role":"user","content":[{"type":"text","text":"x"}]}"#),
+                "list of parts: join",
+            ),
+            (
+                turn(r#"{"role":"assistant","content":"","tool_calls":"x"}"#),
+                "`tool_calls` is not a list",
+            ),
+            (
+                turn(r#"{"role":"assistant","content":"","tool_calls":[{}]}"#),
+                "`tool_calls` holds something else",
+            ),
+            (
+                turn(r#"{"role":"assistant","content":"","tool_calls":[{"name":"f"}]}"#),
+                "`tool_calls` holds something else",
+            ),
+            (
+                turn(r#"{"role":"user","content":"","tool_calls":[{"name":"f","arguments":{}}]}"#),
+                "only the assistant",
+            ),
+            (turn("3"), "turn 2: not an object"),
+            (
+                r#"{"messages":[],"tools":[{}]}"#.into(),
+                "key `tools`: tool 1: not a schema",
+            ),
+            (
+                r#"{"messages":[],"tools":[{"name":"a"},1]}"#.into(),
+                "key `tools`: tool 2",
+            ),
+            (r#"{"messages":[],"tools":"[]"}"#.into(), "without quotes"),
+            (
+                r#"{"conversations":[]}"#.into(),
+                "`tweet` with `reply`, `messages`, or `prompt` with `completion`",
+            ),
+            (r#"{"prompt":"x"}"#.into(), "`completion` is missing"),
+            (
+                r#"{"completion":"x"}"#.into(),
+                "key `prompt`: missing or empty",
+            ),
+            (
+                r#"{"prompt":[{"role":"user","content":"x"}],"completion":"x"}"#.into(),
+                "under `messages`",
+            ),
+            (
+                r#"{"messages":"hello"}"#.into(),
+                "key `messages`: invalid type: string \"hello\", expected a sequence",
+            ),
+        ] {
+            let error = read(&line).unwrap_err().to_string();
+            assert!(error.contains(said), "{line}: {error}");
+            assert!(!error.contains("line 1"), "{error}");
+        }
+    }
+}
