@@ -73,10 +73,10 @@ model   := $(if $(MODEL),--model $(MODEL))
 judge   := $(if $(JUDGE),--provider $(JUDGE))
 fetch   := --config $(CONFIG)/data.yaml --method $(METHOD) $(if $(INPUT),--input $(INPUT)) $(if $(TARGET),--target $(TARGET))
 train   := --config $(CONFIG)/train.yaml $(model)
-card     = $(BIN)/qlora-train card --quiet --evaluation $(EVAL)/tests.jsonl $(ADAPTER)
+card     = [ ! -e $(ADAPTER)/README.md ] || $(BIN)/qlora-train card --quiet --evaluation $(EVAL)/tests.jsonl $(ADAPTER)
 adapters := --adapter lora=$(ADAPTER) $(if $(CONTROL),--adapter shuffled=$(SHUFFLED))
 
-.PHONY: help setup build models data train eval results demo test lint check test-parity bench kernels tiny-model demo-data FORCE
+.PHONY: help setup build models data train eval results demo test lint check test-parity bench asan kernels tiny-model demo-data FORCE
 .DEFAULT_GOAL := help
 
 help: ## this page
@@ -88,7 +88,7 @@ help: ## this page
 	@echo '  DATA=name       of its data [that of RUN]'
 	@echo '  METHOD=apify    collect; or METHOD=file INPUT=path: import'
 	@echo '  TARGET=number   of pairs to collect [that of data.yaml]'
-	@echo '  MODEL=folder    of the base model [that of train.yaml]'
+	@echo '  MODEL=base      a folder, or a name on the hub [that of train.yaml]'
 	@echo '  JUDGE=anthropic or JUDGE=reference, offline [that of eval.yaml]'
 	@echo '  CONTROL=shuffled trains and evaluates the control too'
 	@echo '  DEVICE=auto     or cpu, cuda:N'
@@ -202,8 +202,9 @@ test-parity: $(MINILM)/model.safetensors | build ## compare with the Python pack
 
 bench: | build ## time training and generating on this machine's CPU (minutes)
 	@mkdir -p output/logs
-	@$(BIN)/bench > output/logs/bench_$(STAMP).jsonl
-	@echo output/logs/bench_$(STAMP).jsonl
+	@$(BIN)/bench > output/logs/bench_$(STAMP).jsonl.part
+	@mv output/logs/bench_$(STAMP).jsonl{.part,} && echo output/logs/bench_$(STAMP).jsonl
+
 asan: ## the CUDA kernels on the processor, through AddressSanitizer
 	CUDA_ON_CPU_ASAN=1 CARGO_TARGET_$(shell rustc -vV | sed -n 's/^host: //p' | tr a-z- A-Z_)_RUNNER="env \
 	  LD_PRELOAD=$(shell gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0" \
