@@ -529,7 +529,10 @@ fn prompts_come_from_the_training_settings() {
     let lines = run.never_says("warning").records();
     let other = lines[3]["systems"]["base"]["nll"].as_f64().unwrap();
     let off = (other - nll).abs();
-    assert!(off > 100.0 * NLL_TOLERANCE && off < 0.1 * nll, "{other} {nll}");
+    assert!(
+        off > 100.0 * NLL_TOLERANCE && off < 0.1 * nll,
+        "{other} {nll}"
+    );
     let stored = [&arguments[..], &["--lm-head=as_stored"]].concat();
     let run = fixture.tool.run(&stored, &fixture.pairs()).exits(0);
     let run = run.says("adapter lora was trained with another lm_head");
@@ -605,7 +608,10 @@ fn conversations_are_replied_to() {
     let arguments = ["--model=model", "--quantization=none", "--max-new-tokens=4"];
     let lines = fixture.tool.run(&arguments, &rows).exits(0).records();
     let field = |key: &str| -> Vec<&str> {
-        lines[..3].iter().map(|line| line[key].as_str().unwrap()).collect()
+        lines[..3]
+            .iter()
+            .map(|line| line[key].as_str().unwrap())
+            .collect()
     };
     assert_eq!(field("id"), ["line 1", "7", "line 4"]);
     assert_eq!(field("conversation_id"), ["line 1", "c", "line 4"]);

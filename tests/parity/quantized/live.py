@@ -2,8 +2,8 @@
 
 python live.py [SEED]: prints one JSON line; exit 1 where something differs. A random
 Qwen3 is saved in bf16 and given to qlora-train; transformers loads what came of it, as
-anybody would, and must find the weights that bitsandbytes' published definition gives
-and the logits that qwen3's example `logits` finds over the same folder. qlora-train and
+anybody would, and must find the weights to within NF4's rounding, and the logits that
+qwen3's example `logits` finds over the same folder. qlora-train and
 logits are taken from the PATH.
 """
 import json
@@ -21,7 +21,8 @@ import transformers
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 transformers.logging.set_verbosity_error()
-LOGIT_TOLERANCE = 1e-4
+# Seeds 1 to 4: 7.7e-6 at most (2026-11-23); room for another machine's sums.
+LOGIT_TOLERANCE = 5e-5
 # Largest difference of a decoded weight from the stored one, in scales of its block: half
 # the widest gap between NF4's levels, 0.152, and what the scale loses.
 WEIGHT_TOLERANCE = 0.17

@@ -159,7 +159,12 @@ impl App {
                 }
             }
         }
-        if self.common.log.as_deref().is_some_and(|log| is_same(log, path)) {
+        if self
+            .common
+            .log
+            .as_deref()
+            .is_some_and(|log| is_same(log, path))
+        {
             return refuse("is the file of --log too".into());
         }
         let mut claimed = self.claimed.lock().unwrap_or_else(|e| e.into_inner());

@@ -296,9 +296,18 @@ mod tests {
             ("{{ autor.name }}", "the nearest there is `author`"),
             ("{{ tweet.missing.deeper }}", "undefined"),
             ("{{ tweet|nothing }}", "nothing"),
-            ("{% if lang %}{{ lang|nothing }}{% endif %}{{ tweet }}", "unknown filter"),
-            ("{% if not tweet %}{{ nothing() }}{% endif %}{{ tweet }}", "unknown function"),
-            ("{% if tweet_likes > 5 %}{{ tweet }}{% endif %}", "renders as nothing"),
+            (
+                "{% if lang %}{{ lang|nothing }}{% endif %}{{ tweet }}",
+                "unknown filter",
+            ),
+            (
+                "{% if not tweet %}{{ nothing() }}{% endif %}{{ tweet }}",
+                "unknown function",
+            ),
+            (
+                "{% if tweet_likes > 5 %}{{ tweet }}{% endif %}",
+                "renders as nothing",
+            ),
         ] {
             let error = render(template, record.clone()).unwrap_err().to_string();
             assert!(error.contains(said), "{template}: {error}");

@@ -67,7 +67,11 @@ fn ids_are_those_of_transformers() {
         let ids = chat.encode(&text).unwrap();
         assert_eq!(digest_of_ids(&ids), case.ids, "{text:?}\n{ids:?}\n{theirs}");
         if case.add_generation_prompt && case.enable_thinking == Some(false) {
-            assert_eq!(chat.encode_prompt(&case.messages, &[]).unwrap(), ids, "{theirs}");
+            assert_eq!(
+                chat.encode_prompt(&case.messages, &[]).unwrap(),
+                ids,
+                "{theirs}"
+            );
         }
         let decoded = chat.decode(&ids).unwrap();
         assert_eq!(digest(&decoded), case.decoded, "{decoded:?}\n{theirs}");
