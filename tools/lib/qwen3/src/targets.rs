@@ -98,11 +98,54 @@ fn other_modules(layers: usize) -> impl Iterator<Item = String> {
 /// A regular expression of the settings, in a frame of ours; parsed by itself first,
 /// so that the error's position is the pattern's.
 fn regex(key: &'static str, pattern: &str, framed: &str) -> Result<Regex, Unfit> {
+    if let Some(what) = foreign(pattern) {
+        let reason =
+            format!("holds `{pattern}`: {what} is not what Python's `re`, and so peft, reads");
+        return Err(Unfit { key, reason });
+    }
     let parsed = Regex::new(pattern).and_then(|_| Regex::new(framed));
     parsed.map_err(|error| {
         let reason = format!("holds `{pattern}`, no regular expression: {error}");
         Unfit { key, reason }
     })
+}
+
+/// What of a pattern Python's `re` refuses or takes for something else: an adapter
+/// trained on one choice of products would be loaded on another. (Look-behinds of
+/// variable width, which it refuses too, are let through.)
+fn foreign(pattern: &str) -> Option<String> {
+    const ESCAPES: &str = "AbBdDsSwWZafnrtvxuUN";
+    let mut in_class = false;
+    for (at, c) in pattern.char_indices() {
+        let rest = &pattern[at..];
+        let escaped = pattern[..at]
+            .bytes()
+            .rev()
+            .take_while(|&b| b == b'\\')
+            .count()
+            % 2
+            == 1;
+        if escaped {
+            if c.is_ascii_alphabetic() && !ESCAPES.contains(c) || rest.starts_with("x{") {
+                return Some(format!("`\\{c}`"));
+            }
+            continue;
+        }
+        let here = |start: &str| rest.starts_with(start);
+        match c {
+            '[' if in_class => return Some("`[` in a class".into()),
+            '&' | '-' | '~' if in_class && rest.chars().nth(1) == Some(c) => {
+                return Some(format!("`{c}{c}` in a class"));
+            }
+            '[' => in_class = true,
+            ']' => in_class = false,
+            '(' if here("(?<") && !here("(?<=") && !here("(?<!") => {
+                return Some("`(?<`".into());
+            }
+            _ => {}
+        }
+    }
+    None
 }
 
 /// Whether it matches; a search that takes too many steps is an error.
@@ -203,4 +246,38 @@ pub(crate) fn by_pattern<T: Copy>(
         }
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Python 3.11: of these `re` refuses `\pL`, `\z`, `\h`, `\x{71}` and `(?<a>q)`; in the
+    /// others it sees plain sets of characters.
+    #[test]
+    fn what_python_reads_otherwise_is_refused() {
+        for pattern in [
+            r".*[[:alpha:]]_proj",
+            r".*\pL_proj",
+            r".*q_proj\z",
+            r".*\hq_proj",
+            r".*\x{71}_proj",
+            r".*(?<a>q)_proj",
+            r".*[a-z&&[^k]]_proj",
+            r".*[a-z--k]_proj",
+        ] {
+            assert!(foreign(pattern).is_some(), "{pattern}");
+        }
+        for pattern in [
+            r".*\.(1[89]|2\d|3[0-5])\.self_attn\.(q|v)_proj",
+            r"model\.layers\.\d+\.(?!mlp).*",
+            r".*(?P<a>q)_proj\Z",
+            r".*(?<=\.)[^kv]_proj",
+            r".*\\[a-z-]_proj",
+            r".*\[\&&_proj",
+            r".*\x71_proj",
+        ] {
+            assert_eq!(foreign(pattern), None, "{pattern}");
+        }
+    }
 }
