@@ -98,9 +98,9 @@ impl Task {
     pub fn measure(&self, folder: &Path) -> Result<Measured> {
         let middling = folder.join("middling");
         match self.what {
-            What::TrainEqual => self.train(&middling, &EQUAL),
-            What::TrainReal => self.train(&middling, &REAL),
-            What::Generate => self.generate(&middling),
+            What::TrainEqual => Cpu.inside(|| self.train(&middling, &EQUAL)),
+            What::TrainReal => Cpu.inside(|| self.train(&middling, &REAL)),
+            What::Generate => Cpu.inside(|| self.generate(&middling)),
             What::Quantise => quantise(&folder.join("wide")),
         }
     }

@@ -273,7 +273,9 @@ impl GenEval {
             let corpus = match device {
                 Device::Cpu(cpu) => {
                     let model = Model::load(cpu, &setup.checkpoint, setup.held).context(loading)?;
-                    answers::write_items(app, settings, &setup, &model, &items, kept, &mut out)?
+                    cpu.inside(|| {
+                        answers::write_items(app, settings, &setup, &model, &items, kept, &mut out)
+                    })?
                 }
                 Device::Cuda(cuda) => {
                     let model =

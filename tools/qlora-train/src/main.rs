@@ -410,7 +410,7 @@ impl Tool for QloraTrain {
         match device {
             Device::Cpu(cpu) => {
                 let model = Model::load(cpu, &checkpoint, held).context(loading)?;
-                train::run(&job, &model, folder, state)
+                cpu.inside(|| train::run(&job, &model, folder, state))
             }
             Device::Cuda(cuda) => {
                 let model = Model::load(cuda, &checkpoint, held).context(loading)?;

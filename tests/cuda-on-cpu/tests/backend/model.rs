@@ -257,8 +257,9 @@ fn training_and_generation_follow_the_cpu() {
             got.losses[0], got.losses[49], want.losses[0], want.losses[49],
         );
         // Measured on 2026-11-23, device on a processor: 9.8e-10 and 1.2e-4, where the
-        // roundings by themselves make 1.2e-2 and 6.5e-3.
-        assert!(gradient < 1e-3, "{name}: {gradient:e}");
+        // roundings by themselves make 1.2e-2 and 6.5e-3, and a single one that falls the
+        // other way (sums in another order) up to 3e-3 and 4e-4.
+        assert!(gradient < 6e-3, "{name}: {gradient:e}");
         assert!(loss < 1e-3, "{name}: {loss:e}");
         assert_eq!(got.replies, want.replies, "{name}");
         assert_eq!(got.replies, exact.replies, "{name}");
@@ -300,9 +301,9 @@ fn rescaled_rows_and_ranks_of_their_own_follow_the_cpu() {
             "{name}: loss {} → {}, off by {loss:.1e}; gradient off by {gradient:.1e}",
             got.losses[0], got.losses[19]
         );
-        // Measured on 2026-11-23, device on a processor: 1.3e-8 and 1.1e-4.
+        // Measured on 2026-11-23, device on a processor: 1.3e-8 and 1.1e-4; limits as above.
         assert!(
-            gradient < 1e-3 && loss < 1e-3,
+            gradient < 6e-3 && loss < 1e-3,
             "{name}: {gradient:e} {loss:e}"
         );
         assert_eq!(got.replies, want.replies, "{name}");

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
-use super::product::{Into, Shared, View, product_here};
+use super::product::{Causal, Into, Shared, Term, View, product_here};
 use super::simd::{dot, exp, max, sum, vectorised};
 use crate::{Cache, Heads, Ragged};
 
@@ -172,29 +172,23 @@ pub(super) fn forward(
             let keys = to - start;
             let scores = &mut lane[..(to - from) * keys];
             let (q, k) = (packed.q(head, from, to), packed.k(kv, start, to));
+            let seen = from - start + 1;
+            let qk = Term::new(q, k.t(), packed.scale()).causal(Causal::Out(seen));
             // SAFETY: `scores` is this lane's own.
-            unsafe {
-                product_here(
-                    scores.as_mut_ptr(),
-                    keys,
-                    Into::Set,
-                    q,
-                    k.t(),
-                    packed.scale(),
-                )
-            };
+            unsafe { product_here(scores.as_mut_ptr(), keys, Into::Set, qk) };
             let mut denominators = [0.0; BLOCK];
             let denominators = &mut denominators[..to - from];
-            softmax(scores, from - start + 1, denominators);
+            softmax(scores, seen, denominators);
             for (token, value) in (from..).zip(denominators) {
                 // SAFETY: inside `lse` (asserted), and this token and head are this task's.
                 unsafe { *lse.at(token * heads.query + head) = *value };
             }
             let p = View::dense(scores, [to - from, keys]);
+            let pv = Term::new(p, packed.v(kv, start, to), 1.0).causal(Causal::Lhs(seen));
             // SAFETY: inside `out` (asserted), and these tokens and this head are this task's.
             unsafe {
                 let out = out.at(from * heads.q() + head * heads.dim);
-                product_here(out, heads.q(), Into::Set, p, packed.v(kv, start, to), 1.0);
+                product_here(out, heads.q(), Into::Set, pv);
             }
         }
     });
@@ -234,10 +228,13 @@ pub(super) fn backward(
                 let v = packed.v(kv_head, start, to);
                 let d = &dout[from * heads.q() + head * dim..];
                 let d = View::new(d, [count, dim], heads.q());
+                let seen = from - start + 1;
+                let qk = Term::new(q, k.t(), packed.scale()).causal(Causal::Out(seen));
+                let dv = Term::new(d, v.t(), 1.0).causal(Causal::Out(seen));
                 // SAFETY: `p` and `ds` are this lane's own.
                 unsafe {
-                    product_here(p.as_mut_ptr(), keys, Into::Set, q, k.t(), packed.scale());
-                    product_here(ds.as_mut_ptr(), keys, Into::Set, d, v.t(), 1.0);
+                    product_here(p.as_mut_ptr(), keys, Into::Set, qk);
+                    product_here(ds.as_mut_ptr(), keys, Into::Set, dv);
                 }
                 let pairs = p.chunks_exact_mut(keys).zip(ds.chunks_exact_mut(keys));
                 for (token, (p, ds)) in (from..).zip(pairs) {
@@ -251,6 +248,10 @@ pub(super) fn backward(
                 }
                 let p = View::dense(p, [count, keys]);
                 let ds = View::dense(ds, [count, keys]);
+                let scale = packed.scale();
+                let for_q = Term::new(ds, k, scale).causal(Causal::Lhs(seen));
+                let for_k = Term::new(ds.t(), q, scale).causal(Causal::LhsTurned(seen));
+                let for_v = Term::new(p.t(), d, 1.0).causal(Causal::LhsTurned(seen));
                 let at = |token: usize, column: usize| token * heads.qkv() + column;
                 // SAFETY: inside `dqkv` (asserted); the queries of this head, and the
                 // keys and values of this key/value head, in this row are this task's.
@@ -258,9 +259,9 @@ pub(super) fn backward(
                     let dq = dqkv.at(at(from, head * dim));
                     let dk = dqkv.at(at(start, heads.q() + kv_head * dim));
                     let dv = dqkv.at(at(start, heads.qk() + kv_head * dim));
-                    product_here(dq, heads.qkv(), Into::Set, ds, k, packed.scale());
-                    product_here(dk, heads.qkv(), into, ds.t(), q, packed.scale());
-                    product_here(dv, heads.qkv(), into, p.t(), d, 1.0);
+                    product_here(dq, heads.qkv(), Into::Set, for_q);
+                    product_here(dk, heads.qkv(), into, for_k);
+                    product_here(dv, heads.qkv(), into, for_v);
                 }
                 into = Into::Add;
             }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use half::bf16;
 use rayon::prelude::*;
 
-use super::product::{Into, View, ViewMut, product};
+use super::product::{Into, Term, View, ViewMut, product, products};
 use super::simd::{dot, vectorised};
 use super::{Cpu, PER_TASK};
 use crate::rng::{self, Purpose, Stream};
@@ -335,16 +335,16 @@ impl Cpu {
         }
         for p in places.clone() {
             stretches(p.weight, scratch, |rows, w| {
+                let update = p.adapter.zip(params).map(|(a, params)| {
+                    let b = &params[a.b + rows.start * a.rank..];
+                    let b = View::dense(b, [rows.len(), a.rank]);
+                    let xa = View::new(&xa[p.rank..], [tokens, a.rank], ranks);
+                    Term::new(xa, b.t(), a.scale)
+                });
                 let out = &mut out[p.out + rows.start..];
                 let out = ViewMut::new(out, [tokens, rows.len()], width);
-                product(out, base, input, w.t(), 1.0);
+                products(out, base, Term::new(input, w.t(), 1.0), update);
             });
-            if let (Some(a), Some(params)) = (p.adapter, params) {
-                let b = View::dense(&params[a.b..], [p.weight.rows, a.rank]);
-                let xa = View::new(&xa[p.rank..], [tokens, a.rank], ranks);
-                let out = ViewMut::new(&mut out[p.out..], [tokens, p.weight.rows], width);
-                product(out, Into::Add, xa, b.t(), a.scale);
-            }
         }
         let Some(params) = params.filter(|_| dora) else {
             return;
@@ -380,84 +380,99 @@ impl Cpu {
         let input = View::dense(x, [tokens, inputs]);
         let (dxa, scratch) = scratch.split_at_mut(tokens * ranks);
 
+        let params = params.filter(|_| ranks > 0);
         let mut into = Into::Set;
-        for p in places.clone().filter(|p| p.dora().is_none()) {
-            let Some(dx) = dx.as_deref_mut() else { break };
-            stretches(p.weight, scratch, |rows, w| {
-                let d = &dout[p.out + rows.start..];
-                let d = View::new(d, [tokens, rows.len()], width);
-                product(ViewMut::dense(dx, [tokens, inputs]), into, d, w, 1.0);
-                into = Into::Add;
-            });
+        if let Some(params) = params {
+            for p in places.clone() {
+                let Some((a, dora)) = p.dora() else { continue };
+                let r = a.rank;
+                let xa = View::new(&xa[p.rank..], [tokens, r], ranks);
+                let mut into_dxa = Into::Set;
+                for start in (0..p.weight.rows).step_by(WIDEN_ROWS) {
+                    let rows = start..p.weight.rows.min(start + WIDEN_ROWS);
+                    let n = rows.len();
+                    let (y, rest) = scratch.split_at_mut(tokens * n);
+                    let (dy, wide) = rest.split_at_mut(tokens * n);
+                    let w = rows_of(p.weight, rows, wide);
+                    let b = View::dense(&params[a.b + start * r..], [n, r]);
+                    let [m, norm] =
+                        [dora.magnitude, dora.norm].map(|at| &params[at + start..][..n]);
+                    let dout = &dout[p.out + start..];
+                    dy.par_chunks_mut(n)
+                        .zip(dout.par_chunks(width))
+                        .for_each(|(dy, dout)| {
+                            dy.copy_from_slice(&dout[..n]);
+                            rescale(dy, m, norm);
+                        });
+                    let dy = View::dense(dy, [tokens, n]);
+                    if let Some(grads) = grads.as_deref_mut() {
+                        product(ViewMut::dense(y, [tokens, n]), Into::Set, input, w.t(), 1.0);
+                        product(
+                            ViewMut::dense(y, [tokens, n]),
+                            Into::Add,
+                            xa,
+                            b.t(),
+                            a.scale,
+                        );
+                        let dm = &mut grads[dora.magnitude + start..][..n];
+                        magnitude_gradient(y, dout, width, norm, dm);
+                        let db = ViewMut::dense(&mut grads[a.b + start * r..], [n, r]);
+                        product(db, Into::Add, dy.t(), xa, a.scale);
+                    }
+                    let dxa = ViewMut::new(&mut dxa[p.rank..], [tokens, r], ranks);
+                    product(dxa, into_dxa, dy, b, a.scale);
+                    into_dxa = Into::Add;
+                    if let Some(dx) = dx.as_deref_mut() {
+                        product(ViewMut::dense(dx, [tokens, inputs]), into, dy, w, 1.0);
+                        into = Into::Add;
+                    }
+                }
+            }
+            for p in places.clone() {
+                let (Some(a), None) = (p.adapter, p.dora()) else {
+                    continue;
+                };
+                let d = View::new(&dout[p.out..], [tokens, p.weight.rows], width);
+                let b = View::dense(&params[a.b..], [p.weight.rows, a.rank]);
+                let into = ViewMut::new(&mut dxa[p.rank..], [tokens, a.rank], ranks);
+                product(into, Into::Set, d, b, a.scale);
+                if let Some(grads) = grads.as_deref_mut() {
+                    let xa = View::new(&xa[p.rank..], [tokens, a.rank], ranks);
+                    let db = ViewMut::dense(&mut grads[a.b..], [p.weight.rows, a.rank]);
+                    product(db, Into::Add, d.t(), xa, a.scale);
+                }
+            }
         }
-        let Some(params) = params.filter(|_| ranks > 0) else {
+        let stack = match dropout {
+            None => params.zip(stacked_a(group, inputs)),
+            Some(_) => None,
+        };
+        let mut update = stack.clone().map(|(params, stack)| {
+            let a = View::dense(&params[stack], [ranks, inputs]);
+            Term::new(View::dense(dxa, [tokens, ranks]), a, 1.0)
+        });
+        if let Some(dx) = dx.as_deref_mut() {
+            for p in places.clone().filter(|p| p.dora().is_none()) {
+                stretches(p.weight, scratch, |rows, w| {
+                    let d = &dout[p.out + rows.start..];
+                    let d = View::new(d, [tokens, rows.len()], width);
+                    let dx = ViewMut::dense(dx, [tokens, inputs]);
+                    products(dx, into, Term::new(d, w, 1.0), update.take());
+                    into = Into::Add;
+                });
+            }
+            if let Some(update) = update {
+                products(ViewMut::dense(dx, [tokens, inputs]), into, update, None);
+            }
+        }
+        let Some(params) = params else {
             return;
         };
-        for p in places.clone() {
-            let Some((a, dora)) = p.dora() else { continue };
-            let r = a.rank;
-            let xa = View::new(&xa[p.rank..], [tokens, r], ranks);
-            let mut into_dxa = Into::Set;
-            for start in (0..p.weight.rows).step_by(WIDEN_ROWS) {
-                let rows = start..p.weight.rows.min(start + WIDEN_ROWS);
-                let n = rows.len();
-                let (y, rest) = scratch.split_at_mut(tokens * n);
-                let (dy, wide) = rest.split_at_mut(tokens * n);
-                let w = rows_of(p.weight, rows, wide);
-                let b = View::dense(&params[a.b + start * r..], [n, r]);
-                let [m, norm] = [dora.magnitude, dora.norm].map(|at| &params[at + start..][..n]);
-                let dout = &dout[p.out + start..];
-                dy.par_chunks_mut(n)
-                    .zip(dout.par_chunks(width))
-                    .for_each(|(dy, dout)| {
-                        dy.copy_from_slice(&dout[..n]);
-                        rescale(dy, m, norm);
-                    });
-                let dy = View::dense(dy, [tokens, n]);
-                if let Some(grads) = grads.as_deref_mut() {
-                    product(ViewMut::dense(y, [tokens, n]), Into::Set, input, w.t(), 1.0);
-                    product(
-                        ViewMut::dense(y, [tokens, n]),
-                        Into::Add,
-                        xa,
-                        b.t(),
-                        a.scale,
-                    );
-                    let dm = &mut grads[dora.magnitude + start..][..n];
-                    magnitude_gradient(y, dout, width, norm, dm);
-                    let db = ViewMut::dense(&mut grads[a.b + start * r..], [n, r]);
-                    product(db, Into::Add, dy.t(), xa, a.scale);
-                }
-                let dxa = ViewMut::new(&mut dxa[p.rank..], [tokens, r], ranks);
-                product(dxa, into_dxa, dy, b, a.scale);
-                into_dxa = Into::Add;
-                if let Some(dx) = dx.as_deref_mut() {
-                    product(ViewMut::dense(dx, [tokens, inputs]), into, dy, w, 1.0);
-                    into = Into::Add;
-                }
-            }
-        }
-        for p in places.clone().filter(|p| p.dora().is_none()) {
-            let Some(a) = p.adapter else { continue };
-            let d = View::new(&dout[p.out..], [tokens, p.weight.rows], width);
-            let b = View::dense(&params[a.b..], [p.weight.rows, a.rank]);
-            let into = ViewMut::new(&mut dxa[p.rank..], [tokens, a.rank], ranks);
-            product(into, Into::Set, d, b, a.scale);
-            if let Some(grads) = grads.as_deref_mut() {
-                let xa = View::new(&xa[p.rank..], [tokens, a.rank], ranks);
-                let db = ViewMut::dense(&mut grads[a.b..], [p.weight.rows, a.rank]);
-                product(db, Into::Add, d.t(), xa, a.scale);
-            }
-        }
-        if let (None, Some(stack)) = (dropout, stacked_a(group, inputs)) {
-            let dxa = View::dense(dxa, [tokens, ranks]);
+        if let Some((_, stack)) = stack {
             if let Some(grads) = grads {
-                let da = ViewMut::dense(&mut grads[stack.clone()], [ranks, inputs]);
+                let da = ViewMut::dense(&mut grads[stack], [ranks, inputs]);
+                let dxa = View::dense(dxa, [tokens, ranks]);
                 product(da, Into::Add, dxa.t(), input, 1.0);
-            }
-            if let Some(dx) = dx {
-                let a = View::dense(&params[stack], [ranks, inputs]);
-                product(ViewMut::dense(dx, [tokens, inputs]), Into::Add, dxa, a, 1.0);
             }
             return;
         }

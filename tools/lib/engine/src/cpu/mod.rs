@@ -5,6 +5,7 @@ mod attention;
 mod free;
 mod linear;
 mod loss;
+mod microkernel;
 mod optimiser;
 mod product;
 mod rounded;
@@ -28,6 +29,16 @@ const PER_TASK: usize = 16_384;
 /// The processor, on rayon's current thread pool.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Cpu;
+
+impl Cpu {
+    /// Does long work on a thread of the pool. Each operation that another thread starts
+    /// is handed over and waited for, which is 5% of training a small model.
+    ///
+    /// What `work` waits for must not need the pool itself: it may have one thread only.
+    pub fn inside<R: Send>(self, work: impl FnOnce() -> R + Send) -> R {
+        rayon::scope(|_| work())
+    }
+}
 
 /// Scratch floats.
 #[derive(Debug)]

@@ -1,21 +1,21 @@
 //! Dense products, cut into tiles by their shape alone.
 //!
-//! A tile is one single-threaded `gemm`, and rayon spreads the tiles: so the
-//! result does not depend on how many threads there are, and thread pools do
-//! not nest.
+//! A tile is computed by one thread, and rayon spreads the tiles: so the result does
+//! not depend on how many threads there are.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::microkernel::{Target, multiply};
 use super::simd::{dot4, vectorised};
 
 /// A matrix inside a buffer that starts at its first element.
 #[derive(Clone, Copy)]
 pub(super) struct View<'a> {
     data: &'a [f32],
-    rows: usize,
-    cols: usize,
+    pub rows: usize,
+    pub cols: usize,
     row_stride: usize,
     col_stride: usize,
 }
@@ -45,6 +45,131 @@ impl<'a> View<'a> {
             cols: self.rows,
             row_stride: self.col_stride,
             col_stride: self.row_stride,
+            ..self
+        }
+    }
+
+    /// Some of its rows.
+    fn rows(self, rows: Range<usize>) -> Self {
+        Self {
+            data: &self.data[self.data.len().min(rows.start * self.row_stride)..],
+            rows: rows.len(),
+            ..self
+        }
+    }
+
+    /// Some of its columns.
+    fn cols(self, cols: Range<usize>) -> Self {
+        self.t().rows(cols).t()
+    }
+
+    pub fn as_ptr(self) -> *const f32 {
+        self.data.as_ptr()
+    }
+
+    /// From one row to the next, and from one column to the next.
+    pub fn strides(self) -> [usize; 2] {
+        [self.row_stride, self.col_stride]
+    }
+}
+
+/// `scale · lhs rhs`, one of the terms of a product.
+#[derive(Clone, Copy)]
+pub(super) struct Term<'a> {
+    pub lhs: View<'a>,
+    pub rhs: View<'a>,
+    pub scale: f32,
+    causal: Causal,
+}
+
+/// What a product of attention need not compute: query `i` of a block sees its keys before
+/// number `seen + i` only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Causal {
+    No,
+    /// Queries by keys come out, and what is not seen may be anything.
+    Out(usize),
+    /// The left side is queries by keys, zero where not seen.
+    Lhs(usize),
+    /// The left side is keys by queries, zero where not seen.
+    LhsTurned(usize),
+}
+
+impl<'a> Term<'a> {
+    pub fn new(lhs: View<'a>, rhs: View<'a>, scale: f32) -> Self {
+        let ([m, k], [l, n]) = ([lhs.rows, lhs.cols], [rhs.rows, rhs.cols]);
+        assert!(k == l, "[{m}, {k}] × [{l}, {n}]");
+        let causal = Causal::No;
+        Self {
+            lhs,
+            rhs,
+            scale,
+            causal,
+        }
+    }
+
+    /// Rows and columns of the product.
+    fn shape(&self) -> [usize; 2] {
+        [self.lhs.rows, self.rhs.cols]
+    }
+
+    /// Columns of the left side, which are rows of the right.
+    pub fn depth(&self) -> usize {
+        self.lhs.cols
+    }
+
+    /// The product of `depth` of them.
+    pub fn stretch(self, range: Range<usize>) -> Self {
+        Self {
+            lhs: self.lhs.cols(range.clone()),
+            rhs: self.rhs.rows(range),
+            ..self
+        }
+    }
+
+    /// Whether the columns of the right side lie contiguously, as the rows of the left do.
+    fn is_dots(&self) -> bool {
+        self.lhs.col_stride == 1 && self.rhs.row_stride == 1
+    }
+
+    pub fn causal(self, causal: Causal) -> Self {
+        Self { causal, ..self }
+    }
+
+    /// Whether rows before `end` may do without columns from `col` on.
+    #[inline(always)]
+    pub fn unwanted(&self, end: usize, col: usize) -> bool {
+        matches!(self.causal, Causal::Out(seen) if col >= seen + end - 1)
+    }
+
+    /// Where rows of the left side, of which this is the stretch that begins at column
+    /// `from`, are not zero.
+    #[inline(always)]
+    pub fn nonzero(&self, from: usize, rows: Range<usize>) -> Range<usize> {
+        let depth = self.depth();
+        match self.causal {
+            Causal::Lhs(seen) => 0..(seen + rows.end - 1).saturating_sub(from).min(depth),
+            Causal::LhsTurned(seen) => {
+                (rows.start + 1).saturating_sub(seen + from).min(depth)..depth
+            }
+            Causal::No | Causal::Out(_) => 0..depth,
+        }
+    }
+
+    /// Its part of a tile.
+    fn tile(self, rows: Range<usize>, cols: Range<usize>) -> Self {
+        Self {
+            lhs: self.lhs.rows(rows),
+            rhs: self.rhs.cols(cols),
+            ..self
+        }
+    }
+
+    /// The transpose.
+    fn t(self) -> Self {
+        Self {
+            lhs: self.rhs.t(),
+            rhs: self.lhs.t(),
             ..self
         }
     }
@@ -118,10 +243,10 @@ pub(super) enum Into {
     Add,
 }
 
-/// Output tile of one `gemm` call, in its rows and columns. Each call packs its share
-/// of both sides anew, and a transposed weight is slow to pack: in tall tiles that is
-/// done once for many tokens. Against `[256, 512]`, [1024, 256] × [256, 768]ᵀ gained 14%.
-const TILE: [usize; 2] = [1024, 128];
+/// Rows and columns of a tile. Each packs its share of the right side anew, and a
+/// transposed weight is slow to pack: in tall tiles that is done once for many tokens.
+/// The columns are whole panels of [`multiply`].
+const TILE: [usize; 2] = [512, 96];
 
 /// Rows of a tile in an output of fewer columns than a tile's: the adapters' ranks, whose
 /// packing costs little.
@@ -129,36 +254,38 @@ const NARROW: usize = 256;
 
 /// `dst = scale · lhs rhs` or `dst += …`, in parallel.
 pub(super) fn product(dst: ViewMut<'_>, into: Into, lhs: View<'_>, rhs: View<'_>, scale: f32) {
+    products(dst, into, Term::new(lhs, rhs, scale), None);
+}
+
+/// `dst = first + second` or `dst += …`, in parallel.
+pub(super) fn products(
+    mut dst: ViewMut<'_>,
+    into: Into,
+    first: Term<'_>,
+    second: Option<Term<'_>>,
+) {
     let [m, n] = [dst.rows, dst.cols];
-    assert!(
-        lhs.rows == m && rhs.cols == n && lhs.cols == rhs.rows,
-        "[{}, {}] × [{}, {}] into [{m}, {n}]",
-        lhs.rows,
-        lhs.cols,
-        rhs.rows,
-        rhs.cols
-    );
-    if m <= FEW && lhs.col_stride == 1 && rhs.row_stride == 1 {
-        return few_rows(dst, into, lhs, rhs, scale);
+    for term in [Some(first), second].into_iter().flatten() {
+        assert_eq!(term.shape(), [m, n], "a product that does not fit");
+    }
+    if m <= FEW && [Some(first), second].iter().flatten().all(Term::is_dots) {
+        few_rows(&mut dst, into, first);
+        if let Some(second) = second {
+            few_rows(&mut dst, Into::Add, second);
+        }
+        return;
     }
     let [height, width] = [if n < TILE[1] { NARROW } else { TILE[0] }, TILE[1]];
     let (across, down) = (n.div_ceil(width), m.div_ceil(height));
     let (stride, out) = (dst.stride, Shared::new(dst.data));
     let tile = |t: usize| {
         let (i, j) = (t / across * height, t % across * width);
-        let (h, w) = (height.min(m - i), width.min(n - j));
-        let lhs = View {
-            data: &lhs.data[i * lhs.row_stride..],
-            rows: h,
-            ..lhs
-        };
-        let rhs = View {
-            data: &rhs.data[j * rhs.col_stride..],
-            cols: w,
-            ..rhs
-        };
+        let (rows, cols) = (i..m.min(i + height), j..n.min(j + width));
+        let [first, second] = [Some(first), second]
+            .map(|term| term.map(|term| term.tile(rows.clone(), cols.clone())));
+        let first = first.expect("there is a first term");
         // SAFETY: the tiles of one output do not overlap and lie inside `dst`.
-        unsafe { product_here(out.at(i * stride + j), stride, into, lhs, rhs, scale) }
+        unsafe { products_here(out.at(i * stride + j), stride, into, first, second) }
     };
     if across * down == 1 {
         tile(0);
@@ -176,7 +303,10 @@ const COLUMNS: usize = 64;
 
 /// A product of few rows as dot products with the columns of `rhs`, which lie
 /// contiguous. What a row gives does not depend on how many there are.
-fn few_rows(dst: ViewMut<'_>, into: Into, lhs: View<'_>, rhs: View<'_>, scale: f32) {
+fn few_rows(dst: &mut ViewMut<'_>, into: Into, term: Term<'_>) {
+    let Term {
+        lhs, rhs, scale, ..
+    } = term;
     let (stride, out) = (dst.stride, Shared::new(dst.data));
     let starts = (0..rhs.cols).into_par_iter().step_by(COLUMNS);
     starts.for_each(|start| {
@@ -217,40 +347,44 @@ vectorised! {
 /// One product on this thread, into rows `stride` apart.
 ///
 /// # Safety
-/// `dst` must be valid for `[lhs.rows, rhs.cols]` with that stride, and nothing
-/// else may use those elements meanwhile.
-pub(super) unsafe fn product_here(
+/// `dst` must be valid for the term's shape with that stride, and nothing else may use
+/// those elements meanwhile.
+pub(super) unsafe fn product_here(dst: *mut f32, stride: usize, into: Into, term: Term<'_>) {
+    // SAFETY: the caller's.
+    unsafe { products_here(dst, stride, into, term, None) }
+}
+
+/// [`products`] on this thread, into rows `stride` apart.
+///
+/// # Safety
+/// As of [`product_here`].
+unsafe fn products_here(
     dst: *mut f32,
     stride: usize,
     into: Into,
-    lhs: View<'_>,
-    rhs: View<'_>,
-    scale: f32,
+    first: Term<'_>,
+    second: Option<Term<'_>>,
 ) {
-    debug_assert_eq!(lhs.cols, rhs.rows);
-    // SAFETY: the views were checked against their buffers when made, and the
-    // caller vouches for `dst`.
+    let [m, n] = first.shape();
+    let target = Target {
+        data: dst,
+        shape: [m, n],
+        strides: [stride, 1],
+    };
+    // A left side that lies in columns is walked through in long steps: where it is the
+    // larger one, it is rather packed, as the right side of the transposes.
+    let in_columns = first.lhs.row_stride == 1 && first.rhs.col_stride == 1;
+    // SAFETY: the caller's; views were checked against their buffers when made.
     unsafe {
-        gemm::gemm(
-            lhs.rows,
-            rhs.cols,
-            lhs.cols,
-            dst,
-            1,
-            stride as isize,
-            into == Into::Add,
-            lhs.data.as_ptr(),
-            lhs.col_stride as isize,
-            lhs.row_stride as isize,
-            rhs.data.as_ptr(),
-            rhs.col_stride as isize,
-            rhs.row_stride as isize,
-            1.0,
-            scale,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
+        if in_columns && 4 * n <= m && first.causal == Causal::No {
+            let target = Target {
+                shape: [n, m],
+                strides: [1, stride],
+                ..target
+            };
+            multiply(target, into, first.t(), second.map(Term::t));
+        } else {
+            multiply(target, into, first, second);
+        }
     }
 }
