@@ -573,10 +573,10 @@ mod tests {
     }
 
     #[test]
-    fn bits_do_not_depend_on_the_neighbours() {
+    fn bits_depend_neither_on_neighbours_nor_on_vectors() {
         let (m, n, k) = (50, 100, 300);
         let (a, b) = (numbers(1, m * k), numbers(2, k * n));
-        let product = |rows: [usize; 2], cols: [usize; 2]| {
+        let product = |kernel: Multiply, rows: [usize; 2], cols: [usize; 2]| {
             let lhs = View::new(&a[rows[0] * k..], [rows[1], k], k);
             let rhs = View::new(&b[cols[0]..], [k, cols[1]], n);
             let mut out = vec![0.0; rows[1] * cols[1]];
@@ -586,21 +586,25 @@ mod tests {
                 strides: [cols[1], 1],
             };
             // SAFETY: it has room.
-            unsafe { multiply(target, Into::Set, Term::new(lhs, rhs, 1.0), None) };
+            unsafe { kernel(target, Into::Set, Term::new(lhs, rhs, 1.0), None) };
             out
         };
-        let all = product([0, m], [0, n]);
+        let all = product(multiply, [0, m], [0, n]);
         for (rows, cols) in [
             ([3, 1], [5, 1]),
             ([0, 9], [90, 10]),
             ([41, 9], [17, 33]),
             ([7, 20], [0, 100]),
         ] {
-            let part = product(rows, cols);
+            let part = product(multiply, rows, cols);
             for (i, row) in part.chunks(cols[1]).enumerate() {
                 let start = (rows[0] + i) * n + cols[0];
                 assert_eq!(row, &all[start..start + cols[1]], "{rows:?} {cols:?}");
             }
+        }
+        // Nor on the width of the vectors, where products and sums are one instruction.
+        for kernel in kernels().split_off(2) {
+            assert_eq!(product(kernel, [0, m], [0, n]), all);
         }
     }
 

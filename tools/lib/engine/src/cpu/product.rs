@@ -265,10 +265,10 @@ pub(super) fn products(
     second: Option<Term<'_>>,
 ) {
     let [m, n] = [dst.rows, dst.cols];
-    for term in [Some(first), second].into_iter().flatten() {
-        assert_eq!(term.shape(), [m, n], "a product that does not fit");
-    }
-    if m <= FEW && [Some(first), second].iter().flatten().all(Term::is_dots) {
+    let all = |holds: fn(&Term<'_>) -> bool| holds(&first) && second.as_ref().is_none_or(holds);
+    assert!(all(|term| term.causal == Causal::No));
+    assert!(first.shape() == [m, n] && second.is_none_or(|term| term.shape() == [m, n]));
+    if m <= FEW && all(|term| term.is_dots()) {
         few_rows(&mut dst, into, first);
         if let Some(second) = second {
             few_rows(&mut dst, Into::Add, second);
@@ -281,9 +281,8 @@ pub(super) fn products(
     let tile = |t: usize| {
         let (i, j) = (t / across * height, t % across * width);
         let (rows, cols) = (i..m.min(i + height), j..n.min(j + width));
-        let [first, second] = [Some(first), second]
-            .map(|term| term.map(|term| term.tile(rows.clone(), cols.clone())));
-        let first = first.expect("there is a first term");
+        let second = second.map(|term| term.tile(rows.clone(), cols.clone()));
+        let first = first.tile(rows, cols);
         // SAFETY: the tiles of one output do not overlap and lie inside `dst`.
         unsafe { products_here(out.at(i * stride + j), stride, into, first, second) }
     };
