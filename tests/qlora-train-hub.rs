@@ -50,10 +50,32 @@ fn sha256(bytes: &[u8]) -> String {
         .collect()
 }
 
-/// What the hub says of the repository; large files carry their hash.
+/// What `git ls-files --stage tests/demo/model` says of the small files.
+const BLOBS: [(&str, &str); 6] = [
+    ("NOTICE", "b64dcfc439367a4cd0bc530655b13f7148572f5b"),
+    (
+        "chat_template.jinja",
+        "699ff8df401fe4788525e9c1f9b86a99eadd6230",
+    ),
+    ("config.json", "d6f61f2bf06befb3be8ac7762eeea88e1e694afa"),
+    (
+        "generation_config.json",
+        "ef80dfd1df6a66db314a8f2d61b6f299e390ecad",
+    ),
+    ("tokenizer.json", "d741cdec6c304a4bb19fe528a94aebd1cb2b59e4"),
+    (
+        "tokenizer_config.json",
+        "8338c6124c1f03d2d926186250c64a8e5b219ca8",
+    ),
+];
+
+/// What the hub says of the repository; large files carry their hash, and the id of
+/// the pointer that git has in their place.
 fn revision(files: &BTreeMap<String, Vec<u8>>) -> Value {
     let sibling = |(name, bytes): (&String, &Vec<u8>)| {
-        let mut file = json!({"rfilename": name, "size": bytes.len(), "blobId": "0"});
+        let blob = BLOBS.iter().find(|(small, _)| small == name);
+        let blob = blob.map_or("0123", |(_, id)| id);
+        let mut file = json!({"rfilename": name, "size": bytes.len(), "blobId": blob});
         if name.ends_with(".safetensors") {
             file["lfs"] = json!({"sha256": sha256(bytes), "size": bytes.len(), "pointerSize": 134});
         }
@@ -93,6 +115,11 @@ fn store(answer: impl Fn(Reply, usize) -> Reply + Send + Sync + 'static) -> Serv
 
 /// The hub: weights lie in the store.
 fn hub(store: &Server) -> Server {
+    hub_of(files(), store)
+}
+
+/// The hub, whose small files are these, whatever it says of them.
+fn hub_of(sent: Arc<BTreeMap<String, Vec<u8>>>, store: &Server) -> Server {
     let (files, store) = (files(), store.url());
     Server::start(move |request, _| {
         if request.path.starts_with("/api/models/demo/tiny/revision/") {
@@ -105,7 +132,7 @@ fn hub(store: &Server) -> Server {
         match name {
             WEIGHTS => Reply::text(302, "")
                 .header("location", &format!("{store}/blob/{name}?signature=abc")),
-            name => ranged(&files[name], request),
+            name => ranged(&sent[name], request),
         }
     })
 }
@@ -246,12 +273,19 @@ fn an_interrupted_download_goes_on_at_its_commit() {
     assert_eq!(fs::metadata(&part).unwrap().len(), 700_000);
     assert!(!first.folder().join("four").exists());
 
+    // A small file was cut off too.
+    let part = part.with_file_name("tokenizer.json.part");
+    fs::write(&part, &files()["tokenizer.json"][..1000]).unwrap();
+
     let store = store(|reply, _| reply);
     let hub = hub(&store);
     let second = first.env("HF_ENDPOINT", &hub.url());
     second.run(&FETCH, "").exits(0);
     is_whole(&second);
     assert_eq!(store.requests()[0].header("range"), Some("bytes=700000-"));
+    let asked = hub.requests();
+    let tokenizer = asked.iter().find(|r| r.path.ends_with("/tokenizer.json"));
+    assert_eq!(tokenizer.unwrap().header("range"), Some("bytes=1000-"));
     assert!(
         hub.requests()[0].path.ends_with(COMMIT),
         "{}",
@@ -298,6 +332,41 @@ fn weights_that_are_not_what_the_hub_says_are_deleted() {
             .exists()
     );
     assert!(!tool.folder().join(FOLDER).join(WEIGHTS).exists());
+}
+
+/// Git's names of the small files are git's own, see [`BLOBS`].
+#[test]
+fn small_files_that_are_not_what_the_hub_says_are_deleted() {
+    for (name, id) in BLOBS {
+        let mut sent = (*files()).clone();
+        let at = sent[name].len() / 2;
+        sent.get_mut(name).unwrap()[at] ^= 1;
+        let store = store(|reply, _| reply);
+        let hub = hub_of(Arc::new(sent), &store);
+        let tool = tool(&hub);
+        let run = tool.run(&FETCH, "").exits(4).says("deleted");
+        let (_, found) = run
+            .stderr
+            .split_once(&format!("{FOLDER}/{name}.part has the git blob id "))
+            .unwrap_or_else(|| panic!("{run}"));
+        let (found, said) = found.split_at(40);
+        assert!(
+            found.chars().all(|c| c.is_ascii_hexdigit()) && found != id,
+            "{run}"
+        );
+        assert!(
+            said.starts_with(&format!(", not {id} as the hub says")),
+            "{run}"
+        );
+        let file = tool.folder().join(FOLDER).join(name);
+        assert!(!file.exists() && !file.with_file_name(format!("{name}.part")).exists());
+        assert!(!tool.folder().join("four").exists());
+        // What came whole before stays; a hub that sends it right completes it.
+        let hub = self::hub(&store);
+        let tool = tool.env("HF_ENDPOINT", &hub.url());
+        tool.run(&FETCH, "").exits(0);
+        is_whole(&tool);
+    }
 }
 
 #[test]

@@ -6,7 +6,6 @@
 //! other and mostly measure luck; they are here because readers expect them.
 
 mod answers;
-mod hub;
 mod items;
 mod journal;
 mod lines;

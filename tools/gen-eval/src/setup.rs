@@ -6,7 +6,6 @@ use cli::{App, Failure, PrintConfig, Resolved, Signature};
 use qwen3::{Adapter, Chat, Checkpoint, GenerationConfig, Held, PromptTemplate, Storage, Wording};
 use settings::{EvalSettings, Generation, LmHead, Quantization, TextChoice, TrainSettings};
 
-use crate::hub;
 use crate::items::Item;
 use crate::journal::Identity;
 use crate::systems::Named;
@@ -79,7 +78,7 @@ impl Setup {
             let cause = "--model is needed: no adapter says which base it was trained on";
             Failure::Usage(cause.into())
         })?;
-        let folder = hub::fetch(app, &base)?;
+        let folder = hub::fetch(app, &base, "--model")?;
         let defaults = TrainSettings::default();
         let like = of_training.unwrap_or(&defaults);
         let template = (settings.prompt_template.as_ref()).unwrap_or(&like.data.prompt_template);

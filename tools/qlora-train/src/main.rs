@@ -12,7 +12,6 @@ mod disk;
 mod figures;
 mod folder;
 mod gguf;
-mod hub;
 mod inspect;
 mod lora;
 mod memory;
@@ -224,7 +223,7 @@ impl Tool for QloraTrain {
                     format!("no model {model} on this machine, and --dry-run downloads none");
                 return Err(Failure::Usage(cause).into());
             }
-            _ => hub::fetch(app, model)?,
+            _ => hub::fetch(app, model, "--model or `model.path`")?,
         };
         let checkpoint = Checkpoint::open(&model_path)?;
         let Some((data, out)) = to_train else {

@@ -17,7 +17,6 @@ use serde::Serialize;
 
 use crate::commands::Messages;
 use crate::gguf::{self, GgufType};
-use crate::hub;
 
 /// Merge an adapter into its base
 ///
@@ -101,7 +100,7 @@ impl Merge {
             }
         }
         let model_path = match &self.model {
-            Some(model) => hub::fetch(app, model)?,
+            Some(model) => hub::fetch(app, model, "--model")?,
             None => base_of(&self.adapter)?,
         };
         let base = Checkpoint::open(&model_path)?;

@@ -6,6 +6,8 @@ use std::path::Path;
 
 use httpclient::{Chunk, Client};
 use serde::Deserialize;
+use sha1::Sha1;
+use sha2::digest::DynDigest;
 use sha2::{Digest, Sha256};
 
 use crate::name::Name;
@@ -23,6 +25,10 @@ pub(crate) struct Commit {
 pub(crate) struct Sibling {
     pub(crate) rfilename: String,
     size: u64,
+    /// Git's name for what is in git: of a large file, a pointer to it. Not all mirrors
+    /// give it.
+    #[serde(rename = "blobId")]
+    blob_id: Option<String>,
     /// Only for large files.
     lfs: Option<Lfs>,
 }
@@ -37,6 +43,26 @@ impl Commit {
     pub(crate) fn files(&self) -> Vec<Sibling> {
         let wanted = |file: &&Sibling| is_wanted(&file.rfilename);
         self.siblings.iter().filter(wanted).cloned().collect()
+    }
+}
+
+impl Sibling {
+    /// The hash that the hub knows the file by, before its first byte. A blob's begins
+    /// with its length (Pro Git, "Git Objects"); the hub has no repository of SHA-256's.
+    fn hash(&self) -> Box<dyn DynDigest> {
+        match self.lfs {
+            Some(_) => Box::new(Sha256::new()),
+            None => Box::new(Sha1::new_with_prefix(format!("blob {}\0", self.size))),
+        }
+    }
+
+    /// What that hash is called and must come to, if the hub says so.
+    fn expected(&self) -> Option<(&'static str, &str)> {
+        match (&self.lfs, &self.blob_id) {
+            (Some(lfs), _) => Some(("SHA-256", &lfs.sha256)),
+            (None, Some(id)) => Some(("git blob id", id)),
+            (None, None) => None,
+        }
     }
 }
 
@@ -99,11 +125,11 @@ async fn one(
         .append(true)
         .open(&part)
         .map_err(Error::io(&part))?;
-    let mut hash = Sha256::new();
-    let mut length = read_into(&mut out, &mut hash).map_err(Error::io(&part))?;
+    let mut hash = file.hash();
+    let mut length = read_into(&mut out, &mut *hash).map_err(Error::io(&part))?;
     if length > file.size {
         out.set_len(0).map_err(Error::io(&part))?;
-        (hash, length) = (Sha256::new(), 0);
+        (hash, length) = (file.hash(), 0);
     }
     let from = length;
     if from < file.size {
@@ -111,7 +137,7 @@ async fn one(
             match chunk {
                 Chunk::Restart => {
                     out.set_len(0)?;
-                    (hash, length) = (Sha256::new(), 0);
+                    (hash, length) = (file.hash(), 0);
                 }
                 Chunk::Bytes(bytes) => {
                     out.write_all(bytes)?;
@@ -128,13 +154,11 @@ async fn one(
             source: Box::new(source),
         })?;
     }
-    let found = hash.finalize();
-    let found: String = found.iter().map(|byte| format!("{byte:02x}")).collect();
-    let wrong = match &file.lfs {
+    let found = hex(&hash.finalize());
+    let wrong = match file.expected() {
         _ if length != file.size => Some(format!("is {length} bytes, not {}", file.size)),
-        Some(lfs) if lfs.sha256 != found => Some(format!(
-            "has the SHA-256 {found}, not {} as the hub says",
-            lfs.sha256
+        Some((name, expected)) if expected != found => Some(format!(
+            "has the {name} {found}, not {expected} as the hub says"
         )),
         _ => None,
     };
@@ -147,7 +171,7 @@ async fn one(
 }
 
 /// Hashes what is there already; its length.
-fn read_into(file: &mut File, hash: &mut Sha256) -> io::Result<u64> {
+fn read_into(file: &mut File, hash: &mut dyn DynDigest) -> io::Result<u64> {
     let (mut buffer, mut length) = (vec![0; 1 << 20], 0);
     loop {
         match file.read(&mut buffer)? {
@@ -156,6 +180,38 @@ fn read_into(file: &mut File, hash: &mut Sha256) -> io::Result<u64> {
                 hash.update(&buffer[..n]);
                 length += n as u64;
             }
+        }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Pro Git's examples of `git hash-object` (section "Git Objects"), and the empty blob.
+    #[test]
+    fn a_small_file_is_known_by_the_name_that_git_gives_it() {
+        for (content, id) in [
+            ("test content\n", "d670460b4b4aece5915caf5c68d12f560a9fe3e4"),
+            (
+                "what is up, doc?",
+                "bd9dbf5aae1a3862dd1526723246b20206e5fc37",
+            ),
+            ("", "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"),
+        ] {
+            let file = Sibling {
+                rfilename: "config.json".into(),
+                size: content.len() as u64,
+                blob_id: None,
+                lfs: None,
+            };
+            let mut hash = file.hash();
+            hash.update(content.as_bytes());
+            assert_eq!(hex(&hash.finalize()), id, "{content:?}");
         }
     }
 }

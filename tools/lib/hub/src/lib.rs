@@ -5,12 +5,14 @@
 //! A small client of our own: the hub's crate (hf-hub 1.0) brings 284 others along,
 //! its storage backend and a second TLS library among them, and of what it does we
 //! need two requests. What matters here is the rest: a file appears under its name
-//! only after its SHA-256 was found right, an interrupted download goes on where it
-//! was, at the same commit, and the token goes to the hub and nowhere else.
+//! only after its hash was found right (SHA-256, of a small one git's blob id), an
+//! interrupted download goes on where it was, at the same commit, and the token goes
+//! to the hub and nowhere else.
 
 mod download;
 mod error;
 mod name;
+mod tool;
 
 use std::cell::RefCell;
 use std::fmt;
@@ -26,6 +28,7 @@ use serde::{Deserialize, Serialize};
 
 pub use error::Error;
 pub use name::parts;
+pub use tool::fetch;
 
 use name::Name;
 

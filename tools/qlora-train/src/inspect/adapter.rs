@@ -115,7 +115,7 @@ pub fn inspect(
     let base_name = text("base_model_name_or_path").filter(|name| !name.is_empty());
     let base = match model {
         Some(path) => Some(path.to_owned()),
-        None => base_name.as_deref().and_then(crate::hub::find),
+        None => base_name.as_deref().and_then(hub::find),
     };
     let config = base.as_deref().map(Config::load).transpose()?;
 
