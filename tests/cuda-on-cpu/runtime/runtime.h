@@ -128,5 +128,9 @@ DEVICE void copy_commit() { cpu::copy_commit(); }
 template <int N> DEVICE void copy_wait() { cpu::copy_wait(N); }
 DEVICE float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 DEVICE float fast_exp(float x) { return expf(x); }
+DEVICE void sine_cosine_pi(float x, float *sine, float *cosine) {
+  *sine = (float)sin(M_PI * x);
+  *cosine = (float)cos(M_PI * x);
+}
 template <class T> DEVICE T min(T a, T b) { return b < a ? b : a; }
 template <class T> DEVICE T max(T a, T b) { return a < b ? b : a; }

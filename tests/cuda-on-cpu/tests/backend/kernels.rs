@@ -4,9 +4,14 @@
 //! and on a GPU where there is one. The input is another in each run, and a failure
 //! tells its seed.
 
-use crate::support::{Draw, Machine, compare, compare_over, emulated, fresh, gpu, only_gpu};
-use cuda_on_cpu::Order;
+use std::collections::HashSet;
+
+use crate::support::{
+    Draw, Machine, compare, compare_over, distance, emulated, fresh, gpu, only_gpu,
+};
+use cuda_on_cpu::{Emulated, Order};
 use engine::nf4::{self, Nf4Tensor};
+use engine::rng::{Purpose, Stream};
 use engine::{
     AdamW, Adapter, Backend, Cache, Cuda, Dora, Dropout, Group, Heads, HostMatrix, LinearGrad,
     MOMENT_BLOCK, Member, Neftune, QkNorms, Ragged, Reading, Rounded, Sampling, Stretch,
@@ -686,6 +691,121 @@ fn quantising_gives_the_hosts_bits() {
     }
 }
 
+/// Values of random weight `number`, in f64 from the bits that engine::rng gives.
+fn normal(number: u32, count: usize) -> Vec<f32> {
+    let stream = Stream {
+        seed: 0,
+        purpose: Purpose::Weights,
+        layer: 0,
+        module: 0,
+    };
+    let pair = |a: u32, b: u32| {
+        let unit = f64::from((a >> 8) + 1) / f64::from(1 << 24);
+        let radius = f64::from(HostMatrix::DEVIATION) * (-2.0 * unit.ln()).sqrt();
+        let angle = std::f64::consts::TAU * f64::from(b >> 8) / f64::from(1 << 24);
+        [radius * angle.cos(), radius * angle.sin()].map(|x| bf16::from_f64(x).to_f32())
+    };
+    let block = |i| {
+        let [a, b, c, d] = stream.bits(i, 0, number, 0);
+        [pair(a, b), pair(c, d)].concat()
+    };
+    (0..count.div_ceil(4) as u32).flat_map(block).collect()
+}
+
+/// Mean, standard deviation, skewness and kurtosis, which an exact sample of a normal
+/// distribution has within a few standard errors.
+fn assert_normal(values: &[f32], name: &str) {
+    let n = values.len() as f64;
+    let moment = |about: f64, power: i32| {
+        let terms = values.iter().map(|&v| (f64::from(v) - about).powi(power));
+        terms.sum::<f64>() / n
+    };
+    let mean = moment(0.0, 1);
+    let sd = moment(mean, 2).sqrt();
+    let wanted = f64::from(HostMatrix::DEVIATION);
+    for (what, off, error) in [
+        ("mean", mean / wanted, n.sqrt().recip()),
+        ("deviation", sd / wanted - 1.0, (2.0 * n).sqrt().recip()),
+        ("skewness", moment(mean, 3) / sd.powi(3), (6.0 / n).sqrt()),
+        (
+            "kurtosis",
+            moment(mean, 4) / sd.powi(4) - 3.0,
+            (24.0 / n).sqrt(),
+        ),
+    ] {
+        println!("{name}, {what}: off by {:.2} standard errors", off / error);
+        assert!(
+            off.abs() < 5.5 * error,
+            "{name}, {what}: {off:e} ± {error:e}"
+        );
+    }
+}
+
+#[test]
+fn random_weights_are_normal_and_do_not_repeat() {
+    const SHAPE: [usize; 2] = [61, 8 * 129];
+    let first = fresh(81).ids(1, 1 << 30)[0];
+    let numbers = [first, first + 1];
+    let reference = numbers.map(|number| normal(number, SHAPE[0] * SHAPE[1]));
+    compare("random_weight", &[BF16], reference.into(), |b: &Cuda| {
+        let values = numbers.map(|number| {
+            let [rows, cols] = SHAPE;
+            let table = b.random_matrix(SHAPE, false, number).unwrap();
+            assert_eq!(b.matrix_bytes(&table), rows * cols * 2);
+            let ids: Vec<_> = (0..rows as u32).collect();
+            let mut out = b.poisoned(rows * cols);
+            b.embed(&table, &b.upload_ids(&ids).unwrap(), rows, &mut out);
+            b.read_act(&out, rows * cols).unwrap()
+        });
+        values.iter().for_each(|v| assert_normal(v, &b.describe()));
+        // Eight neighbours have some 65 bits between them.
+        let eights = values.iter().flat_map(|v| v.chunks(8));
+        let eights = eights.map(|v| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+        let distinct: HashSet<_> = eights.collect();
+        assert_eq!(distinct.len(), 2 * SHAPE[0] * SHAPE[1] / 8);
+        values.into()
+    });
+}
+
+#[test]
+fn random_weights_are_quantised_piece_by_piece() {
+    // A piece is 2²² values; this is one and a little more.
+    const SHAPE: [usize; 2] = [32_784, 128];
+    let number = fresh(82).ids(1, 1 << 30)[0];
+    let want = normal(number, SHAPE[0] * SHAPE[1]);
+    let check = |b: &Cuda| {
+        let weight = b.random_matrix(SHAPE, true, number).unwrap();
+        let blocks = SHAPE[0] * SHAPE[1] / nf4::BLOCK;
+        let scales = blocks + 4 * blocks.div_ceil(nf4::NESTED_BLOCK);
+        assert_eq!(b.matrix_bytes(&weight), 32 * blocks + scales);
+        // One-hot rows: logits are columns of the weight.
+        let columns = [0, 1, 63, 64, 127];
+        let one = |&column: &usize| (0..128).map(move |i| f32::from(u8::from(i == column)));
+        let hidden = b.act(&columns.iter().flat_map(one).collect::<Vec<_>>());
+        let mut out = b.poisoned_f32(columns.len() * SHAPE[0]);
+        let mut scratch = b
+            .alloc_workspace(b.head_scratch(&weight, columns.len()))
+            .unwrap();
+        b.logits(&weight, (&hidden, columns.len()), &mut out, &mut scratch);
+        let got = b
+            .read_f32(&out, 0..columns.len() * SHAPE[0])
+            .wait()
+            .unwrap();
+        let column = |c: &usize| want.iter().skip(*c).step_by(128).copied();
+        let want: Vec<_> = columns.iter().flat_map(column).collect();
+        let off = distance(&got, &want);
+        println!("random weight in NF4, {}: off by {off:.4}", b.describe());
+        assert!(0.08 < off && off < 0.1, "{}: {off}", b.describe());
+    };
+    if let Some(gpu) = gpu() {
+        check(&gpu);
+    }
+    if !only_gpu() {
+        let unchecked = Emulated::new(Order::Forward, false);
+        check(&Cuda::new(Box::new(unchecked)).unwrap());
+    }
+}
+
 #[test]
 fn products_of_few_tokens_read_the_codes() {
     // By the tiles of tokens (8, 16, 32) and outputs (32), inside and at the edge; the
@@ -702,6 +822,73 @@ fn products_of_few_tokens_read_the_codes() {
         compare(&name, &[BF16], reference, |b| {
             few(b, size, outputs, residual)
         });
+    }
+}
+
+/// Logits of few rows by a quantised head, their losses and the gradient; and the
+/// same rows' logits among many, for which the head is decoded.
+fn few_logits<B: Machine>(
+    b: &B,
+    [rows, width]: [usize; 2],
+    vocabulary: usize,
+    nested: bool,
+) -> Vec<Vec<f32>> {
+    const MANY: usize = 40;
+    let mut draw = fresh((rows * width + vocabulary) as u64);
+    let head = b.upload_matrix(nf4(&mut draw, [vocabulary, width], nested));
+    let head = head.unwrap();
+    let hidden = b.act(&draw.vec(MANY * width));
+    let targets = b.upload_ids(&draw.ids(rows, vocabulary as u64)).unwrap();
+    let mut scratch = b.alloc_workspace(b.head_scratch(&head, MANY)).unwrap();
+    let (mut nll, mut d) = (b.poisoned_f32(rows), b.poisoned(rows * width));
+    let inputs = (&hidden, &targets, rows);
+    b.head_loss(&head, inputs, &mut nll, Some((&mut d, 0.25)), &mut scratch);
+    let [few, many] = [rows, MANY].map(|count| {
+        let mut logits = b.poisoned_f32(count * vocabulary);
+        b.logits(&head, (&hidden, count), &mut logits, &mut scratch);
+        let values = b.read_f32(&logits, 0..rows * vocabulary);
+        values.wait().unwrap()
+    });
+    let nll = b.read_f32(&nll, 0..rows).wait().unwrap();
+    vec![few, many, nll, b.read_act(&d, rows * width).unwrap()]
+}
+
+#[test]
+fn logits_of_few_tokens_read_the_codes() {
+    // As the products of few tokens: by tiles of tokens and of outputs.
+    for (size, vocabulary, nested) in [
+        ([1, 128], 8, true),
+        ([7, 256], 201, true),
+        ([8, 384], 64, false),
+        ([9, 128], 33, true),
+        ([16, 1152], 31, true),
+        ([32, 640], 70, true),
+    ] {
+        let name = format!("logits of few tokens, {size:?} {vocabulary}");
+        let reference = few_logits(&Rounded, size, vocabulary, nested);
+        compare(&name, &[F32, F32, F32, BF16], reference, |b| {
+            few_logits(b, size, vocabulary, nested)
+        });
+    }
+}
+
+#[test]
+fn logits_of_few_tokens_decode_nothing() {
+    let check = |b: &Cuda| {
+        let head = b.upload_matrix(nf4(&mut fresh(71), [40, 128], true));
+        let hidden = b.act(&fresh(72).vec(32 * 128));
+        // There is no room for a decoded row.
+        let mut nowhere = b.alloc_workspace(0).unwrap();
+        let mut logits = b.poisoned_f32(32 * 40);
+        b.logits(&head.unwrap(), (&hidden, 32), &mut logits, &mut nowhere);
+        let values = b.read_f32(&logits, 0..32 * 40).wait().unwrap();
+        assert!(values.iter().all(|x| x.is_finite()), "{}", b.describe());
+    };
+    if let Some(gpu) = gpu() {
+        check(&gpu);
+    }
+    if !only_gpu() {
+        check(&emulated(Order::Forward));
     }
 }
 

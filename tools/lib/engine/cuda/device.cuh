@@ -47,6 +47,9 @@ DEVICE u32 pack(float low, float high) {
 // By the special-function unit, good to about 2^-21: for what is rounded to bf16.
 DEVICE float fast_exp(float x) { return __expf(x); }
 
+// Of π x.
+DEVICE void sine_cosine_pi(float x, float *sine, float *cosine) { sincospif(x, sine, cosine); }
+
 // Sixteen bytes in one access; the address is a multiple of sixteen.
 DEVICE uint4 load16(const void *p) { return *static_cast<const uint4 *>(p); }
 DEVICE void store16(void *p, uint4 v) { *static_cast<uint4 *>(p) = v; }

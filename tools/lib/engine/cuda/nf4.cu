@@ -61,14 +61,17 @@ struct Weights {
 
 DEVICE u32 word(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
+DEVICE void put(bf16 *at, float x) { *at = narrow(x); }
+DEVICE void put(float *at, float x) { *at = x; }
+
 // out [tokens, width] = x Wᵀ (+ residual) for up to 8 N tokens and the outputs
-// from `first` on. The inputs of a product may be taken in any order, if weights
+// from `first` on; T: bf16, or float for logits. The inputs of a product may be taken in any order, if weights
 // and tokens agree: so a lane's are neighbours, and travel sixteen bytes at a time.
 // Weights become bf16 as `nf4_decode` makes them, sums are f32, and those of the
 // warps are added in order.
-template <int N>
+template <int N, class T>
 DEVICE void nf4_product(const Quantised &w, u32 first, const float *map, const bf16 *x, u32 tokens,
-                        u32 inputs, const bf16 *residual, u32 width, bf16 *out) {
+                        u32 inputs, const bf16 *residual, u32 width, T *out) {
   SHARED(float, levels, 16);
   SHARED(float, scales, 256);
   SHARED(float, partial, SPLIT * N * 8 * (OUTPUTS + 4)); // the padding spreads tokens over the banks
@@ -138,7 +141,7 @@ DEVICE void nf4_product(const Quantised &w, u32 first, const float *map, const b
     float sum = 0;
     for (int s = 0; s < SPLIT; s++) sum += partial[(s * N * 8 + token) * (OUTPUTS + 4) + output];
     const size_t at = (size_t)token * width + w.column + first + output;
-    out[at] = narrow(residual ? sum + widen(residual[at].bits) : sum);
+    put(out + at, residual ? sum + widen(residual[at].bits) : sum);
   }
 }
 
@@ -170,6 +173,22 @@ DEVICE u32 blocks_of(const Quantised &w) { return (w.outputs + OUTPUTS - 1) / OU
 NF4_PRODUCT(8)
 NF4_PRODUCT(16)
 NF4_PRODUCT(32)
+
+// The logits of few tokens: one weight, the vocabulary's, and sums that stay f32.
+#define NF4_LOGITS(N)                                                                              \
+  KERNEL(256)                                                                                      \
+  nf4_logits_##N(const u8 *codes, const u8 *nested, const float *absmax, float offset,             \
+                 u32 outputs, const float *map, const bf16 *x, u32 tokens, u32 inputs,             \
+                 float *out) {                                                                     \
+    const Quantised w = {codes, nested, absmax, offset, outputs, 0};                               \
+    nf4_product<N / 8>(w, blockIdx.x * OUTPUTS, map, x, tokens, inputs, (const bf16 *)nullptr,     \
+                       outputs, out);                                                              \
+  }                                                                                                \
+  EXPORT(nf4_logits_##N)
+
+NF4_LOGITS(8)
+NF4_LOGITS(16)
+NF4_LOGITS(32)
 
 DEVICE float value(const bf16 *x, u64 i) { return widen(x[i].bits); }
 DEVICE float value(const float *x, u64 i) { return x[i]; }

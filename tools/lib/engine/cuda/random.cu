@@ -65,3 +65,33 @@ add_noise(const u32 *__restrict__ bounds, const u32 *__restrict__ rows, u32 widt
   }
 }
 EXPORT(add_noise)
+
+// Two values of a normal distribution, from 24 bits each (Box and Muller, 1958).
+DEVICE void normal_pair(u32 a, u32 b, float deviation, float *out) {
+  const float unit = (float)((a >> 8) + 1) * (1.0f / 16777216); // never 0
+  const float radius = deviation * sqrtf(-2.0f * logf(unit));
+  float sine, cosine;
+  sine_cosine_pi((float)(b >> 8) * (1.0f / 8388608), &sine, &cosine);
+  out[0] = radius * cosine;
+  out[1] = radius * sine;
+}
+
+// Values `first` to `first + count` (multiples of eight) of random weight `number`,
+// for measurements: a block of bits is four of them.
+KERNEL(256)
+random_weight(u64 seed, u32 number, u32 stream, u64 first, u64 count, float deviation,
+              bf16 *__restrict__ out) {
+  const u64 i = global_thread() * 8;
+  if (i >= count) return;
+  Eight v;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const u64 block = (first + i) / 4 + half;
+    const Bits bits = philox(seed, (u32)block, (u32)(block >> 32), number, stream);
+#pragma unroll
+    for (int pair = 0; pair < 2; pair++)
+      normal_pair(bits.word[2 * pair], bits.word[2 * pair + 1], deviation, v.x + 4 * half + 2 * pair);
+  }
+  store8(out + i, v);
+}
+EXPORT(random_weight)

@@ -314,6 +314,21 @@ pub trait Backend: Sized + Send + Sync {
         self.upload_matrix(table)
     }
 
+    /// A frozen weight of random values, for measurements, which do not depend on
+    /// them: about zero, with [`HostMatrix::DEVIATION`], in bf16 or, `quantised`, NF4
+    /// with quantised scales. Another `number` has other values.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    fn random_matrix(
+        &self,
+        shape: [usize; 2],
+        quantised: bool,
+        number: u32,
+    ) -> Result<Self::Matrix> {
+        self.upload_matrix(HostMatrix::random(shape, quantised, number))
+    }
+
     /// A weight in NF4, its scales quantised as well: the bits of
     /// [`Nf4Tensor::quantize`], wherever they are computed.
     ///

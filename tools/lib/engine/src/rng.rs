@@ -20,6 +20,8 @@ pub enum Purpose {
     Shuffle = 4,
     /// Noise on the embeddings.
     Neftune = 5,
+    /// Weights that are random, for measurements.
+    Weights = 6,
 }
 
 /// The round multipliers and key increments of the paper.

@@ -1,5 +1,5 @@
 //! Products of a few tokens with quantised weights, which are read as they are
-//! stored: a decoding step, or a pass over one short row. There the floor is
+//! stored: a decoding step, its logits, or a pass over one short row. There the floor is
 //! reading the weights once, and decoding them to memory first moves nine times as
 //! much as the codes take.
 
@@ -66,6 +66,15 @@ impl Member {
     }
 }
 
+/// Of the kernels for up to 8, 16 and 32 tokens, the one for so many.
+fn sized(tokens: usize, kernels: [&'static str; 3]) -> &'static str {
+    kernels[match tokens {
+        0..=8 => 0,
+        9..=16 => 1,
+        _ => 2,
+    }]
+}
+
 impl Cuda {
     /// `out = x Wᵀ (+ residual)`, in the columns from each weight's own on. All are
     /// quantised and share `inputs`; `out` and `residual` are `[tokens, width]`.
@@ -76,11 +85,8 @@ impl Cuda {
         residual: Option<Address>,
         (out, width): (Address, usize),
     ) {
-        let kernel = match tokens {
-            0..=8 => "nf4_product_8",
-            9..=16 => "nf4_product_16",
-            _ => "nf4_product_32",
-        };
+        let kernels = ["nf4_product_8", "nf4_product_16", "nf4_product_32"];
+        let kernel = sized(tokens, kernels);
         let weights: Vec<_> = weights.map(|(w, column)| Member::new(w, column)).collect();
         for weights in weights.chunks(MEMBERS) {
             let member = |i: usize| weights.get(i).unwrap_or(&Member::NONE);
@@ -115,5 +121,30 @@ impl Cuda {
             let blocks = weights.iter().map(|w| w.outputs.div_ceil(OUTPUTS)).sum();
             self.launch(kernel, blocks, args);
         }
+    }
+
+    /// `out [tokens, vocabulary] = x headᵀ` in f32, of a quantised head.
+    pub(super) fn few_logits(
+        &self,
+        head: &Matrix,
+        (x, [tokens, inputs]): (Address, [usize; 2]),
+        out: Address,
+    ) {
+        let w = Member::new(head, 0);
+        let args = args![
+            w.codes,
+            w.nested,
+            w.absmax,
+            w.offset,
+            w.outputs,
+            self.map.first(256),
+            x,
+            tokens,
+            inputs,
+            out,
+        ];
+        let kernels = ["nf4_logits_8", "nf4_logits_16", "nf4_logits_32"];
+        let blocks = w.outputs.div_ceil(OUTPUTS);
+        self.launch(sized(tokens, kernels), blocks, args);
     }
 }

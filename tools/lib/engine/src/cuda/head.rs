@@ -1,11 +1,12 @@
 //! The output projection, in chunks of rows and slices of the vocabulary: neither
-//! the logits nor a decoded head ever exist whole.
+//! the logits nor a decoded head ever exist whole. The logits of a few rows, as in
+//! decoding, are made of the codes themselves (`few`).
 
 use half::bf16;
 
 use super::driver::{Address, Operand, Precision, Product};
 use super::memory::{Buffer, Room, piece};
-use super::{Cuda, Matrix, Store, args};
+use super::{Cuda, Matrix, Store, args, few};
 
 /// What a chunk's logits and their gradient may take together.
 const CHUNK_BYTES: usize = 256 << 20;
@@ -55,16 +56,20 @@ impl Cuda {
         }
     }
 
-    /// `out [rows, vocabulary] = hidden headᵀ`, with room for a decoded slice.
-    pub(super) fn logits_by_slices(
+    /// `out [rows, vocabulary] = hidden headᵀ`; slices that are decoded go where
+    /// `decoded` says.
+    pub(super) fn logits_of(
         &self,
         head: &Matrix,
         hidden: Address,
         rows: usize,
         out: Address,
-        decoded: Address,
+        decoded: impl FnOnce() -> Address,
     ) {
-        self.slices(head, decoded, |first, count, w| {
+        if matches!(head.store, Store::Nf4 { .. }) && few::suits(rows, head.cols) {
+            return self.few_logits(head, (hidden, [rows, head.cols]), out);
+        }
+        self.slices(head, decoded(), |first, count, w| {
             self.queue.multiply(&Product {
                 size: [rows, count, head.cols],
                 a: Operand::new(hidden, head.cols),
@@ -95,7 +100,7 @@ impl Cuda {
             let logits = room.take::<f32>(count * vocabulary);
             let dlogits = room.take::<bf16>(count * vocabulary);
             let sum = room.take::<f32>(count * width);
-            self.logits_by_slices(head, hidden.at(chunk.clone()), count, logits, decoded);
+            self.logits_of(head, hidden.at(chunk.clone()), count, logits, || decoded);
             let args = args![
                 logits,
                 targets.at(first..first + count),

@@ -16,6 +16,7 @@ mod linear;
 mod memory;
 mod nvidia;
 mod quantize;
+mod random;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -251,6 +252,17 @@ fn moment_tables() -> Vec<f32> {
     values.chain(thresholds).copied().collect()
 }
 
+/// Rows move in pieces of sixteen bytes.
+fn check_width([rows, cols]: [usize; 2]) -> Result<()> {
+    match cols % 8 {
+        0 => Ok(()),
+        _ => Err(Error::Device {
+            problem: format!("a weight [{rows}, {cols}]: its rows are no multiple of 8 wide"),
+            remedy: "use --device cpu for this model",
+        }),
+    }
+}
+
 fn scale_of(heads: Heads) -> f32 {
     1.0 / (heads.dim as f32).sqrt()
 }
@@ -304,12 +316,7 @@ impl Backend for Cuda {
 
     fn upload_matrix(&self, matrix: HostMatrix) -> Result<Matrix> {
         let (rows, cols) = (matrix.rows, matrix.cols);
-        if cols % 8 != 0 {
-            return Err(Error::Device {
-                problem: format!("a weight [{rows}, {cols}]: its rows are no multiple of 8 wide"),
-                remedy: "use --device cpu for this model",
-            });
-        }
+        check_width([rows, cols])?;
         let what = "weights";
         let store = match matrix.data {
             MatrixData::F32(values) => {
@@ -352,6 +359,10 @@ impl Backend for Cuda {
             }),
             data => self.upload_matrix(HostMatrix { rows, cols, data }),
         }
+    }
+
+    fn random_matrix(&self, shape: [usize; 2], quantised: bool, number: u32) -> Result<Matrix> {
+        self.random_here(shape, quantised, number)
     }
 
     fn quantize(&self, matrix: &HostMatrix) -> Result<Nf4Tensor> {
@@ -857,8 +868,9 @@ impl Backend for Cuda {
         scratch: &mut Buffer<u8>,
     ) {
         let hidden = hidden.first(rows * head.cols);
-        let decoded = head::slice_room(head, scratch);
-        self.logits_by_slices(head, hidden, rows, out.first(rows * head.rows), decoded);
+        let out = out.first(rows * head.rows);
+        let decoded = || head::slice_room(head, scratch);
+        self.logits_of(head, hidden, rows, out, decoded);
     }
 
     fn sample(

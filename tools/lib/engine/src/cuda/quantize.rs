@@ -1,6 +1,7 @@
 //! Quantising on the device, as a checkpoint's shards stream in: a quarter of what
 //! goes there comes back.
 
+use super::driver::Address;
 use super::memory::Buffer;
 use super::{Count, Cuda, args};
 use crate::nf4::{self, Absmax, BLOCK, NESTED_BLOCK, Nf4Tensor};
@@ -15,6 +16,19 @@ impl Cuda {
             MatrixData::F32(v) => self.quantize_as(matrix, "nf4_quantize_f32", v),
             MatrixData::Nf4(tensor) => Ok(tensor.clone()),
         }
+    }
+
+    /// Queues the double quantisation of some scales, to their codes and the largest
+    /// distances from `offset`.
+    pub(super) fn nest(
+        &self,
+        (scales, blocks): (Address, usize),
+        offset: f32,
+        (codes, absmax): (Address, Address),
+    ) {
+        let map = self.map.first(256);
+        let args = args![scales, Count(blocks), offset, map, codes, absmax];
+        self.launch("nf4_nest", blocks.div_ceil(NESTED_BLOCK), args);
     }
 
     fn quantize_as<T: super::Element + nf4::Element>(
@@ -33,8 +47,8 @@ impl Cuda {
         let from = Buffer::of(&self.queue, what, values)?;
         let codes: Buffer<u8> = Buffer::new(&self.queue, what, count / 2)?;
         let scales: Buffer<f32> = Buffer::new(&self.queue, what, blocks)?;
-        let (from, to) = (from.first(count), codes.first(count / 2));
-        let args = args![from, Count(count), to, scales.first(blocks)];
+        let (codes_at, scales_at) = (codes.first(count / 2), scales.first(blocks));
+        let args = args![from.first(count), Count(count), codes_at, scales_at];
         self.launch(kernel, blocks.div_ceil(8), args);
         let plain = scales.read(0..blocks).values()?;
         nf4::check_finite(shape, &plain, values)?;
@@ -42,15 +56,8 @@ impl Cuda {
         let offset = nf4::mean(&plain);
         let nested: Buffer<u8> = Buffer::new(&self.queue, what, blocks)?;
         let absmax: Buffer<f32> = Buffer::new(&self.queue, what, groups)?;
-        let args = args![
-            scales.first(blocks),
-            Count(blocks),
-            offset,
-            self.map.first(256),
-            nested.first(blocks),
-            absmax.first(groups),
-        ];
-        self.launch("nf4_nest", groups, args);
+        let to = (nested.first(blocks), absmax.first(groups));
+        self.nest((scales_at, blocks), offset, to);
         // All three are under way before the first is waited for.
         let reading = (
             codes.read(0..count / 2),
