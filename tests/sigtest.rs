@@ -68,7 +68,7 @@ fn wrong_settings_are_told_in_a_line_and_in_words() {
         ),
         (
             "statistics:\n  seed: many\n",
-            "s.yaml:2: statistics.seed: invalid type: string \"many\", expected a whole number",
+            "s.yaml:2: statistics.seed: is \"many\"; it must be a whole number",
         ),
     ] {
         let tool = tool();

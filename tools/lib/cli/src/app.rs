@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use anyhow::Context;
 use indicatif::MultiProgress;
+use signal_hook::flag;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -226,22 +227,32 @@ impl App {
         self.common.quiet
     }
 
-    /// From the first call on, SIGINT and SIGTERM no longer end the process
-    /// but set the flag that this returns; a second signal ends it at once.
+    /// From the first call on, SIGINT, SIGTERM and SIGHUP no longer end the process
+    /// but set the flag that this returns; a second SIGINT or SIGTERM ends it at once.
+    /// A second SIGHUP does not: one closed terminal may send several. One that was to
+    /// be ignored from the start, as nohup has it, still is.
     pub fn interrupted(&self) -> anyhow::Result<bool> {
+        use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
         if let Some(flag) = self.interrupted.get() {
             return Ok(flag.load(Ordering::Relaxed));
         }
-        let flag = Arc::new(AtomicBool::new(false));
-        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-            // The order matters: the first signal finds the flag unset and passes.
-            signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&flag))
-                .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&flag)))
-                .context("installing the signal handler")?;
-        }
+        let [interrupted, asked] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
+        let install = || -> std::io::Result<()> {
+            for signal in [SIGINT, SIGTERM] {
+                // The order matters: the first signal finds `asked` unset and passes.
+                flag::register_conditional_shutdown(signal, 130, Arc::clone(&asked))?;
+                flag::register(signal, Arc::clone(&asked))?;
+                flag::register(signal, Arc::clone(&interrupted))?;
+            }
+            if !is_ignored(SIGHUP) {
+                flag::register(SIGHUP, Arc::clone(&interrupted))?;
+            }
+            Ok(())
+        };
+        install().context("installing the signal handler")?;
         Ok(self
             .interrupted
-            .get_or_init(|| flag)
+            .get_or_init(|| interrupted)
             .load(Ordering::Relaxed))
     }
 
@@ -252,7 +263,7 @@ impl App {
             return Ok(flag.swap(false, Ordering::Relaxed));
         }
         let flag = Arc::new(AtomicBool::new(false));
-        signal_hook::flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&flag))
+        flag::register(signal_hook::consts::SIGUSR1, Arc::clone(&flag))
             .context("installing the signal handler")?;
         let flag = self.save.get_or_init(|| flag);
         Ok(flag.swap(false, Ordering::Relaxed))
@@ -277,6 +288,18 @@ impl App {
             let _ = writeln!(log, "{stamp} {text}");
         }
     }
+}
+
+/// Whether this process was started with a signal ignored; also where the system does
+/// not tell, so that it keeps its way.
+fn is_ignored(signal: i32) -> bool {
+    let ignored = || {
+        let status = std::fs::read_to_string("/proc/self/status").ok()?;
+        let mask = (status.lines()).find_map(|line| line.strip_prefix("SigIgn:"))?;
+        let mask = u64::from_str_radix(mask.trim(), 16).ok()?;
+        Some(mask >> (signal - 1) & 1 == 1)
+    };
+    ignored().unwrap_or(true)
 }
 
 /// Whether both are names of one file, there or not.

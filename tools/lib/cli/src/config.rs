@@ -255,7 +255,7 @@ fn drop_empty_sections(tree: &mut Value, defaults: &Value) {
     }
 }
 
-/// serde's account of a wrong type, without Rust's names of types.
+/// serde's account of a wrong value, for someone who writes YAML and not programs.
 fn in_words(message: &str) -> String {
     let Some((found, expected)) = message.split_once(", expected ") else {
         return message.to_owned();
@@ -264,10 +264,36 @@ fn in_words(message: &str) -> String {
         "f32" | "f64" => "a number",
         "u16" | "u32" | "u64" | "usize" => "a whole number, 0 or more",
         "i64" => "a whole number",
+        "a string" => "a text, in quotes",
+        "a boolean" => "true or false",
+        "a sequence" => "a list",
+        "a map" => "a section of keys",
         name if name.starts_with("struct ") => "a section of keys",
         other => other,
     };
-    format!("{found}, expected {expected}")
+    let kinds = [
+        ("integer ", ""),
+        ("floating point ", ""),
+        ("string ", ""),
+        ("boolean ", ""),
+        ("sequence", "a list"),
+        ("map", "a section of keys"),
+    ];
+    let wrong = (found.strip_prefix("invalid type: "))
+        .or_else(|| found.strip_prefix("invalid value: "))
+        .filter(|wrong| !wrong.starts_with("null"));
+    let is = match (wrong, found.strip_prefix("unknown variant ")) {
+        (Some(wrong), _) => {
+            let said = kinds.iter().find_map(|(theirs, ours)| {
+                let rest = wrong.strip_prefix(theirs)?;
+                Some(format!("is {ours}{}", rest.trim_matches('`')))
+            });
+            said.unwrap_or_else(|| format!("is {wrong}"))
+        }
+        (None, Some(value)) => format!("is {value}"),
+        (None, None) => return format!("{found}, expected {expected}"),
+    };
+    format!("{is}; it must be {expected}")
 }
 
 /// Reads settings from a tree; the error names the key and, for one that does
@@ -428,9 +454,54 @@ mod tests {
             ),
             (
                 "lora: {rank: many}\n",
-                "lora.rank: invalid type: string \"many\", expected a whole number",
+                "lora.rank: is \"many\"; it must be a whole number, 0 or more",
             ),
-            ("lora: 3\n", "expected a section of keys"),
+            (
+                "lora: {rank: -1}\n",
+                "lora.rank: is -1; it must be a whole number, 0 or more",
+            ),
+            ("lora: 3\n", ":1: lora: is 3; it must be a section of keys"),
+            (
+                "lora:\n  rank: 8\n  target_modules: 3\n",
+                ":3: lora.target_modules: it must be a list of names, such as [q_proj, v_proj]",
+            ),
+            (
+                "lora: {target_modules: [3]}\n",
+                "lora.target_modules: it must be a list of names",
+            ),
+            (
+                "lora: {rank_pattern: [q_proj]}\n",
+                "lora.rank_pattern: is a list; it must be a section of keys",
+            ),
+            (
+                "training:\n  max_memory: 8\n",
+                ":2: training.max_memory: 8 has no unit; write 8GB, or 8GiB",
+            ),
+            (
+                "training: {max_memory: 8000000000}\n",
+                "training.max_memory: 8000000000 has no unit; write 8000000000B for bytes",
+            ),
+            (
+                "training: {max_memory: [8GB]}\n",
+                "training.max_memory: it must be a size such as 8GB or 8GiB",
+            ),
+            (
+                "training: {packing: 7}\n",
+                "training.packing: is 7; it must be true or false",
+            ),
+            (
+                "training: {optim: sgd}\n",
+                "training.optim: is `sgd`; it must be ",
+            ),
+            (
+                "model: {quantization: 4}\n",
+                "model.quantization: it must be `nf4` or `none`",
+            ),
+            ("model: {path: 3}\n", "model.path: is 3; it must be a text"),
+            (
+                "data: {system_prompt: true}\n",
+                "data.system_prompt: is true; it must be a text, in quotes",
+            ),
             ("lorra:\n", ":1: lorra: unknown key"),
             (
                 "model:\n  bnb_4bit_quant: nf4\n",
@@ -488,6 +559,12 @@ mod tests {
                 "{error}"
             );
         }
+        let memory = [("PAIRS__TRAINING__MAX_MEMORY", "8")];
+        let error = resolve_train("", Flags::new(), &memory).unwrap_err();
+        assert!(
+            error.contains("PAIRS__TRAINING__MAX_MEMORY") && error.contains("8GiB"),
+            "{error}"
+        );
         for name in ["PAIRS__TRAINING__SEED", "PAIRS__TRAINING"] {
             let error = resolve_train("", Flags::new(), &[(name, "")]).unwrap_err();
             assert!(

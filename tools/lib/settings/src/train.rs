@@ -81,7 +81,10 @@ impl<'de> Deserialize<'de> for Model {
             bnb_4bit_quant_storage: Option<String>,
         }
         #[derive(Deserialize)]
-        #[serde(untagged)]
+        #[serde(
+            untagged,
+            expecting = "it must be `nf4` or `none`, or a section of known keys such as `load_in_4bit: true`"
+        )]
         enum AnyQuantization {
             Name(Quantization),
             Map(BitsAndBytes),
@@ -164,7 +167,10 @@ impl<'de> Deserialize<'de> for Model {
 
 /// Which linear layers get an adapter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "it must be a list of names, such as [q_proj, v_proj], or one text: all-linear, or a regular expression"
+)]
 pub enum TargetModules {
     /// `all-linear`: every projection of every layer; else a regular expression
     /// that a module's whole name matches, such as `model.layers.0.mlp.up_proj`.
@@ -298,6 +304,7 @@ pub struct Training {
     /// run stops. 0 watches for none.
     pub spike_factor: f64,
     /// Memory of the device that the run may take, such as `8GB`; none: what is free.
+    #[serde(deserialize_with = "size")]
     pub max_memory: Option<String>,
     /// Longest row, in tokens.
     pub max_seq_length: usize,
@@ -348,6 +355,30 @@ impl Default for Training {
             seed: 42,
             packing: true,
             shuffle: true,
+        }
+    }
+}
+
+/// A size as text: of a number alone nobody can say what it counts.
+fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "it must be a size such as 8GB or 8GiB")]
+    enum Size {
+        Text(String),
+        Number(f64),
+    }
+    match Option::deserialize(deserializer)? {
+        None => Ok(None),
+        Some(Size::Text(text)) => Ok(Some(text)),
+        Some(Size::Number(n)) => {
+            // A large one can only be bytes.
+            let remedy = match n < 1e6 {
+                true => format!("{n}GB, or {n}GiB"),
+                false => format!("{n}B for bytes"),
+            };
+            Err(serde::de::Error::custom(format!(
+                "{n} has no unit; write {remedy}"
+            )))
         }
     }
 }
