@@ -7,8 +7,8 @@
 //! of what lies between them, nothing else; below the lowest adapter it stops.
 
 use engine::{
-    Backend, Cache, Dropout, Group, Heads, LinearGrad, Member, Neftune, QkNorms, Ragged, Reading,
-    Result,
+    Backend, Cache, Dropout, Group, Heads, HostMatrix, LinearGrad, Member, Neftune, QkNorms,
+    Ragged, Reading, Result,
 };
 
 use crate::lora::{GROUPS, Ranks};
@@ -126,7 +126,7 @@ impl<B: Backend> Model<B> {
             // Before the layers, so that they take the room that quantising it took.
             lm_head: checkpoint.lm_head_by(held.head, |matrix| backend.quantize(matrix))?,
         };
-        Self::assemble(backend, config, ends, layer)
+        Self::assemble(backend, config, ends, layer, upload)
     }
 
     /// Takes over weights, layer by layer.
@@ -143,21 +143,24 @@ impl<B: Backend> Model<B> {
         mut layers: impl Iterator<Item = Result<LayerWeights, E>>,
     ) -> Result<Self, E> {
         let next = |_: &B, _| layers.next().expect("weights for every layer");
-        Self::assemble(backend, config, ends, next)
+        Self::assemble(backend, config, ends, next, upload)
     }
 
-    fn assemble<E: From<engine::Error>>(
+    /// Puts a model together; `place` brings a weight to the device, and is told of one
+    /// that is looked up in, not multiplied by.
+    pub(crate) fn assemble<M, E: From<engine::Error>>(
         backend: B,
         config: Config,
-        ends: Ends,
-        mut layer: impl FnMut(&B, usize) -> Result<LayerWeights, E>,
+        ends: Ends<M>,
+        mut layer: impl FnMut(&B, usize) -> Result<LayerWeights<M>, E>,
+        place: impl Fn(&B, M, bool) -> Result<B::Matrix>,
     ) -> Result<Self, E> {
         backend.accepts(config.attention())?;
-        let upload = |weights: LayerWeights| -> Result<Layer<B>> {
+        let upload = |weights: LayerWeights<M>| -> Result<Layer<B>> {
             let mut products = weights.products.into_iter();
             let mut group = |members: &[_]| -> Result<Vec<_>> {
                 let members = products.by_ref().take(members.len());
-                members.map(|m| backend.upload_matrix(m)).collect()
+                members.map(|m| place(&backend, m, false)).collect()
             };
             Ok(Layer {
                 norm1: backend.upload_f32(&weights.input_norm)?,
@@ -176,14 +179,11 @@ impl<B: Backend> Model<B> {
             .map(|i| Ok(upload(layer(&backend, i)?)?))
             .collect::<Result<_, E>>()?;
         Ok(Self {
-            embedding: match ends.lm_head {
-                Some(_) => backend.upload_table(ends.embedding)?,
-                None => backend.upload_matrix(ends.embedding)?, // it is multiplied by too
-            },
+            embedding: place(&backend, ends.embedding, ends.lm_head.is_some())?,
             final_norm: backend.upload_f32(&ends.final_norm)?,
             head: ends
                 .lm_head
-                .map(|head| backend.upload_matrix(head))
+                .map(|head| place(&backend, head, false))
                 .transpose()?,
             rope: backend.upload_f32(&rope_table(&config))?,
             layers,
@@ -720,14 +720,22 @@ where
 }
 
 /// What is not in a layer.
-pub struct Ends {
+pub struct Ends<M = HostMatrix> {
     /// Token embeddings `[vocabulary, hidden]`.
-    pub embedding: engine::HostMatrix,
+    pub embedding: M,
     /// Weight of the last norm `[hidden]`.
     pub final_norm: Vec<f32>,
     /// Output projection `[vocabulary, hidden]`; none: the embeddings again. A tied
     /// model may have one too: the same values, held otherwise.
-    pub lm_head: Option<engine::HostMatrix>,
+    pub lm_head: Option<M>,
+}
+
+/// Brings a weight to the device.
+fn upload<B: Backend>(backend: &B, weight: HostMatrix, looked_up: bool) -> Result<B::Matrix> {
+    match looked_up {
+        true => backend.upload_table(weight),
+        false => backend.upload_matrix(weight),
+    }
 }
 
 /// `[positions, head_dim]`: the cosines of `position · θ^(-2i/head_dim)`, then the

@@ -66,9 +66,9 @@ impl From<Storage> for Held {
     }
 }
 
-/// One layer's weights.
+/// One layer's weights, their products as `M`.
 #[derive(Debug, Clone)]
-pub struct LayerWeights {
+pub struct LayerWeights<M = HostMatrix> {
     /// Before attention: `[hidden]`.
     pub input_norm: Vec<f32>,
     /// Before the MLP: `[hidden]`.
@@ -78,7 +78,7 @@ pub struct LayerWeights {
     /// On each key head: `[head_dim]`.
     pub k_norm: Vec<f32>,
     /// The products, `[out, in]` each, in the order of [`Module::ALL`].
-    pub products: [HostMatrix; 7],
+    pub products: [M; 7],
 }
 
 /// A checkpoint that has been found complete.
@@ -180,11 +180,15 @@ impl Checkpoint {
     /// # Errors
     /// If it is lm_head and tied.
     pub fn storage(&self, weight: Weight) -> Result<String> {
-        let (_, info) = self.info(&weight.name())?;
-        Ok(match info.dtype {
+        Ok(match self.dtype(weight)? {
             Dtype::U8 => "NF4".into(),
             dtype => format!("{dtype:?}"),
         })
+    }
+
+    /// The type of a weight's values in the file, or of its 4-bit codes: `U8`.
+    pub(crate) fn dtype(&self, weight: Weight) -> Result<Dtype> {
+        Ok(self.info(&weight.name())?.1.dtype)
     }
 
     /// The values of one weight, for reading a few rows at a time.
