@@ -829,6 +829,71 @@ fn killed_at_any_moment_it_goes_on_to_the_same_bytes() {
 }
 
 #[test]
+fn a_signal_ends_it_with_the_block_in_hand_kept() {
+    let fixture = Fixture::new();
+    let rows = many(&fixture);
+    let plain = [
+        "--model=model",
+        "--adapter=run1",
+        "--quantization=none",
+        "--max-new-tokens=100",
+        "--temperature=1.1",
+        "--batch-size=1",
+    ];
+    let whole = fixture.tool.run(&plain, &rows).exits(0).stdout;
+    for signal in ["-INT", "-TERM", "-USR1"] {
+        let state = format!("state{signal}");
+        let arguments = [&plain[..], &["--state", &state]].concat();
+        let journal = fixture.folder(&state).join("answers.jsonl");
+        let lines = || std::fs::read_to_string(&journal).map_or(0, |text| text.lines().count());
+        // The line that says whose replies they are, and a block of four.
+        let run = fixture
+            .tool
+            .signal(signal, &arguments, &rows, || lines() >= 2);
+        let run = run.says(&format!(" of 84 replies are kept in {state}/answers.jsonl"));
+        if signal == "-USR1" {
+            assert_eq!(run.exits(0).stdout, whole);
+            continue;
+        }
+        let run = run
+            .exits(130)
+            .says("interrupted; ")
+            .says("the same command goes on");
+        let kept = lines() - 1;
+        assert!((1..21).contains(&kept), "{kept} blocks\n{run}");
+        run.says(&format!("interrupted; {} of", 4 * kept));
+        let again = fixture.tool.run(&arguments, &rows).exits(0);
+        assert_eq!(again.stdout, whole);
+        again.says(&format!("going on: {} replies", 4 * kept));
+    }
+}
+
+#[test]
+fn nothing_held_out_is_told_with_the_remedy() {
+    let fixture = Fixture::new();
+    let run = |rows: &str| {
+        let arguments = ["--model=model", "--quantization=none", "--max-new-tokens=2"];
+        fixture.tool.run(&arguments, rows).exits(0)
+    };
+    let trained = fixture.pairs().replace(r#""eval""#, r#""train""#);
+    let none = run(&trained)
+        .says("warning: no row is held out")
+        .says("of 7 read, 7 have `split: train` and none `split: eval`")
+        .says("deduplication.eval_fraction");
+    assert_eq!(none.stdout, "");
+    assert_eq!(
+        run("").says("warning: no rows on standard input").stdout,
+        ""
+    );
+
+    let row = |said: &str| json!({"prompt": "Tea?", "completion": said}).to_string() + "\n";
+    run(&(row("Always.") + &row(" ") + &row("")))
+        .says("warning: 2 of 3 held-out rows have an empty reply")
+        .says("(the first: line 2)");
+    run(&row("Always.")).never_says("empty reply");
+}
+
+#[test]
 fn kept_replies_of_another_run_are_refused() {
     let fixture = Fixture::new();
     let run = |more: &[&str]| fixture.run(&[&["--adapter=run1", "--state=state"], more].concat());

@@ -114,15 +114,28 @@ impl Tool {
         input: &str,
         ready: impl Fn() -> bool,
     ) -> Run {
+        self.signal("-INT", arguments, input, ready)
+    }
+
+    /// Runs with `input` on standard input and sends a signal, such as `-TERM`, once it is
+    /// `ready`.
+    #[track_caller]
+    pub fn signal<A: AsRef<OsStr>>(
+        &self,
+        name: &str,
+        arguments: &[A],
+        input: &str,
+        ready: impl Fn() -> bool,
+    ) -> Run {
         let mut command = self.command(arguments);
         command.stdout(Stdio::piped());
         Run::until_end(&mut command, input.as_bytes(), |pid| {
             let started = Instant::now();
             while !ready() {
-                assert!(started.elapsed() < LIMIT, "never ready to be interrupted");
-                std::thread::sleep(Duration::from_millis(10));
+                assert!(started.elapsed() < LIMIT, "never ready for {name}");
+                std::thread::sleep(Duration::from_millis(1));
             }
-            signal(pid, "-INT");
+            signal(pid, name);
         })
     }
 

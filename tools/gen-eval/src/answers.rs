@@ -1,7 +1,9 @@
 //! Every system's answer to every pair, and what they add up to.
 
+use std::cell::Cell;
+
 use anyhow::{Context, Result};
-use cli::App;
+use cli::{App, Failure, Progress};
 use engine::{Backend, Sampling};
 use jsonl::Output;
 use qwen3::{Chat, Finish, Model};
@@ -66,6 +68,68 @@ impl Tally {
     }
 }
 
+/// Answers under way: how far they are, and whether someone wants them to end. A signal
+/// waits for the block in hand where there is a journal to keep it; where there is none,
+/// nothing would be gained by waiting.
+struct UnderWay<'a> {
+    app: &'a App,
+    progress: Progress<'a>,
+    total: u64,
+    kept: bool,
+    told: Cell<bool>,
+}
+
+impl<'a> UnderWay<'a> {
+    fn new(app: &'a App, total: u64, kept: bool) -> Result<Self> {
+        if kept {
+            // The first call takes the signals over.
+            app.interrupted()?;
+        }
+        Ok(Self {
+            progress: app.progress("replies", Some(total)),
+            app,
+            total,
+            kept,
+            told: Cell::new(false),
+        })
+    }
+
+    fn interrupted(&self) -> bool {
+        self.kept && self.app.interrupted().unwrap_or(false)
+    }
+
+    /// So many replies are there, those of the block in hand included.
+    fn at(&self, replies: u64, system: &str) {
+        self.progress.set_with(replies, system);
+        if self.interrupted() && !self.told.replace(true) {
+            self.app.info(
+                "interrupted: the replies in hand are finished and kept; a second signal ends it at once",
+            );
+        }
+    }
+
+    /// After a block, of which so many replies in all are kept.
+    ///
+    /// # Errors
+    /// If it is to end here.
+    fn heed_requests(&self, replies: u64, journal: &Journal) -> Result<()> {
+        let kept = || {
+            let (total, path) = (self.total, journal.path().display());
+            format!("{replies} of {total} replies are kept in {path}")
+        };
+        if self.app.asked_to_save()? {
+            self.app.info(kept());
+        }
+        match self.interrupted() && replies < self.total {
+            true => {
+                let cause = format!("interrupted; {}, the same command goes on", kept());
+                Err(Failure::Interrupted(cause).into())
+            }
+            false => Ok(()),
+        }
+    }
+}
+
 /// Answers all items block by block and writes each block as it is done; the figures
 /// of each system over all of them. Answers that `journal` has are taken from it, and
 /// new ones put there.
@@ -97,7 +161,8 @@ pub fn write_items<'a, B: Backend>(
     };
     let mut pass = systems::scoring_pass();
     let mut tallies: Vec<Tally> = systems.iter().map(|_| Tally::new()).collect();
-    let progress = app.progress("replies", Some((items.len() * systems.len()) as u64));
+    let total = (items.len() * systems.len()) as u64;
+    let under_way = UnderWay::new(app, total, journal.is_some())?;
     let (mut replies, mut first) = (0, 0);
     // Slots run empty at a block's end; a few of their fillings make that small.
     for block in items.chunks(settings.batch_size.saturating_mul(4)) {
@@ -108,7 +173,7 @@ pub fn write_items<'a, B: Backend>(
             answers.push(match kept {
                 Some(answers) => answers,
                 None => {
-                    let said = |done| progress.set_with(replies + done as u64, name);
+                    let said = |done| under_way.at(replies + done as u64, name);
                     let new = system.answer(model, &mut pass, block, first, &decoding, said)?;
                     if let Some(journal) = &mut journal {
                         journal.keep(first, name, &new)?;
@@ -117,6 +182,9 @@ pub fn write_items<'a, B: Backend>(
                 }
             });
             replies += block.len() as u64;
+            if let Some(journal) = &journal {
+                under_way.heed_requests(replies, journal)?;
+            }
         }
         for (i, item) in block.iter().enumerate() {
             let mut fields = Vec::new();

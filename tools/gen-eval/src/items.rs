@@ -138,10 +138,12 @@ impl Item {
 /// Of the rows read, those held out; all of them where none says which side it is on.
 pub fn held_out(app: &App, sources: Vec<(Position, Source)>) -> Vec<(Position, Source)> {
     let read = sources.len();
+    if read == 0 {
+        app.warn("no rows on standard input: nothing is generated, and there are no figures");
+        return sources;
+    }
     if sources.iter().all(|(_, source)| source.split.is_none()) {
-        if read > 0 {
-            app.info(format_args!("no row has `split`: all {read} are taken"));
-        }
+        app.info(format_args!("no row has `split`: all {read} are taken"));
         return sources;
     }
     let unsplit = sources
@@ -158,11 +160,31 @@ pub fn held_out(app: &App, sources: Vec<(Position, Source)>) -> Vec<(Position, S
         .filter(|(_, source)| source.split == Some(Split::Eval))
         .collect();
     let trained_on = read - unsplit - kept.len();
-    app.info(format_args!(
-        "{} rows of `split: eval` kept, {trained_on} of `split: train` left out",
-        kept.len()
-    ));
+    match kept.len() {
+        0 => app.warn(format_args!(
+            "no row is held out, so nothing is generated and there are no figures: of {read} read, \
+             {trained_on} have `split: train` and none `split: eval`. pair-dedup holds rows out \
+             (deduplication.eval_fraction above 0); rows without `split` are all taken"
+        )),
+        kept => app.info(format_args!(
+            "{kept} rows of `split: eval` kept, {trained_on} of `split: train` left out"
+        )),
+    }
     kept
+}
+
+/// ROUGE, BLEU and chrF of any reply against nothing are 0, whoever wrote it.
+pub fn warn_of_empty_references(app: &App, items: &[Item]) {
+    let mut empty = items.iter().filter(|item| item.reference.trim().is_empty());
+    if let Some(first) = empty.next() {
+        app.warn(format_args!(
+            "{} of {} held-out rows have an empty reply, to which nothing can be near (the first: {}): \
+             leave them out",
+            1 + empty.count(),
+            items.len(),
+            first.id
+        ));
+    }
 }
 
 /// A tweet that spells out `<|im_end|>` ends its own turn, in training as here.

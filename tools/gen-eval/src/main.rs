@@ -158,6 +158,8 @@ impl Tool for GenEval {
         let Some(resolved) = app.settings::<EvalSettings>(&["generation"], flags)? else {
             return Ok(());
         };
+        // The first call takes SIGUSR1 over: what can be kept is kept without being asked.
+        app.asked_to_save()?;
         if self.score_only {
             self.score(app)
         } else {
@@ -249,6 +251,7 @@ impl GenEval {
         }
         counts.written = items.len() as u64;
         items::warn_of_special_tokens(app, &items);
+        items::warn_of_empty_references(app, &items);
         let mut out = Output::stdout();
         if !items.is_empty() {
             let kind = match device {
