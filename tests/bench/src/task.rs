@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use engine::{Backend, Cpu, Reading, Sampling};
+use qwen3::plan::Extent;
 use qwen3::{
     AdapterConfig, Batch, Checkpoint, Generation, Keep, Lora, LoraLayout, Model, Optimiser,
     OptimiserKind, Pass, Prompt, Row, Storage, Update, generate,
@@ -16,7 +17,7 @@ use qwen3::{
 use serde::{Deserialize, Serialize};
 
 use crate::machine::{cpu_seconds, memory_mb};
-use crate::rows::{EQUAL, Length, REAL, Rows};
+use crate::rows::{EQUAL, Length, Rows, real};
 
 /// A measurement.
 #[derive(Args, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -99,7 +100,7 @@ impl Task {
         let middling = folder.join("middling");
         match self.what {
             What::TrainEqual => Cpu.inside(|| self.train(&middling, &EQUAL)),
-            What::TrainReal => Cpu.inside(|| self.train(&middling, &REAL)),
+            What::TrainReal => Cpu.inside(|| self.train(&middling, &real())),
             What::Generate => Cpu.inside(|| self.generate(&middling)),
             What::Quantise => quantise(&folder.join("wide")),
         }
@@ -123,6 +124,9 @@ impl Task {
         let mut grads = Cpu.alloc_f32(layout.len())?;
         let mut optimiser = Optimiser::new(&Cpu, &layout, OptimiserKind::default())?;
         let mut pass = Pass::new(Keep::All);
+        let extents = steps.iter().map(|rows| Extent::of(rows));
+        let extent = extents.reduce(Extent::max).unwrap_or_default();
+        pass.reserve(&model, extent, &layout)?; // as qlora-train does
         let mut step = |rows: &[Row<'_>]| -> Result<()> {
             let batch = Batch::new(&Cpu, rows)?;
             let lora = Lora {
