@@ -13,6 +13,16 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, read, read_text_if_there};
 
+/// Most that a size may be. What is computed of sizes before memory is asked for then fits
+/// its integers: bytes of all products are fewer than 2^(12 + 3 + 20 + 20 + 2).
+const MOST: usize = 1 << 20;
+
+/// Most layers.
+const LAYERS: usize = 1 << 12;
+
+/// Most angles of the rotary table, which is held whole: a million positions of heads of 256.
+const ANGLES: usize = 1 << 28;
+
 /// The shape of a model. Sizes are numbers of features unless they say otherwise.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -45,7 +55,8 @@ impl Config {
     ///
     /// # Errors
     /// If the file is missing or malformed, or describes anything but a dense
-    /// Qwen3 with full attention and plain rotary positions.
+    /// Qwen3 with full attention and plain rotary positions, or one of a size that
+    /// no model has.
     pub fn load(folder: &Path) -> Result<Self> {
         Self::from_keys(&Keys::read(folder.join("config.json"))?)
     }
@@ -93,6 +104,7 @@ impl Config {
         }
 
         let heads = keys.size("num_attention_heads")?;
+        let rms_eps: f64 = keys.required("rms_norm_eps")?;
         let config = Self {
             vocab_size: keys.size("vocab_size")?,
             hidden_size: keys.size("hidden_size")?,
@@ -107,7 +119,7 @@ impl Config {
                 128
             },
             max_positions: keys.size("max_position_embeddings")?,
-            rms_eps: keys.required::<f64>("rms_norm_eps")? as f32,
+            rms_eps: rms_eps as f32,
             rope_theta: rope_theta(keys)?,
             tied: keys.optional("tie_word_embeddings")?.unwrap_or(false),
         };
@@ -117,6 +129,27 @@ impl Config {
                 config.kv_heads
             );
             return Err(keys.wrong("num_key_value_heads", reason));
+        }
+        if config.layers > LAYERS {
+            return Err(keys.too_large("num_hidden_layers", config.layers, LAYERS));
+        }
+        if heads * config.head_dim > MOST {
+            let reason = format!(
+                "is {heads}: with {} features each, more than {MOST} in all",
+                config.head_dim
+            );
+            return Err(keys.wrong("num_attention_heads", reason));
+        }
+        if config.max_positions * config.head_dim > ANGLES {
+            let (key, most) = ("max_position_embeddings", ANGLES / config.head_dim);
+            return Err(keys.too_large(key, config.max_positions, most));
+        }
+        if !(0.0..=1.0).contains(&rms_eps) {
+            return Err(keys.wrong("rms_norm_eps", format!("is {rms_eps:?}, not from 0 to 1")));
+        }
+        if config.rope_theta <= 0.0 {
+            let reason = format!("is {:?}, not above 0", config.rope_theta);
+            return Err(keys.wrong("rope_theta", reason));
         }
         if !config.head_dim.is_multiple_of(2) {
             let reason = format!(
@@ -244,12 +277,20 @@ impl Keys {
             .ok_or_else(|| self.wrong(key, "is missing"))
     }
 
-    /// A positive whole number.
+    /// A whole number from 1 to [`MOST`].
     pub(crate) fn size(&self, key: &str) -> Result<usize> {
         match self.required(key)? {
             0 => Err(self.wrong(key, "is 0")),
+            size if size > MOST => Err(self.too_large(key, size, MOST)),
             size => Ok(size),
         }
+    }
+
+    fn too_large(&self, key: &str, size: usize, most: usize) -> Error {
+        self.wrong(
+            key,
+            format!("is {size}, more than {most}, which no model has"),
+        )
     }
 
     pub(crate) fn must_be(&self, key: &str, expected: &str) -> Result<()> {

@@ -74,20 +74,17 @@ impl Checkpoint {
         // The type that the products had, which whoever loads them computes in.
         let mut dtype = Dtype::BF16;
         for &weight in &weights {
-            match self.values(weight)?.stored {
-                Stored::Floats(stored, _) if !matches!(weight, Weight::Product(..)) => {
-                    let (name, shape) = (weight.name(), weight.shape(config));
-                    specs.push(Spec {
-                        name,
-                        dtype: stored,
-                        shape,
-                    });
-                }
-                Stored::Floats(stored, _) => {
+            match (weight, self.dtype(weight)?) {
+                (Weight::Product(..), Dtype::U8) => specs.extend(parts(weight, config)),
+                (Weight::Product(..), stored) => {
                     dtype = stored;
                     specs.extend(parts(weight, config));
                 }
-                Stored::Nf4(_) => specs.extend(parts(weight, config)),
+                (_, stored) => specs.push(Spec {
+                    name: weight.name(),
+                    dtype: stored,
+                    shape: weight.shape(config),
+                }),
             }
         }
         let dtype = match dtype {
@@ -96,13 +93,12 @@ impl Checkpoint {
             _ => "bfloat16",
         };
         let mut writer = Writer::create(folder, &specs, shard)?;
-        for &weight in &weights {
-            if let (Stored::Floats(_, bytes), false) = (
-                self.values(weight)?.stored,
-                matches!(weight, Weight::Product(..)),
-            ) {
-                writer.write(&weight.name(), bytes)?;
-            }
+        let beside = |weight: &&Weight| !matches!(weight, Weight::Product(..));
+        for &weight in weights.iter().filter(beside) {
+            let Stored::Floats(_, bytes) = self.values(weight)?.stored else {
+                unreachable!("opening refuses 4 bits beside the products");
+            };
+            writer.write(&weight.name(), bytes)?;
         }
         // A layer is written while the next one is quantised.
         let write = |writer: &mut Writer, layer: usize, products: [HostMatrix; 7]| -> Result<()> {
@@ -243,6 +239,9 @@ fn write_parts(writer: &mut Writer, weight: Weight, tensor: Nf4Tensor, dtype: &s
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use safetensors::SafeTensors;
+    use serde_json::Value;
+
     use super::*;
 
     /// What is loaded from the copy is what quantising gives, to the bit, and
@@ -280,6 +279,36 @@ mod tests {
         }
         assert_eq!(values[0], values[1]);
     }
+
+    /// Of what bitsandbytes wrote (tests/parity/files), a copy has the same tensors, bit
+    /// for bit; the state alone, JSON, is spaced otherwise.
+    #[test]
+    fn a_copy_of_what_bitsandbytes_wrote_is_that() {
+        let theirs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../tests/parity/files/nf4");
+        let folder = tempfile::tempdir().unwrap();
+        let copies = ["one", "two"].map(|name| folder.path().join(name));
+        for (from, to) in [(&theirs, &copies[0]), (&copies[0], &copies[1])] {
+            let stays = |_: &HostMatrix| panic!("nothing is to be quantised");
+            let source = Checkpoint::open(from).unwrap();
+            source.save_quantized(to, stays, |_| ()).unwrap();
+        }
+        let [theirs, one, two] = [&theirs, &copies[0], &copies[1]]
+            .map(|folder| std::fs::read(folder.join(crate::weights::SINGLE)).unwrap());
+        assert!(one == two);
+        let [theirs, one] = [&theirs, &one].map(|bytes| SafeTensors::deserialize(bytes).unwrap());
+        assert_eq!(one.len(), theirs.len());
+        for (name, tensor) in theirs.iter() {
+            let copy = one.tensor(name).unwrap();
+            if name.ends_with(".quant_state.bitsandbytes__nf4") {
+                let [state, expected] = [copy.data(), tensor.data()]
+                    .map(|bytes| serde_json::from_slice::<Value>(bytes).unwrap());
+                assert_eq!(state, expected, "{name}");
+            } else {
+                assert!(copy == tensor, "{name}");
+            }
+        }
+    }
+
     #[test]
     fn a_weight_that_cannot_be_quantised_is_named_and_leaves_no_folder() {
         let files = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../tests/parity/files");

@@ -357,14 +357,82 @@ fn what_changes_the_mathematics_is_refused_by_name() {
     );
     config("num_key_value_heads", json!(3), "does not divide");
     config("head_dim", json!(3), "even");
-    config("hidden_size", json!(0), "is 0");
     config("vocab_size", json!("ten"), "ten");
     config("rms_norm_eps", Value::Null, "missing");
+    config("rms_norm_eps", json!(-1e-6), "is -1e-6");
+    config("rms_norm_eps", json!(1e300), "is 1e300");
+    config("rope_theta", json!(0), "is 0");
     config(
         "quantization_config",
         json!({"quant_method": "gptq"}),
         "4-bit",
     );
+}
+
+/// Sizes are multiplied and asked memory for before the first tensor is looked at.
+#[test]
+fn sizes_that_no_model_has_are_refused_by_key_and_value() {
+    let keys = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+    ];
+    let refused = |draft: Draft, key: &str, value: &Value| {
+        let key = format!("`{key}`");
+        draft.refused(&["config.json", &key, &format!("is {value}")]);
+    };
+    for key in keys {
+        for value in [
+            json!(0),
+            json!(-1),
+            json!(1.5),
+            json!((1u64 << 20) + 1),
+            json!(1u64 << 32),
+            json!(10u64.pow(18)),
+            json!(1u64 << 63),
+            json!(u64::MAX),
+            json!(1e30),
+        ] {
+            refused(Draft::new().set(key, value.clone()), key, &value);
+        }
+    }
+    let most = json!(1 << 20);
+    for (key, other, multiplied) in [
+        ("num_hidden_layers", "head_dim", 2),
+        ("num_attention_heads", "head_dim", 2),
+        ("max_position_embeddings", "head_dim", 1 << 10),
+    ] {
+        let draft = Draft::new().set(other, json!(multiplied));
+        refused(draft.set(key, most.clone()), key, &most);
+    }
+    // At the bounds, it is the tensors that do not fit.
+    for (key, value) in keys.map(|key| (key, 1 << 20)).into_iter().chain([
+        ("num_hidden_layers", 1 << 12),
+        ("num_attention_heads", 1 << 19),
+        ("head_dim", 1 << 18),
+    ]) {
+        let draft = Draft::new().set(key, json!(value)).write();
+        let opened = Checkpoint::open(draft.path());
+        assert_eq!(opened.is_ok(), key == "max_position_embeddings", "{key}");
+    }
+    let all = [
+        ("vocab_size", 1 << 20),
+        ("hidden_size", 1 << 20),
+        ("intermediate_size", 1 << 20),
+        ("num_attention_heads", 1 << 10),
+        ("num_key_value_heads", 1 << 10),
+        ("head_dim", 1 << 10),
+        ("max_position_embeddings", 1 << 18),
+    ];
+    let draft = all.into_iter().fold(Draft::new(), |draft, (key, size)| {
+        draft.set(key, json!(size))
+    });
+    draft.refused(&["model.safetensors", "[10, 6], not [1048576, 1048576]"]);
 }
 
 #[test]
