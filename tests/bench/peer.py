@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import pathlib
-import re
 import resource
 import time
 
@@ -28,12 +27,9 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def lengths(which):
-    """Tokens of prompt and reply, as rows.rs has them: one list for both sides."""
-    source = (pathlib.Path(__file__).parent / "src/rows.rs").read_text()
-    table = source.split("pub const REAL")[1].split("];")[0].split("= [")[1]
-    real = [(int(a), int(b)) for a, b in re.findall(r"\((\d+), (\d+)\)", table)]
-    assert len(real) == 128
-    return real if which == "real" else [(27, 101)] * 128
+    """Tokens of prompt and reply: one list for both sides."""
+    real = pathlib.Path(__file__).parents[2] / "tools/qlora-train/src/lengths.json"
+    return json.loads(real.read_text()) if which == "real" else [(27, 101)] * 128
 
 
 def batch(rows, vocabulary):

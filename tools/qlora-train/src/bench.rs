@@ -23,21 +23,22 @@ use serde::Serialize;
 
 use crate::LmHeadFlag;
 use crate::commands::Messages;
+use crate::memory::Size;
 
 /// Steps before the clock starts: buffers grow, products are planned.
 const WARM_UP: usize = 2;
 
-/// Tokens of prompts and replies: seven quantiles of what tweets and their replies
-/// take, template included; 40 a pair on average.
-const LENGTHS: [[usize; 2]; 7] = [
-    [14, 3],
-    [16, 6],
-    [20, 9],
-    [24, 12],
-    [28, 16],
-    [34, 21],
-    [46, 31],
-];
+/// More in a step say nothing more of a device.
+const MOST_TOKENS: usize = 1 << 20;
+
+/// The same of a product's side, and of prompts.
+const MOST_SIDE: usize = 1 << 14;
+const MOST_PROMPTS: usize = 1 << 16;
+
+/// Tokens of prompts and replies, template included: 128 real pairs of tweet and reply
+/// at even ranks among 3,318 sorted by length, in a random order; 40 a pair on average.
+/// The one list: `tests/gpu/bench` asks for it, `tests/bench` reads the file.
+const LENGTHS: &str = include_str!("lengths.json");
 
 /// The published shapes: hidden, inner, layers, query heads, key/value heads, tied.
 /// Heads are 128 wide, and there are 151,936 tokens.
@@ -70,7 +71,7 @@ pub struct Bench {
         default_value = "160,640,2048,16384",
         value_delimiter = ',',
         value_name = "LIST",
-        value_parser = positive
+        value_parser = tokens
     )]
     tokens: Vec<usize>,
     /// Compute every layer again in the backward pass, for less memory
@@ -112,6 +113,9 @@ pub struct Bench {
     /// Lengths to use, a JSON list of [prompt, reply] in tokens
     #[arg(long, value_name = "FILE")]
     lengths: Option<PathBuf>,
+    /// Write the lengths that would be used, as --lengths takes them, and stop
+    #[arg(long)]
+    print_lengths: bool,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value_t, value_name = "DEVICE")]
     device: Choice,
@@ -135,11 +139,20 @@ fn positive(text: &str) -> Result<usize, String> {
     Ok(number.get())
 }
 
+fn tokens(text: &str) -> Result<usize, String> {
+    match positive(text)? {
+        tokens @ ..=MOST_TOKENS => Ok(tokens),
+        _ => Err(format!(
+            "a step of at most {MOST_TOKENS} tokens is measured"
+        )),
+    }
+}
+
 fn side(text: &str) -> Result<usize, String> {
-    let side = text.parse().map_err(|e| format!("{e}"))?;
-    match side > 0 && side % 8 == 0 {
-        true => Ok(side),
-        false => Err("a multiple of 8 is needed".into()),
+    match positive(text)? {
+        side if side % 8 != 0 => Err("a multiple of 8 is needed".into()),
+        side @ ..=MOST_SIDE => Ok(side),
+        _ => Err(format!("a product of at most {MOST_SIDE}³ is measured")),
     }
 }
 
@@ -242,8 +255,14 @@ impl Bench {
     /// If the device fails, or has no room for the weights.
     pub fn run(&self, app: &App) -> Result<()> {
         let lengths = self.lengths()?;
+        if self.print_lengths {
+            let mut out = Output::stdout();
+            out.json(&lengths)?;
+            return Ok(out.flush()?);
+        }
         let mut config = self.shape.config.clone();
         config.layers = self.layers.unwrap_or(config.layers).min(config.layers);
+        self.check(&config)?;
         let (device, which) = Device::open(self.device)?;
         app.info(&which);
         match device {
@@ -252,9 +271,30 @@ impl Bench {
         }
     }
 
+    /// Figures that a shape has no room for.
+    fn check(&self, config: &Config) -> Result<(), Failure> {
+        let new = self.new_tokens as usize;
+        for (flag, value, most, what) in [
+            ("--rank", self.rank, config.hidden_size, "the shape is wide"),
+            (
+                "--new-tokens",
+                new,
+                config.max_positions,
+                "the shape has positions",
+            ),
+            ("--prompts", self.prompts, MOST_PROMPTS, "are measured"),
+        ] {
+            if value > most {
+                let cause = format!("{flag} {value}: more than {what} ({most})");
+                return Err(Failure::Usage(cause));
+            }
+        }
+        Ok(())
+    }
+
     fn lengths(&self) -> Result<Vec<[usize; 2]>> {
         let Some(path) = &self.lengths else {
-            return Ok(LENGTHS.into());
+            return Ok(serde_json::from_str(LENGTHS)?);
         };
         let name = || path.display().to_string();
         let lengths: Vec<[usize; 2]> =
@@ -290,6 +330,16 @@ impl Bench {
         let device = backend.describe();
         let before = free(&backend)?;
         let side = self.side.unwrap_or(if OF_ITS_OWN { 8192 } else { 1024 });
+        // A weight in bf16, what goes in and what comes out.
+        let square = side * side * (2 + 2 * B::ACT_BYTES);
+        if let Some(room) = backend.free_memory()?.filter(|room| square > *room) {
+            let (needed, room) = (Size(square), Size(room));
+            let cause = format!("--side {side}: needs {needed}, and {room} are free");
+            return Err(Failure::Usage(cause).into());
+        }
+        app.info(format_args!(
+            "measuring the device's own rates by a product of {side}³"
+        ));
         let rates = rates(&backend, side)?;
         let storage = |dense| match dense {
             true => Storage::AsStored,
@@ -301,6 +351,7 @@ impl Bench {
         };
         let started = Instant::now();
         let model = Model::random(backend, config, held).context("the random weights")?;
+        finish(model.backend())?;
         app.info(format_args!(
             "weights made in {:.1} s",
             started.elapsed().as_secs_f64()
@@ -345,7 +396,26 @@ impl Bench {
             layout: &layout,
             model: &model,
         };
+        // A processor's memory is handed out before it is there.
+        let room = match OF_ITS_OWN {
+            true => None,
+            false => model.backend().free_memory()?,
+        };
+        let fits = |what: String, least: usize| {
+            let lacking = room.filter(|room| least > *room);
+            if let Some(room) = lacking {
+                let (least, room) = (Size(least), Size(room));
+                app.warn(format_args!(
+                    "{what}: left out, for they need {least} at least, and {room} are free"
+                ));
+            }
+            lacking.is_none()
+        };
         for &tokens in &self.tokens {
+            let least = tokens.saturating_mul(self.bytes_per_token::<B>(model.config()));
+            if !fits(format!("--tokens {tokens}"), least) {
+                continue;
+            }
             match self.train(&mut trainer, lengths, tokens, rates, free) {
                 Ok(what) => write(what)?,
                 Err(error @ engine::Error::OutOfMemory { .. }) => {
@@ -356,9 +426,26 @@ impl Bench {
         }
         trainer.pass.release();
         for &slots in self.slots.iter().filter(|_| self.prompts > 0) {
+            let (config, used) = (model.config(), slots.min(self.prompts));
+            let keys = config.layers * config.kv_heads * config.head_dim * B::ACT_BYTES;
+            let least = used * self.new_tokens as usize * 2 * keys;
+            if !fits(format!("--slots {slots}"), least) {
+                continue;
+            }
             write(self.generate(&trainer, lengths, slots)?)?;
         }
         Ok(())
+    }
+
+    /// What a pass keeps of each token at least: what goes into each layer and, unless
+    /// that is computed again, what is computed in it.
+    fn bytes_per_token<B: Backend>(&self, config: &Config) -> usize {
+        let heads = (config.heads + config.kv_heads) * config.head_dim;
+        let inside = match self.recompute {
+            true => 0,
+            false => 3 * (config.hidden_size + heads + config.intermediate_size),
+        };
+        config.layers * (config.hidden_size + inside) * B::ACT_BYTES
     }
 
     fn train<B: Backend>(
@@ -502,17 +589,23 @@ fn ids(number: usize, len: usize, vocabulary: usize) -> Vec<u32> {
     (0..len).map(|i| id(i) as u32).collect()
 }
 
-/// Rows with the lengths in turn, as many as fit, and one at least: ids, and which
-/// of them are learnt.
+/// Rows with the lengths in turn, those that still fit, and one at least: ids, and
+/// which of them are learnt.
 fn texts(lengths: &[[usize; 2]], tokens: usize, vocabulary: usize) -> Vec<(Vec<u32>, Vec<bool>)> {
-    let (mut rows, mut used) = (Vec::new(), 0);
-    for (number, &[prompt, reply]) in lengths.iter().cycle().enumerate() {
-        used += prompt + reply;
-        if used > tokens && number > 0 {
-            return rows;
+    let (mut rows, mut left, mut passed_over) = (Vec::new(), tokens, 0);
+    for &[prompt, reply] in lengths.iter().cycle() {
+        let len = prompt + reply;
+        if len <= left || rows.is_empty() {
+            left = left.saturating_sub(len);
+            passed_over = 0;
+            let labelled = (0..len).map(|i| i >= prompt).collect();
+            rows.push((ids(rows.len(), len, vocabulary), labelled));
+        } else {
+            passed_over += 1;
+            if passed_over == lengths.len() {
+                break;
+            }
         }
-        let labelled = (0..prompt + reply).map(|i| i >= prompt).collect();
-        rows.push((ids(number, prompt + reply, vocabulary), labelled));
     }
     rows
 }
@@ -526,6 +619,12 @@ fn as_rows(texts: &[(Vec<u32>, Vec<bool>)]) -> Vec<Row<'_>> {
             labelled,
         })
         .collect()
+}
+
+/// Waits for what is queued: one number is read behind it.
+fn finish<B: Backend>(backend: &B) -> engine::Result<()> {
+    let mark = backend.alloc_f32(1)?;
+    backend.read_f32(&mark, 0..1).wait().map(drop)
 }
 
 /// The device's rates: a bf16 product of `side`³, and a copy of `side²` activations
@@ -551,15 +650,12 @@ fn rates<B: Backend>(backend: &B, side: usize) -> Result<Rates> {
         layer: 0,
         members: &members,
     };
-    // Waiting for one number waits for all that was queued before it.
-    let mark = backend.alloc_f32(1)?;
-    let wait = || backend.read_f32(&mark, 0..1).wait();
     let time = |work: &mut dyn FnMut()| -> engine::Result<f64> {
         work();
-        wait()?;
+        finish(backend)?;
         let started = Instant::now();
         (0..TIMES).for_each(|_| work());
-        wait()?;
+        finish(backend)?;
         Ok(started.elapsed().as_secs_f64() / TIMES as f64)
     };
     let product = time(&mut || {
