@@ -91,9 +91,9 @@ fn measured(
     [weights, PEAK.load(Relaxed) - before]
 }
 
-/// What the products' library takes beside, to pack operands: at most 0.54 MB here, on two
-/// threads (the test prints it).
-const PACKING: usize = 1 << 20;
+/// What the plan leaves out, lists and records that are small: at most 40 KB here, three
+/// runs alike (the test prints it). Products pack their operands on the stack.
+const BESIDE: usize = 64 << 10;
 
 #[test]
 fn the_plan_is_what_the_heap_gives() {
@@ -159,7 +159,7 @@ fn check() {
                 lengths.len(),
                 100.0 * (peak as f64 / planned as f64 - 1.0)
             );
-            assert!((planned..planned + planned / 100 + PACKING).contains(&peak));
+            assert!((planned..planned + BESIDE).contains(&peak));
             // Beside the values: the matrices' own records, 2 KB a layer.
             let weights = weights.total();
             assert!((weights..weights + (4 << 10) * config.layers).contains(&loaded));
