@@ -67,6 +67,31 @@ fn embeddings_gather_and_scatter() {
 }
 
 #[test]
+fn uploads_arrive_whole() {
+    let check = |b: &Cuda| {
+        // On a GPU: three pieces and a bit, then pieces that meet memory still in use.
+        let lens = [(13 << 20) + 3, 1, 5 << 20, 6 << 20, 1 << 18, (1 << 18) + 1];
+        let values = |i: usize, len| (0..len).map(move |k| (k * 7 + i) as f32);
+        let buffers: Vec<_> = (0..)
+            .zip(lens)
+            .map(|(i, len)| b.upload_f32(&values(i, len).collect::<Vec<_>>()).unwrap())
+            .collect();
+        for ((i, len), buffer) in (0..).zip(lens).zip(&buffers) {
+            let got = b.read_f32(buffer, 0..len).wait().unwrap();
+            let same = got.iter().copied().eq(values(i, len));
+            assert!(same, "upload {i} of {len}, {}", b.describe());
+        }
+    };
+    if let Some(gpu) = gpu() {
+        check(&gpu);
+    }
+    if !only_gpu() {
+        let unchecked = Emulated::new(Order::Forward, false);
+        check(&Cuda::new(Box::new(unchecked)).unwrap());
+    }
+}
+
+#[test]
 fn rms_norm_and_its_gradient() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
         let mut results = Vec::new();

@@ -80,12 +80,26 @@ struct Pinned {
     bytes: usize,
 }
 
-/// Largest upload that is staged. A copy from pageable memory may wait for all that
-/// is queued; a batch's ids, which come while the device is busy, must not. Weights
-/// are larger, and come when there is nothing to wait for.
-const STAGED: usize = 4 << 20;
+/// Largest piece of an upload. Every upload goes by way of page-locked memory: a copy
+/// from pageable memory may wait for all that is queued, which a batch's ids must not,
+/// and moves at half the speed, which weights should not.
+const PIECE: usize = 16 << 20;
 
-/// A staged upload: page-locked memory, and the event behind its copy.
+/// Most page-locked memory of uploads under way: while one piece is on the bus the next
+/// is filled.
+const UNDER_WAY: usize = 2 * PIECE;
+
+/// What page-locked memory for so many bytes takes: one of a few sizes, so that it is
+/// used again, and a few numbers never take what a weight's piece will ask for.
+fn pinned_size(bytes: usize) -> usize {
+    const SMALL: usize = 1 << 20;
+    match bytes {
+        ..=SMALL => bytes.next_power_of_two().max(4096),
+        _ => bytes.next_multiple_of(PIECE),
+    }
+}
+
+/// A staged piece of an upload: page-locked memory, and the event behind its copy.
 struct Staged {
     event: sys::CUevent,
     pinned: Pinned,
@@ -115,13 +129,13 @@ impl Context {
         unsafe { cuda::ctx::set_current(self.context) }.map_err(|e| failed("the GPU", e))
     }
 
-    /// Page-locked memory, used again where it is large enough.
+    /// Page-locked memory of this size or a little more, used again where there is some.
     fn pin(&self, bytes: usize) -> Result<Pinned> {
         let mut free = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(i) = free.iter().position(|p| p.bytes >= bytes) {
+        let bytes = pinned_size(bytes);
+        if let Some(i) = free.iter().position(|p| p.bytes == bytes) {
             return Ok(free.swap_remove(i));
         }
-        let bytes = bytes.next_multiple_of(4096);
         // SAFETY: the memory is only written before it is read.
         let at = unsafe { cuda::malloc_host(bytes, 0) }.map_err(|e| failed("host memory", e))?;
         Ok(Pinned { at, bytes })
@@ -140,21 +154,25 @@ impl Context {
         Ok(event)
     }
 
-    /// Queues a copy by way of page-locked memory, and takes back that of copies
-    /// that are done.
+    /// Queues a copy of one piece by way of page-locked memory, and takes back that of
+    /// copies that are done; where too much is under way, it waits for the first.
     fn stage(&self, bytes: &[u8], to: Address) -> Result<()> {
         let with = |e| failed("copying to the GPU", e);
         let mut staged = self.staged.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: events in the list are live.
-        let passed = |event| match unsafe { sys::cuEventQuery(event) } {
-            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
-            other => other.result().map(|()| true).map_err(with),
-        };
+        let mut under_way: usize = staged.iter().map(|s| s.pinned.bytes).sum();
         while let Some(first) = staged.front() {
-            if !passed(first.event)? {
-                break;
+            if under_way + pinned_size(bytes.len()) > UNDER_WAY {
+                // SAFETY: events in the list are live.
+                unsafe { cuda::event::synchronize(first.event) }.map_err(with)?;
+            } else {
+                // SAFETY: as above.
+                match unsafe { sys::cuEventQuery(first.event) } {
+                    sys::CUresult::CUDA_ERROR_NOT_READY => break,
+                    other => other.result().map_err(with)?,
+                }
             }
             let Staged { event, pinned } = staged.pop_front().expect("there is a first");
+            under_way -= pinned.bytes;
             // SAFETY: the event is nobody else's.
             unsafe { cuda::event::destroy(event) }.map_err(with)?;
             self.unpin(pinned);
@@ -588,13 +606,10 @@ impl Driver for Nvidia {
 
     fn write(&self, bytes: &[u8], to: Address) -> Result<()> {
         self.context.enter()?;
-        if bytes.len() <= STAGED {
-            return self.context.stage(bytes, to);
+        for (piece, at) in bytes.chunks(PIECE).zip((to..).step_by(PIECE)) {
+            self.context.stage(piece, at)?;
         }
-        // SAFETY: the range is inside a buffer of the backend's. From pageable memory
-        // the driver has read the source when the call returns.
-        unsafe { cuda::memcpy_htod_async(to, bytes, self.context.stream) }
-            .map_err(|e| failed("copying to the GPU", e))
+        Ok(())
     }
 
     fn read(&self, from: Address, bytes: usize) -> Result<Box<dyn Pending>> {
