@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use harness::{Run, Tool, check_examples};
@@ -106,9 +106,19 @@ fn lines(path: &Path) -> usize {
 
 /// Starts a run and sends a signal once its figures have so many lines.
 fn signal_after(tool: &Tool, out: &str, more: &[&str], after: usize, signal: &str) -> Option<i32> {
+    let command = tool.command(&arguments(out, more));
+    signal_to(command, (tool, out), after, signal)
+}
+
+/// The same for a command of its own.
+fn signal_to(
+    mut command: Command,
+    (tool, out): (&Tool, &str),
+    after: usize,
+    signal: &str,
+) -> Option<i32> {
     use std::os::unix::process::ExitStatusExt;
-    let mut child = tool
-        .command(&arguments(out, more))
+    let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -124,7 +134,7 @@ fn signal_after(tool: &Tool, out: &str, more: &[&str], after: usize, signal: &st
         std::thread::sleep(Duration::from_millis(1));
     }
     let pid = child.id().to_string();
-    let _ = std::process::Command::new("kill")
+    let _ = Command::new("kill")
         .args([signal, &pid])
         .stderr(Stdio::null())
         .status();
@@ -245,6 +255,81 @@ fn a_signal_saves_and_leaves_with_130() {
         train(&tool, &out, &["--resume"]).exits(0);
         same(&tool, "whole", &out);
     }
+}
+
+/// A command behind another program, in the same surroundings.
+fn behind(program: &str, more: &[&str], command: &Command) -> Command {
+    let mut all = Command::new(program);
+    all.args(more)
+        .arg(command.get_program())
+        .args(command.get_args())
+        .env_clear()
+        .envs(command.get_envs().filter_map(|(k, v)| Some((k, v?))));
+    if let Some(folder) = command.get_current_dir() {
+        all.current_dir(folder);
+    }
+    all
+}
+
+/// The tests themselves may run under nohup: env(1) says what holds.
+#[test]
+fn a_hangup_saves_unless_hangups_are_ignored() {
+    let tool = tool();
+    train(&tool, "whole", &[]).exits(0);
+    for (out, how, expected) in [
+        ("heeded", "--default-signal=HUP", 130),
+        ("ignored", "--ignore-signal=HUP", 0),
+    ] {
+        let command = behind("env", &[how], &tool.command(&arguments(out, &[])));
+        let code = signal_to(command, (&tool, out), 3, "-HUP");
+        assert_eq!(code, Some(expected), "{how}");
+        if code == Some(130) {
+            let saved = fs::read_dir(tool.folder().join(out).join("checkpoints"));
+            assert!(saved.unwrap().count() > 0, "nothing saved");
+            train(&tool, out, &["--resume"]).exits(0);
+        }
+        same(&tool, "whole", out);
+    }
+}
+
+/// What goes on when a connection is lost: several signals, and figures that cannot be
+/// written any more.
+#[test]
+fn a_terminal_that_goes_away_leaves_a_saved_run() {
+    let tool = tool();
+    // There is always a step whose figures are still to be written.
+    let config = CONFIG
+        .replace("save_steps: 3", "save_steps: 0")
+        .replace("eval_steps: 4", "eval_steps: 0");
+    tool.file("train.yaml", &config);
+    train(&tool, "whole", &[]).exits(0);
+    let command = tool.command(&arguments("out", &["--log", "log"]));
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let line: Vec<String> = words.map(|w| format!("'{}'", w.display())).collect();
+    let line = format!("exec env --default-signal=HUP {}", line.join(" "));
+    if Command::new("script").arg("--version").output().is_err() {
+        println!("no script(1), so no terminal: left to the test of the signal alone");
+        return;
+    }
+    let mut script = Command::new("script");
+    script.args(["--quiet", "--command", &line, "/dev/null"]);
+    script.current_dir(tool.folder());
+    // Without script(1) nobody holds the terminal's other end.
+    let code = signal_to(script, (&tool, "out"), 3, "-KILL");
+    assert_eq!(code, Some(-9));
+    let started = Instant::now();
+    while !tool.read("log").contains("interrupted; step") {
+        assert!(
+            started.elapsed() < Duration::from_secs(60),
+            "{}",
+            tool.read("log")
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    train(&tool, "out", &["--resume"])
+        .exits(0)
+        .says("going on after step");
+    same(&tool, "whole", "out");
 }
 
 #[test]
@@ -454,6 +539,82 @@ fn an_adapter_that_is_no_number_is_not_published() {
             .says("lower training.learning_rate");
         let adapter = format!("{out}/adapter_model.safetensors");
         assert!(!tool.folder().join(adapter).exists());
+    }
+}
+
+/// Where nothing was learnt yet, the weights are at fault and not the learning rate.
+#[test]
+fn weights_that_are_no_numbers_are_told_as_such() {
+    let tool = tool();
+    let model = tool.folder().join("damaged");
+    fs::create_dir(&model).unwrap();
+    for entry in fs::read_dir(MODEL).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
+    }
+    // A NaN in the norm before the output projection.
+    let path = model.join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let head = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..head]).unwrap();
+    let norm = &header["model.norm.weight"];
+    assert_eq!(norm["dtype"], "BF16");
+    let at = head + norm["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[at..at + 2].copy_from_slice(&0x7fc0_u16.to_le_bytes());
+    fs::write(&path, bytes).unwrap();
+    for (out, rows, said) in [
+        ("held-out", 31, "step 0: the held-out loss is no longer"),
+        ("none", 4, "step 1: the loss is no longer a number"),
+    ] {
+        tool.file("pairs.jsonl", &pairs(rows));
+        let arguments = ["--model", "damaged", "--data", "pairs.jsonl", "--out", out];
+        tool.run(&arguments, "")
+            .exits(4)
+            .says(said)
+            .says("`qlora-train inspect damaged`")
+            .says("fetch the model again")
+            .never_says("lower training.learning_rate");
+    }
+}
+
+#[test]
+fn bench_refuses_what_no_machine_has() {
+    let tool = tool();
+    for (flag, value, said) in [
+        (
+            "--rank",
+            "129",
+            "--rank 129: more than the shape is wide (128)",
+        ),
+        (
+            "--rank",
+            "9000000000000000000",
+            "more than the shape is wide",
+        ),
+        ("--side", "9000000000000000000", "of at most 16384³"),
+        ("--side", "16392", "of at most 16384³"),
+        ("--side", "12", "a multiple of 8"),
+        (
+            "--tokens",
+            "64,9000000000000000000",
+            "at most 1048576 tokens",
+        ),
+        ("--prompts", "9000000000000000000", "--prompts "),
+        (
+            "--new-tokens",
+            "4000000000",
+            "--new-tokens 4000000000: more than the shape has positions",
+        ),
+    ] {
+        let started = Instant::now();
+        tool.run(
+            &["bench", "--shape", "tiny", "--device", "cpu", flag, value],
+            "",
+        )
+        .exits(2)
+        .says(flag)
+        .says(said);
+        assert!(started.elapsed() < Duration::from_secs(5), "{flag} {value}");
     }
 }
 
@@ -854,7 +1015,7 @@ fn a_checkpoint_can_be_asked_for() {
         if ask == "touch" {
             fs::write(tool.folder().join(out).join("save-now"), "").unwrap();
         } else {
-            let _ = std::process::Command::new("kill")
+            let _ = Command::new("kill")
                 .args([ask, &child.id().to_string()])
                 .status();
         }
@@ -1232,11 +1393,23 @@ fn a_damaged_adapter_is_not_taken_for_a_finished_one() {
         .exits(4)
         .says("out/adapter_model.safetensors: is not as it was written")
         .says("delete adapter_model.safetensors");
+    // Without the sums nobody can tell.
+    let sums = tool.read("out/SHA256SUMS");
+    fs::remove_file(tool.folder().join("out/SHA256SUMS")).unwrap();
+    train(&tool, "out", &["--steps", "3", "--resume"])
+        .exits(4)
+        .says("out/SHA256SUMS: No such file")
+        .says("delete adapter_model.safetensors");
+    let config = sums.lines().find(|line| line.ends_with("_config.json"));
+    tool.file("out/SHA256SUMS", config.unwrap());
+    train(&tool, "out", &["--steps", "3", "--resume"])
+        .exits(4)
+        .says("out/SHA256SUMS: has no sum of adapter_model.safetensors");
     // The remedy that it names is one.
     fs::remove_file(&weights).unwrap();
     train(&tool, "out", &["--steps", "3", "--resume"]).exits(0);
     same(&tool, "whole", "out");
-    let sums = std::process::Command::new("sha256sum")
+    let sums = Command::new("sha256sum")
         .args(["--check", "--quiet", "SHA256SUMS"])
         .current_dir(tool.folder().join("out"))
         .status();
@@ -1285,6 +1458,7 @@ fn a_flipped_bit_is_seen_wherever_it_is() {
     flip(tool.folder().join("out/adapter_model.safetensors"));
     let run = tool.run(&["inspect", "--strict", "out"], "").exits(1);
     assert!(run.stdout.contains("is not as it was written"), "{run}");
+    assert!(run.stderr.ends_with("out: 1 problem\n"), "{run}");
     // In the base that an adapter is merged into: said.
     let merge = |out| {
         let arguments = [
@@ -1480,7 +1654,7 @@ fn a_run_saved_before_its_first_step_goes_on_to_the_same_bytes() {
         while !heeds_termination(child.id()) && child.try_wait().unwrap().is_none() {
             std::thread::yield_now();
         }
-        let _ = std::process::Command::new("kill")
+        let _ = Command::new("kill")
             .args([signal, &child.id().to_string()])
             .status();
         let code = child.wait().unwrap().code();
@@ -1629,7 +1803,7 @@ fn a_disk_without_room_is_refused_before_the_start() {
     let tool = tool();
     let disk = tool.folder().join("disk");
     fs::create_dir(&disk).unwrap();
-    let mounted = std::process::Command::new("mount")
+    let mounted = Command::new("mount")
         .args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"])
         .arg(&disk)
         .stderr(Stdio::null())
@@ -1640,7 +1814,7 @@ fn a_disk_without_room_is_refused_before_the_start() {
     }
     let run = train(&tool, "disk/out", &[]);
     let written = disk.join("out").exists();
-    let unmounted = std::process::Command::new("umount").arg(&disk).status();
+    let unmounted = Command::new("umount").arg(&disk).status();
     assert!(unmounted.unwrap().success());
     run.exits(4)
         .says("the disk has 1.0 MB free")
@@ -1664,6 +1838,7 @@ fn the_plan_is_shown_unless_there_is_to_be_quiet() {
     }
     let run = train(&tool, "out", &["-q", "--log", "log"]).exits(0);
     assert!(run.stderr.lines().count() <= 5, "{run}");
+    assert!(!run.stderr.contains("lora."), "{run}");
     assert!(tool.read("log").contains("lora.rank = 4"));
     // What was planned, and how it came out: on so small a model the program's own code,
     // which is not counted, weighs more than a few percent.

@@ -1,7 +1,10 @@
 //! The figures of a run, line by line.
 
+use std::io::IsTerminal;
+
 use anyhow::Result;
 use jsonl::{Output, WriteError};
+use rustix::io::Errno;
 use serde::Serialize;
 
 use crate::folder::Folder;
@@ -42,9 +45,20 @@ pub struct TimeLine {
 pub struct Lines {
     pub folder: Folder,
     pub stdout: Option<Output>,
+    /// Whether that is a terminal.
+    terminal: bool,
 }
 
 impl Lines {
+    /// To the folder, and to standard output from its beginning.
+    pub fn new(folder: Folder) -> Self {
+        Self {
+            folder,
+            stdout: Some(Output::stdout()),
+            terminal: std::io::stdout().is_terminal(),
+        }
+    }
+
     /// Writes a line of figures to both.
     pub fn metric(&mut self, line: &impl Serialize) -> Result<()> {
         let text = serde_json::to_string(line)?;
@@ -55,10 +69,21 @@ impl Lines {
                 .and_then(|()| out.flush());
             match written {
                 // Training is worth more than its audience.
-                Err(WriteError::ReaderGone) => self.stdout = None,
+                Err(error) if self.is_reader_gone(&error) => self.stdout = None,
                 other => other?,
             }
         }
         Ok(())
+    }
+
+    /// Whether nobody is there to read; a terminal that was closed says so by EIO, and
+    /// its SIGHUP is to find a run that can still save.
+    fn is_reader_gone(&self, error: &WriteError) -> bool {
+        match error {
+            WriteError::ReaderGone => true,
+            WriteError::Io { source, .. } => {
+                self.terminal && source.raw_os_error() == Some(Errno::IO.raw_os_error())
+            }
+        }
     }
 }

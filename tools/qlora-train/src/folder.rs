@@ -169,6 +169,20 @@ pub fn write_sums(folder: &Path, part: &Path) -> Result<()> {
     )?)
 }
 
+/// Whether a finished adapter is as it was written. Its sums came before it: where they
+/// are gone, or one of them is, nobody can tell.
+fn check_whole(folder: &Path) -> Result<(), String> {
+    let sums = folder.join(SUMS);
+    let text = fs::read_to_string(&sums).map_err(|e| format!("{}: {e}", sums.display()))?;
+    for name in SUMMED {
+        let has = |line: &str| line.split_once("  ").is_some_and(|(_, file)| file == name);
+        if !text.lines().any(has) {
+            return Err(format!("{}: has no sum of {name}", sums.display()));
+        }
+    }
+    qwen3::check_sums(folder).map_err(|damage| damage.to_string())
+}
+
 /// A line of metrics.jsonl, of an update or of an evaluation.
 #[derive(Deserialize)]
 pub struct Figures {
@@ -245,7 +259,7 @@ impl Folder {
             jsonl::write_atomically(&run, text.as_bytes())?;
         }
         if is_finished(path) {
-            qwen3::check_sums(path).map_err(|damage| {
+            check_whole(path).map_err(|damage| {
                 Failure::World(format!(
                     "{damage}; delete adapter_model.safetensors, and --resume writes it again \
                      from the last checkpoint"

@@ -139,7 +139,8 @@ impl Inspect {
         match report.problems.len() {
             0 => Ok(()),
             count if self.strict => {
-                let cause = format!("{}: {count} problems", self.folder.display());
+                let noun = if count == 1 { "problem" } else { "problems" };
+                let cause = format!("{}: {count} {noun}", self.folder.display());
                 Err(Failure::Gate(cause).into())
             }
             _ => Ok(()),

@@ -166,10 +166,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
             stream: Stream::new(&job.rows.train, t.seed, t.shuffle),
             watch: Watch::new(t, &seen),
             spikes: Spikes::new(t, &seen),
-            lines: Lines {
-                folder,
-                stdout: Some(Output::stdout()),
-            },
+            lines: Lines::new(folder),
             pending: None,
             begun: Instant::now(),
             estimated: Duration::ZERO,
@@ -289,7 +286,8 @@ impl<'a, B: Backend> Trainer<'a, B> {
         line.loss = sum / line.supervised_tokens as f64;
         line.grad_norm = f64::from(step.norm.wait()?[0]);
         if !(line.loss.is_finite() && line.grad_norm.is_finite()) {
-            return Err(no_number(line.step, "the loss is"));
+            let settings = self.job.settings;
+            return Err(no_number(line.step, "the loss is", line.step - 1, settings));
         }
         self.lines.metric(&line)?;
         if let Some(spike) = self.spikes.see(line.step, line.loss, line.grad_norm) {
@@ -383,7 +381,10 @@ impl<'a, B: Backend> Trainer<'a, B> {
         let values = self.model.backend().read_f32(&self.params, all).wait()?;
         match values.iter().all(|value| value.is_finite()) {
             true => Ok(values),
-            false => Err(no_number(self.step, "a value of the adapter is")),
+            false => {
+                let (step, what) = (self.step, "a value of the adapter is");
+                Err(no_number(step, what, step, self.job.settings))
+            }
         }
     }
 
@@ -429,7 +430,8 @@ impl<'a, B: Backend> Trainer<'a, B> {
         self.pass.reserve(self.model, fit.survey.extent, layout)?;
         let eval_loss = sum / tokens as f64;
         if !eval_loss.is_finite() {
-            return Err(no_number(self.step, "the held-out loss is"));
+            let (step, what) = (self.step, "the held-out loss is");
+            return Err(no_number(step, what, step, self.job.settings));
         }
         Ok(Some(EvalLine {
             step: self.step,
@@ -512,8 +514,17 @@ impl<'a, B: Backend> Trainer<'a, B> {
 }
 
 /// The end of a run that cannot come back: to resume would repeat every step to it.
-fn no_number(step: u64, what: &str) -> anyhow::Error {
-    let remedy = "lower training.learning_rate and train in another folder (make: RUN=new)";
+/// After `updates` of them that made it so; where there was none, no learning rate did.
+fn no_number(step: u64, what: &str, updates: u64, settings: &TrainSettings) -> anyhow::Error {
+    let model = &settings.model.path;
+    let remedy = match updates {
+        0 => format!(
+            "nothing was learnt yet, so the weights (of {model}, or of --init-adapter) are damaged: \
+             `qlora-train inspect {model}` says whether its files are whole, with --verify what transformers \
+             makes of them; delete them and fetch the model again"
+        ),
+        _ => "lower training.learning_rate and train in another folder (make: RUN=new)".into(),
+    };
     Failure::World(format!("step {step}: {what} no longer a number: {remedy}")).into()
 }
 
