@@ -779,8 +779,16 @@ fn random_weights_are_normal_and_do_not_repeat() {
             assert_eq!(b.matrix_bytes(&table), rows * cols * 2);
             let ids: Vec<_> = (0..rows as u32).collect();
             let mut out = b.poisoned(rows * cols);
-            b.embed(&table, &b.upload_ids(&ids).unwrap(), rows, &mut out);
-            b.read_act(&out, rows * cols).unwrap()
+            let ids = b.upload_ids(&ids).unwrap();
+            b.embed(&table, &ids, rows, &mut out);
+            let values = b.read_act(&out, rows * cols).unwrap();
+            // Made in the host's memory they are the same.
+            let there = b.random_table(SHAPE, number).unwrap();
+            assert_eq!(b.matrix_bytes(&there), 0);
+            let mut out = b.poisoned(rows * cols);
+            b.embed(&there, &ids, rows, &mut out);
+            assert!(b.read_act(&out, rows * cols).unwrap() == values);
+            values
         });
         values.iter().for_each(|v| assert_normal(v, &b.describe()));
         // Eight neighbours have some 65 bits between them.

@@ -329,6 +329,15 @@ pub trait Backend: Sized + Send + Sync {
         self.upload_matrix(HostMatrix::random(shape, quantised, number))
     }
 
+    /// The same as a table in bf16 that is only looked up in
+    /// ([`upload_table`](Self::upload_table)).
+    ///
+    /// # Errors
+    /// If there is no room.
+    fn random_table(&self, shape: [usize; 2], number: u32) -> Result<Self::Matrix> {
+        self.upload_table(HostMatrix::random(shape, false, number))
+    }
+
     /// A weight in NF4, its scales quantised as well: the bits of
     /// [`Nf4Tensor::quantize`], wherever they are computed.
     ///

@@ -1,15 +1,14 @@
 //! A model of a given shape with weights drawn at random: what speed and memory
 //! are measured on, neither of which depends on their values.
 
-use engine::{Backend, HostMatrix, Result};
+use engine::{Backend, Result};
 
 use crate::model::{Ends, Model};
 use crate::{Config, Held, LayerWeights, Module, Storage};
 
 impl<B: Backend> Model<B> {
     /// A model with random weights, other ones in every layer, in bf16 or NF4;
-    /// embeddings are in bf16. The device makes them, but for embeddings that are no
-    /// head, which it may leave in the host's memory.
+    /// embeddings are in bf16. The device makes them.
     ///
     /// # Errors
     /// If the device has no room, or no kernels for heads of this width.
@@ -25,7 +24,7 @@ impl<B: Backend> Model<B> {
                 final_norm: vec![1.0; config.hidden_size],
             },
             false => Ends {
-                embedding: backend.upload_table(HostMatrix::random(shape, false, 0))?,
+                embedding: backend.random_table(shape, tables as u32 + 1)?,
                 lm_head: Some(backend.random_matrix(shape, head, tables as u32)?),
                 final_norm: vec![1.0; config.hidden_size],
             },

@@ -139,12 +139,12 @@ pub trait Driver: Send + Sync {
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory), naming `what`.
     fn allocate(&self, what: &'static str, bytes: usize) -> Result<Address>;
 
-    /// Host memory that kernels can read, slowly, holding these bytes; there is one
-    /// at least.
+    /// Host memory that kernels can read and write, slowly, with undefined contents,
+    /// under one address for both; `bytes` is not 0.
     ///
     /// # Errors
     /// If the host has no room that stays in place.
-    fn share(&self, bytes: &[u8]) -> Result<Address>;
+    fn share(&self, bytes: usize) -> Result<Address>;
 
     /// Gives shared memory back once the work queued so far is done.
     fn unshare(&self, address: Address);

@@ -207,16 +207,27 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub fn of<T: Element>(queue: &Arc<Queue>, values: &[T]) -> Result<Self> {
+    /// Undefined contents.
+    pub fn new<T: Element>(queue: &Arc<Queue>, len: usize) -> Result<Self> {
         queue.check()?;
-        let address = match values.len() {
+        let address = match len {
             0 => 0,
-            _ => queue.driver.share(bytes_of(values))?,
+            _ => queue.driver.share(len * size_of::<T>())?,
         };
         Ok(Self {
             queue: queue.clone(),
             address,
         })
+    }
+
+    pub fn of<T: Element>(queue: &Arc<Queue>, values: &[T]) -> Result<Self> {
+        let shared = Self::new::<T>(queue, values.len())?;
+        if !values.is_empty() {
+            let to = shared.address as *mut T;
+            // SAFETY: fresh host memory of this size, which no kernel has been told of.
+            unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), to, values.len()) };
+        }
+        Ok(shared)
     }
 }
 

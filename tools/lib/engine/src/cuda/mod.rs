@@ -365,6 +365,10 @@ impl Backend for Cuda {
         self.random_here(shape, quantised, number)
     }
 
+    fn random_table(&self, shape: [usize; 2], number: u32) -> Result<Matrix> {
+        self.random_there(shape, number)
+    }
+
     fn quantize(&self, matrix: &HostMatrix) -> Result<Nf4Tensor> {
         self.quantize_here(matrix)
     }

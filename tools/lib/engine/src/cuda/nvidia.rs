@@ -560,19 +560,17 @@ impl Driver for Nvidia {
         }
     }
 
-    fn share(&self, bytes: &[u8]) -> Result<Address> {
+    fn share(&self, bytes: usize) -> Result<Address> {
         self.context.enter()?;
-        // SAFETY: the memory is written below before anything reads it.
-        let at = unsafe { cuda::malloc_host(bytes.len(), sys::CU_MEMHOSTALLOC_DEVICEMAP) }
-            .map_err(|e| {
-                let megabytes = bytes.len().div_ceil(1_000_000);
+        // SAFETY: the backend writes the memory before it reads it.
+        let at =
+            unsafe { cuda::malloc_host(bytes, sys::CU_MEMHOSTALLOC_DEVICEMAP) }.map_err(|e| {
+                let megabytes = bytes.div_ceil(1_000_000);
                 unusable(
                     format!("{megabytes} MB of page-locked host memory, for embeddings: {e}"),
                     "free host memory, or raise the limit on what may be locked (ulimit -l)",
                 )
             })?;
-        // SAFETY: fresh memory of this size.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at.cast::<u8>(), bytes.len()) };
         // With unified addressing, which every 64-bit system has, the host's address is
         // the device's.
         Ok(at as Address)

@@ -1,10 +1,10 @@
-//! Random weights, made where they will lie: neither the host nor the bus has a part
-//! in them.
+//! Random weights, made by the device where they will lie: in its memory, or, tables, in
+//! the host's.
 
 use half::bf16;
 
 use super::driver::Address;
-use super::memory::Buffer;
+use super::memory::{Buffer, Shared};
 use super::{Arg, Count, Cuda, Matrix, Store, args, check_width};
 use crate::nf4::{BLOCK, NESTED_BLOCK};
 use crate::rng::{Purpose, Stream};
@@ -36,6 +36,19 @@ impl Cuda {
             to,
         ];
         self.launch_each("random_weight", count / 8, args);
+    }
+
+    /// A table of normally distributed values, in host memory: the device writes it as
+    /// it would its own.
+    pub(super) fn random_there(&self, [rows, cols]: [usize; 2], number: u32) -> Result<Matrix> {
+        check_width([rows, cols])?;
+        let table = Shared::new::<bf16>(&self.queue, rows * cols)?;
+        self.draw(number, 0, rows * cols, table.address);
+        Ok(Matrix {
+            rows,
+            cols,
+            store: Store::Shared(table),
+        })
     }
 
     /// A weight of normally distributed values.
