@@ -178,11 +178,15 @@ fn linear() {
         (2, 270, 24, [600, 8, 520], false),
         (2, 270, 24, [600, 8, 520], true),
         (2, 8, 24, [600, 8, 520], false),
+        // Sums of more terms than are added up at once, ranks beyond what joins them.
+        (0, 20, 300, [70, 40, 9], false),
+        (0, 20, 300, [70, 40, 9], true),
     ] {
         let mut draw = Draw(3 + kind as u64);
         let weights: Vec<_> = outputs.map(|o| weight(&mut draw, [o, inputs], kind)).into();
         // The middle member has no adapter; the parameters start behind others'.
-        let (ranks, scales, mut at) = ([3, 0, 4], [0.7_f32, 0.0, 1.3], 11);
+        let ranks = if inputs > 256 { [30, 0, 70] } else { [3, 0, 4] };
+        let (scales, mut at) = ([0.7_f32, 0.0, 1.3], 11);
         let mut adapters = [None; 3];
         let mut place = |len: usize| {
             at += len;
@@ -287,7 +291,10 @@ fn linear() {
             Cpu.linear_scratch(&weights, [tokens, 7], dora)
         };
         let mut ws = scratch(bytes);
-        let (mut out, mut xa) = (vec![0.0; tokens * total], vec![0.0; tokens * 7]);
+        let (mut out, mut xa) = (
+            vec![0.0; tokens * total],
+            vec![0.0; tokens * ranks.iter().sum::<usize>()],
+        );
         for (residual, want) in [(None, &plain), (Some(&residual), &sum)] {
             let input = (&x, tokens);
             Cpu.linear(
@@ -468,7 +475,7 @@ fn attention_f64(h: Heads, bounds: &[usize], x: &[f64]) -> Vec<f64> {
 fn attention_and_its_cache() {
     let h = HEADS;
     // One token; a block exactly; past two blocks.
-    let rows = Ragged::new(&Cpu, &[(0, 1), (1, 64), (2, 5), (3, 150)]).unwrap();
+    let rows = Ragged::new(&Cpu, &[(0, 1), (1, 64), (2, 5), (3, 300)]).unwrap();
     let tokens = rows.tokens();
     let mut draw = Draw(6);
     let mut qk = draw.vec(tokens * h.qk());
@@ -506,7 +513,7 @@ fn attention_and_its_cache() {
     // The last token of each row, from a cache filled with the others.
     let cache = Cache {
         slots: 5,
-        capacity: 151,
+        capacity: 301,
     };
     let len = cache.slots * cache.capacity * h.k();
     let (mut keys, mut values) = (draw.vec(len), draw.vec(len));

@@ -406,13 +406,13 @@ impl Cpu {
                         });
                     let dy = View::dense(dy, [tokens, n]);
                     if let Some(grads) = grads.as_deref_mut() {
-                        product(ViewMut::dense(y, [tokens, n]), Into::Set, input, w.t(), 1.0);
-                        product(
+                        let base = Term::new(input, w.t(), 1.0);
+                        let update = Term::new(xa, b.t(), a.scale);
+                        products(
                             ViewMut::dense(y, [tokens, n]),
-                            Into::Add,
-                            xa,
-                            b.t(),
-                            a.scale,
+                            Into::Set,
+                            base,
+                            Some(update),
                         );
                         let dm = &mut grads[dora.magnitude + start..][..n];
                         magnitude_gradient(y, dout, width, norm, dm);
@@ -447,6 +447,7 @@ impl Cpu {
             None => params.zip(stacked_a(group, inputs)),
             Some(_) => None,
         };
+        // Joins the first product that reaches `dx`.
         let mut update = stack.clone().map(|(params, stack)| {
             let a = View::dense(&params[stack], [ranks, inputs]);
             Term::new(View::dense(dxa, [tokens, ranks]), a, 1.0)

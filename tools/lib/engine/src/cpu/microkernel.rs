@@ -1,7 +1,8 @@
 //! Sums of products on one thread.
 //!
-//! The right side is packed in panels a few vectors wide; every block of rows of the left
-//! side, read where it lies, runs through a panel with its sums in registers. An output's
+//! The right side is packed in panels a few vectors wide, unless few rows meet it; every
+//! block of rows of the left side, read where it lies, runs through a panel with its sums in
+//! registers. An output's
 //! terms are added in order, [`DEPTH`] of them at a time: its bits depend neither on
 //! where it lies nor on how many outputs there are.
 #![allow(clippy::needless_range_loop, reason = "see simd.rs")]
@@ -52,8 +53,7 @@ struct Segment {
     across: usize,
 }
 
-/// `target = first + second`, or `target += …`; a term is `scale · lhs rhs`. A first term
-/// that has a second beside it must have a scale of 1.
+/// `target = first + second`, or `target += …`; a term is `scale · lhs rhs`.
 ///
 /// # Safety
 /// The terms' shapes must fit the target; it must be valid for reads and writes, and
@@ -74,12 +74,12 @@ pub(super) unsafe fn multiply(
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-        fn avx512(target: Target, into: Into, first: Term<'_>, second: Option<Term<'_>>) {
+        unsafe fn avx512(target: Target, into: Into, first: Term<'_>, second: Option<Term<'_>>) {
             // SAFETY: as of `multiply`.
             unsafe { panels::<true, 16, 3, 8>(target, into, first, second) }
         }
         #[target_feature(enable = "avx2,fma")]
-        fn avx2(target: Target, into: Into, first: Term<'_>, second: Option<Term<'_>>) {
+        unsafe fn avx2(target: Target, into: Into, first: Term<'_>, second: Option<Term<'_>>) {
             // SAFETY: as of `multiply`.
             unsafe { panels::<true, 8, 2, 6>(target, into, first, second) }
         }
@@ -106,6 +106,9 @@ pub(super) unsafe fn multiply(
 ///
 /// # Safety
 /// As of [`multiply`].
+///
+/// # Panics
+/// If a second term is deeper than [`SIDE`], does not go with a scale of 1, or is causal.
 #[inline(always)]
 unsafe fn panels<const FMA: bool, const LANES: usize, const WIDTH: usize, const ROWS: usize>(
     target: Target,
@@ -113,11 +116,11 @@ unsafe fn panels<const FMA: bool, const LANES: usize, const WIDTH: usize, const 
     first: Term<'_>,
     second: Option<Term<'_>>,
 ) {
-    const { assert!(LANES * WIDTH <= PANEL && ROWS <= BLOCK) };
-    assert!(
-        second.is_none() || first.scale == 1.0,
-        "a scale for one of two terms"
-    );
+    const { assert!(LANES * WIDTH <= PANEL && WIDTH <= 3 && ROWS <= BLOCK) };
+    if let Some(second) = &second {
+        assert!(second.depth() <= SIDE && first.scale() == 1.0 && second.is_whole());
+    }
+    // 60 KiB of a thread's stack.
     let mut panel = MaybeUninit::<Panel>::uninit();
     let panel = panel.as_mut_ptr().cast::<f32>();
     let [rows, cols] = target.shape;
@@ -127,23 +130,23 @@ unsafe fn panels<const FMA: bool, const LANES: usize, const WIDTH: usize, const 
         for col in (0..cols).step_by(LANES * WIDTH) {
             let width = (cols - col).min(LANES * WIDTH);
             let vectors = width.div_ceil(LANES);
-            // SAFETY: the columns are the right sides'; DEPTH and SIDE rows fit a panel.
-            let parts = unsafe {
-                let first = first.stretch(from..from + depth);
-                let few = rows <= 2 * ROWS && width == vectors * LANES;
-                let right = match first.rhs.strides() {
-                    // Packing would cost as much as it saves.
-                    [stride, 1] if few => (first.rhs.as_ptr().add(col), stride),
-                    _ => pack::<LANES>(first.rhs, 1.0, [col, width], vectors, panel),
-                };
-                let second = second.filter(|_| last).map(|second| {
-                    let panel = panel.add(depth * vectors * LANES);
-                    let right =
-                        pack::<LANES>(second.rhs, second.scale, [col, width], vectors, panel);
-                    (second, right)
-                });
-                [Some((first, right)), second]
+            let columns = [col, width];
+            let stretch = first.stretch(from..from + depth);
+            let few = rows <= 2 * ROWS && width == vectors * LANES;
+            let right = match stretch.rhs().strides() {
+                // Packing would cost as much as it saves.
+                [stride, 1] if few => (stretch.rhs().as_ptr().wrapping_add(col), stride),
+                // SAFETY: the columns are the right side's, and DEPTH of its rows fit.
+                _ => unsafe { pack::<LANES>(stretch.rhs(), 1.0, columns, vectors, panel) },
             };
+            let mut parts = [Some((stretch, right)), None];
+            if let (Some(second), true) = (second, last) {
+                let (rhs, scale) = (second.rhs(), second.scale());
+                let panel = panel.wrapping_add(depth * vectors * LANES);
+                // SAFETY: the same, and SIDE rows behind those.
+                let right = unsafe { pack::<LANES>(rhs, scale, columns, vectors, panel) };
+                parts[1] = Some((second, right));
+            }
             for row in (0..rows).step_by(ROWS) {
                 let height = (rows - row).min(ROWS);
                 if first.unwanted(row + height, col) {
@@ -162,19 +165,14 @@ unsafe fn panels<const FMA: bool, const LANES: usize, const WIDTH: usize, const 
                 let segments = parts.map(|part| {
                     part.map_or(Segment::NONE, |(term, (right, across))| {
                         let there = term.nonzero(from, row..row + height);
-                        let [row_stride, col_stride] = term.lhs.strides();
-                        // SAFETY: the row is the left side's, the columns are the term's.
-                        unsafe {
-                            Segment {
-                                left: term
-                                    .lhs
-                                    .as_ptr()
-                                    .add(row * row_stride + there.start * col_stride),
-                                strides: [row_stride, col_stride],
-                                depth: there.len(),
-                                right: right.add(there.start * across),
-                                across,
-                            }
+                        let strides = term.lhs().strides();
+                        let at = row * strides[0] + there.start * strides[1];
+                        Segment {
+                            left: term.lhs().as_ptr().wrapping_add(at),
+                            strides,
+                            depth: there.len(),
+                            right: right.wrapping_add(there.start * across),
+                            across,
                         }
                     })
                 });
@@ -182,9 +180,9 @@ unsafe fn panels<const FMA: bool, const LANES: usize, const WIDTH: usize, const 
                 // its columns the panel's.
                 unsafe {
                     match vectors {
-                        1 => block::<FMA, LANES, 1, ROWS>(tile, into, first.scale, segments),
-                        2 => block::<FMA, LANES, 2, ROWS>(tile, into, first.scale, segments),
-                        _ => block::<FMA, LANES, WIDTH, ROWS>(tile, into, first.scale, segments),
+                        1 => block::<FMA, LANES, 1, ROWS>(tile, into, first.scale(), segments),
+                        2 => block::<FMA, LANES, 2, ROWS>(tile, into, first.scale(), segments),
+                        _ => block::<FMA, LANES, WIDTH, ROWS>(tile, into, first.scale(), segments),
                     }
                 }
             }
@@ -208,7 +206,7 @@ unsafe fn pack<const LANES: usize>(
 ) -> (*const f32, usize) {
     let [row_stride, col_stride] = rhs.strides();
     let data = rhs.as_ptr().wrapping_add(col * col_stride);
-    let (depth, across) = (rhs.rows, vectors * LANES);
+    let (depth, across) = (rhs.rows(), vectors * LANES);
     let end = panel.wrapping_add(depth * across);
     let (mut from, mut row) = (data, panel);
     if col_stride == 1 {
@@ -331,9 +329,8 @@ unsafe fn block<const FMA: bool, const LANES: usize, const WIDTH: usize, const R
         // SAFETY: the caller's; there is room for BLOCK rows of DEPTH and SIDE columns.
         false => unsafe { fill_edge::<ROWS>(segments, height, edge.as_mut_ptr().cast()) },
     };
-    let mut spilled = MaybeUninit::<[[[f32; LANES]; WIDTH]; ROWS]>::uninit();
     // SAFETY: the caller's; the segments have ROWS rows now.
-    let sums = spilled.write(unsafe { sums::<FMA, LANES, WIDTH, ROWS>(segments) });
+    let sums = unsafe { sums::<FMA, LANES, WIDTH, ROWS>(segments) };
     if col_stride == 1 {
         for (row, sums) in sums.iter().enumerate().take(height) {
             // SAFETY: a row of the tile.
@@ -409,12 +406,7 @@ unsafe fn sums<const FMA: bool, const LANES: usize, const WIDTH: usize, const RO
                     for vector in 0..WIDTH {
                         for lane in 0..LANES {
                             let sum = &mut sums[row][vector][lane];
-                            let y = vectors[vector][lane];
-                            *sum = if FMA {
-                                x.mul_add(y, *sum)
-                            } else {
-                                *sum + x * y
-                            };
+                            *sum = plus::<FMA>(*sum, x, vectors[vector][lane]);
                         }
                     }
                 }
@@ -450,9 +442,9 @@ mod tests {
 
     type Multiply = unsafe fn(Target, Into, Term<'_>, Option<Term<'_>>);
 
-    /// What this processor can run, and what any can.
+    /// What this processor can run, and what any can; last the one that fuses nothing.
     fn kernels() -> Vec<Multiply> {
-        let mut kernels: Vec<Multiply> = vec![multiply, panels::<false, 4, 2, 4>];
+        let mut kernels: Vec<Multiply> = vec![multiply];
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             #[target_feature(enable = "avx2,fma")]
@@ -462,7 +454,19 @@ mod tests {
             }
             kernels.push(avx2);
         }
+        kernels.extend([
+            panels::<true, 4, 2, 4> as Multiply,
+            panels::<false, 4, 2, 4>,
+        ]);
         kernels
+    }
+
+    /// Whether [`multiply`] fuses products and sums here.
+    fn is_fused() -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        #[cfg(not(target_arch = "x86_64"))]
+        cfg!(target_arch = "aarch64")
     }
 
     /// Numbers in [-1, 1), different for each seed.
@@ -479,10 +483,16 @@ mod tests {
 
     /// A matrix of `shape` in the middle of a wider one, perhaps stored in columns.
     fn view(data: &[f32], [rows, cols]: [usize; 2], in_columns: bool) -> View<'_> {
-        match in_columns {
-            false => View::new(data, [rows, cols], cols + 3),
-            true => View::new(data, [cols, rows], rows + 3).t(),
-        }
+        // The data end with the last element: reading on would be seen by a sanitizer.
+        let stored = if in_columns {
+            [cols, rows]
+        } else {
+            [rows, cols]
+        };
+        let stride = stored[1] + 3;
+        let len = (stride * stored[0]).saturating_sub(3);
+        let view = View::new(&data[data.len() - len..], stored, stride);
+        if in_columns { view.t() } else { view }
     }
 
     fn at(view: View<'_>, row: usize, col: usize) -> f32 {
@@ -494,9 +504,9 @@ mod tests {
     /// `Σ scale |lhs| |rhs|` and without the bars, in double precision.
     fn exact(term: &Term<'_>, row: usize, col: usize) -> [f64; 2] {
         let products = (0..term.depth()).map(|k| {
-            f64::from(at(term.lhs, row, k))
-                * f64::from(at(term.rhs, k, col))
-                * f64::from(term.scale)
+            f64::from(at(term.lhs(), row, k))
+                * f64::from(at(term.rhs(), k, col))
+                * f64::from(term.scale())
         });
         products.fold([0.0, 0.0], |[size, sum], x| [size + x.abs(), sum + x])
     }
@@ -526,8 +536,20 @@ mod tests {
                     let second = (side > 0).then(|| Term::new(low, rank, -1.5));
                     let first = Term::new(lhs, rhs, if side > 0 { 1.0 } else { 0.75 });
                     for kernel in kernels() {
-                        for (into, strides) in [(Into::Set, [n + 1, 1]), (Into::Add, [1, m + 1])] {
-                            let before = of(5, (m + 1) * (n + 1));
+                        // Deeper second terms are for `multiply` to split.
+                        if side > SIDE && kernel as usize != multiply as Multiply as usize {
+                            continue;
+                        }
+                        for (into, strides) in [
+                            (Into::Set, [n + 1, 1]),
+                            (Into::Set, [1, m + 1]),
+                            (Into::Add, [n + 1, 1]),
+                            (Into::Add, [1, m + 1]),
+                        ] {
+                            let before = match into {
+                                Into::Set => vec![f32::NAN; (m + 1) * (n + 1)],
+                                Into::Add => of(5, (m + 1) * (n + 1)),
+                            };
                             let mut out = before.clone();
                             let target = Target {
                                 data: out.as_mut_ptr(),
@@ -563,7 +585,8 @@ mod tests {
                                 }
                             }
                             for ((new, old), touched) in out.iter().zip(&before).zip(touched) {
-                                assert!(touched || new == old, "{m} {n} {k}: written outside");
+                                let same = new.to_bits() == old.to_bits();
+                                assert!(touched || same, "{m} {n} {k}: written outside");
                             }
                         }
                     }
@@ -576,17 +599,26 @@ mod tests {
     fn bits_depend_neither_on_neighbours_nor_on_vectors() {
         let (m, n, k) = (50, 100, 300);
         let (a, b) = (numbers(1, m * k), numbers(2, k * n));
-        let product = |kernel: Multiply, rows: [usize; 2], cols: [usize; 2]| {
-            let lhs = View::new(&a[rows[0] * k..], [rows[1], k], k);
-            let rhs = View::new(&b[cols[0]..], [k, cols[1]], n);
-            let mut out = vec![0.0; rows[1] * cols[1]];
+        let (c, d) = (numbers(3, m * 20), numbers(4, 20 * n));
+        let product = |kernel: Multiply, [row, rows]: [usize; 2], [col, cols]: [usize; 2]| {
+            let first = Term::new(
+                View::new(&a[row * k..], [rows, k], k),
+                View::new(&b[col..], [k, cols], n),
+                1.0,
+            );
+            let second = Term::new(
+                View::new(&c[row * 20..], [rows, 20], 20),
+                View::new(&d[col..], [20, cols], n),
+                0.3,
+            );
+            let mut out = vec![0.0; rows * cols];
             let target = Target {
                 data: out.as_mut_ptr(),
-                shape: [rows[1], cols[1]],
-                strides: [cols[1], 1],
+                shape: [rows, cols],
+                strides: [cols, 1],
             };
             // SAFETY: it has room.
-            unsafe { kernel(target, Into::Set, Term::new(lhs, rhs, 1.0), None) };
+            unsafe { kernel(target, Into::Set, first, Some(second)) };
             out
         };
         let all = product(multiply, [0, m], [0, n]);
@@ -595,6 +627,9 @@ mod tests {
             ([0, 9], [90, 10]),
             ([41, 9], [17, 33]),
             ([7, 20], [0, 100]),
+            // Few rows of whole vectors: the right side is read where it lies.
+            ([30, 12], [3, 48]),
+            ([0, 5], [16, 32]),
         ] {
             let part = product(multiply, rows, cols);
             for (i, row) in part.chunks(cols[1]).enumerate() {
@@ -603,14 +638,26 @@ mod tests {
             }
         }
         // Nor on the width of the vectors, where products and sums are one instruction.
-        for kernel in kernels().split_off(2) {
-            assert_eq!(product(kernel, [0, m], [0, n]), all);
+        let mut fused = kernels();
+        fused.pop();
+        if is_fused() {
+            for kernel in fused {
+                assert_eq!(product(kernel, [0, m], [0, n]), all);
+            }
         }
     }
 
     #[test]
     fn what_is_not_seen_is_not_computed_and_changes_nothing() {
-        for (queries, seen) in [(64, 1), (64, 65), (30, 1), (7, 200), (64, 300)] {
+        for (queries, seen) in [
+            (64, 1),
+            (64, 65),
+            (30, 1),
+            (7, 200),
+            (64, 200),
+            (64, 300),
+            (300, 1),
+        ] {
             let (keys, dim) = (seen + queries - 1, 20);
             let is_seen = |query: usize, key: usize| key < seen + query;
             let (q, k) = (numbers(1, queries * dim), numbers(2, keys * dim));
@@ -624,15 +671,24 @@ mod tests {
                 View::dense(&q, [queries, dim]),
                 View::dense(&k, [keys, dim]),
             );
+            // What no block of up to eight rows may read.
+            let mut poisoned = scores.clone();
+            for (i, score) in poisoned.iter_mut().enumerate() {
+                if i % keys >= seen + i / keys + 7 {
+                    *score = f32::NAN;
+                }
+            }
             let s = View::dense(&scores, [queries, keys]);
+            let p = View::dense(&poisoned, [queries, keys]);
+            let term = |lhs, rhs| Term::new(lhs, rhs, 0.5);
             let cases = [
-                (Term::new(q, k.t(), 0.5), Causal::Out(seen)),
-                (Term::new(s, k, 0.5), Causal::Lhs(seen)),
-                (Term::new(s.t(), q, 0.5), Causal::LhsTurned(seen)),
+                (term(q, k.t()), term(q, k.t()), Causal::Out(seen)),
+                (term(s, k), term(p, k), Causal::Lhs(seen)),
+                (term(s.t(), q), term(p.t(), q), Causal::LhsTurned(seen)),
             ];
             for kernel in kernels() {
-                for (term, causal) in cases {
-                    let [rows, cols] = [term.lhs.rows, term.rhs.cols];
+                for (term, poisoned, causal) in cases {
+                    let [rows, cols] = [term.lhs().rows(), term.rhs().t().rows()];
                     let product = |term| {
                         let mut out = vec![f32::NAN; rows * cols];
                         let target = Target {
@@ -644,7 +700,7 @@ mod tests {
                         unsafe { kernel(target, Into::Set, term, None) };
                         out
                     };
-                    let (want, got) = (product(term), product(term.causal(causal)));
+                    let (want, got) = (product(term), product(poisoned.causal(causal)));
                     for (i, (want, got)) in want.iter().zip(&got).enumerate() {
                         let wanted = causal != Causal::Out(seen) || is_seen(i / cols, i % cols);
                         assert!(!wanted || want == got, "{queries} {seen} {causal:?} {i}");

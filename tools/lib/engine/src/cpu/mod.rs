@@ -32,7 +32,7 @@ pub struct Cpu;
 
 impl Cpu {
     /// Does long work on a thread of the pool. Each operation that another thread starts
-    /// is handed over and waited for, which is 5% of training a small model.
+    /// is handed over and waited for, which is 3% of training a small model.
     ///
     /// What `work` waits for must not need the pool itself: it may have one thread only.
     pub fn inside<R: Send>(self, work: impl FnOnce() -> R + Send) -> R {

@@ -14,8 +14,8 @@ use super::simd::{dot4, vectorised};
 #[derive(Clone, Copy)]
 pub(super) struct View<'a> {
     data: &'a [f32],
-    pub rows: usize,
-    pub cols: usize,
+    rows: usize,
+    cols: usize,
     row_stride: usize,
     col_stride: usize,
 }
@@ -49,18 +49,23 @@ impl<'a> View<'a> {
         }
     }
 
-    /// Some of its rows.
-    fn rows(self, rows: Range<usize>) -> Self {
+    pub fn rows(self) -> usize {
+        self.rows
+    }
+
+    fn some_rows(self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.rows);
+        // What begins behind the last row, or in a matrix without columns, is empty.
+        let start = self.data.len().min(range.start * self.row_stride);
         Self {
-            data: &self.data[self.data.len().min(rows.start * self.row_stride)..],
-            rows: rows.len(),
+            data: &self.data[start..],
+            rows: range.len(),
             ..self
         }
     }
 
-    /// Some of its columns.
-    fn cols(self, cols: Range<usize>) -> Self {
-        self.t().rows(cols).t()
+    fn some_cols(self, range: Range<usize>) -> Self {
+        self.t().some_rows(range).t()
     }
 
     pub fn as_ptr(self) -> *const f32 {
@@ -76,9 +81,9 @@ impl<'a> View<'a> {
 /// `scale · lhs rhs`, one of the terms of a product.
 #[derive(Clone, Copy)]
 pub(super) struct Term<'a> {
-    pub lhs: View<'a>,
-    pub rhs: View<'a>,
-    pub scale: f32,
+    lhs: View<'a>,
+    rhs: View<'a>,
+    scale: f32,
     causal: Causal,
 }
 
@@ -113,16 +118,28 @@ impl<'a> Term<'a> {
         [self.lhs.rows, self.rhs.cols]
     }
 
+    pub fn lhs(&self) -> View<'a> {
+        self.lhs
+    }
+
+    pub fn rhs(&self) -> View<'a> {
+        self.rhs
+    }
+
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
     /// Columns of the left side, which are rows of the right.
     pub fn depth(&self) -> usize {
         self.lhs.cols
     }
 
-    /// The product of `depth` of them.
+    /// The product of some of them.
     pub fn stretch(self, range: Range<usize>) -> Self {
         Self {
-            lhs: self.lhs.cols(range.clone()),
-            rhs: self.rhs.rows(range),
+            lhs: self.lhs.some_cols(range.clone()),
+            rhs: self.rhs.some_rows(range),
             ..self
         }
     }
@@ -134,6 +151,11 @@ impl<'a> Term<'a> {
 
     pub fn causal(self, causal: Causal) -> Self {
         Self { causal, ..self }
+    }
+
+    /// Whether all of it is to be computed.
+    pub fn is_whole(&self) -> bool {
+        self.causal == Causal::No
     }
 
     /// Whether rows before `end` may do without columns from `col` on.
@@ -159,14 +181,15 @@ impl<'a> Term<'a> {
     /// Its part of a tile.
     fn tile(self, rows: Range<usize>, cols: Range<usize>) -> Self {
         Self {
-            lhs: self.lhs.rows(rows),
-            rhs: self.rhs.cols(cols),
+            lhs: self.lhs.some_rows(rows),
+            rhs: self.rhs.some_cols(cols),
             ..self
         }
     }
 
     /// The transpose.
     fn t(self) -> Self {
+        assert!(self.is_whole());
         Self {
             lhs: self.rhs.t(),
             rhs: self.lhs.t(),
@@ -205,7 +228,7 @@ impl<'a> ViewMut<'a> {
 fn check(len: usize, [rows, cols]: [usize; 2], stride: usize) {
     let inside = rows == 0 || cols == 0 || (rows - 1) * stride + cols <= len;
     assert!(
-        inside && cols <= stride.max(1),
+        inside && cols <= stride,
         "a [{rows}, {cols}] matrix with stride {stride} in {len} floats"
     );
 }
@@ -257,23 +280,16 @@ pub(super) fn product(dst: ViewMut<'_>, into: Into, lhs: View<'_>, rhs: View<'_>
     products(dst, into, Term::new(lhs, rhs, scale), None);
 }
 
-/// `dst = first + second` or `dst += …`, in parallel.
-pub(super) fn products(
-    mut dst: ViewMut<'_>,
-    into: Into,
-    first: Term<'_>,
-    second: Option<Term<'_>>,
-) {
+/// `dst = first + second` or `dst += …`, in parallel. A first term with a second beside it
+/// has a scale of 1.
+pub(super) fn products(dst: ViewMut<'_>, into: Into, first: Term<'_>, second: Option<Term<'_>>) {
     let [m, n] = [dst.rows, dst.cols];
     let all = |holds: fn(&Term<'_>) -> bool| holds(&first) && second.as_ref().is_none_or(holds);
-    assert!(all(|term| term.causal == Causal::No));
+    assert!(all(|term| term.is_whole()));
+    assert!(second.is_none() || first.scale == 1.0);
     assert!(first.shape() == [m, n] && second.is_none_or(|term| term.shape() == [m, n]));
     if m <= FEW && all(|term| term.is_dots()) {
-        few_rows(&mut dst, into, first);
-        if let Some(second) = second {
-            few_rows(&mut dst, Into::Add, second);
-        }
-        return;
+        return few_rows(dst, into, first, second);
     }
     let [height, width] = [if n < TILE[1] { NARROW } else { TILE[0] }, TILE[1]];
     let (across, down) = (n.div_ceil(width), m.div_ceil(height));
@@ -300,27 +316,33 @@ const FEW: usize = 8;
 /// Columns of such an output that one task computes.
 const COLUMNS: usize = 64;
 
-/// A product of few rows as dot products with the columns of `rhs`, which lie
-/// contiguous. What a row gives does not depend on how many there are.
-fn few_rows(dst: &mut ViewMut<'_>, into: Into, term: Term<'_>) {
-    let Term {
-        lhs, rhs, scale, ..
-    } = term;
+/// [`products`] of few rows as dot products with the columns of the right sides, which
+/// lie contiguous. What a row gives does not depend on how many there are.
+fn few_rows(dst: ViewMut<'_>, into: Into, first: Term<'_>, second: Option<Term<'_>>) {
     let (stride, out) = (dst.stride, Shared::new(dst.data));
-    let starts = (0..rhs.cols).into_par_iter().step_by(COLUMNS);
+    let starts = (0..dst.cols).into_par_iter().step_by(COLUMNS);
     starts.for_each(|start| {
-        let columns = start..rhs.cols.min(start + COLUMNS);
-        let mut values = [0.0; FEW * COLUMNS];
-        dots(lhs, rhs, columns.clone(), &mut values);
-        for (i, values) in values.chunks_exact(COLUMNS).take(lhs.rows).enumerate() {
-            for (j, value) in columns.clone().zip(values) {
-                // SAFETY: inside `dst` (checked when it was made); each task has
-                // columns of its own.
-                let out = unsafe { &mut *out.at(i * stride + j) };
-                *out = match into {
-                    Into::Set => scale * value,
-                    Into::Add => *out + scale * value,
-                };
+        let columns = start..dst.cols.min(start + COLUMNS);
+        let terms = [(into, Some(first)), (Into::Add, second)];
+        for (into, term) in terms {
+            let Some(Term {
+                lhs, rhs, scale, ..
+            }) = term
+            else {
+                continue;
+            };
+            let mut values = [0.0; FEW * COLUMNS];
+            dots(lhs, rhs, columns.clone(), &mut values);
+            for (i, values) in values.chunks_exact(COLUMNS).take(lhs.rows).enumerate() {
+                for (j, value) in columns.clone().zip(values) {
+                    // SAFETY: inside `dst` (checked when it was made); each task has
+                    // columns of its own.
+                    let out = unsafe { &mut *out.at(i * stride + j) };
+                    *out = match into {
+                        Into::Set => scale * value,
+                        Into::Add => *out + scale * value,
+                    };
+                }
             }
         }
     });
@@ -375,7 +397,7 @@ unsafe fn products_here(
     let in_columns = first.lhs.row_stride == 1 && first.rhs.col_stride == 1;
     // SAFETY: the caller's; views were checked against their buffers when made.
     unsafe {
-        if in_columns && 4 * n <= m && first.causal == Causal::No {
+        if in_columns && 4 * n <= m && first.is_whole() {
             let target = Target {
                 shape: [n, m],
                 strides: [1, stride],
