@@ -4,7 +4,7 @@
 // say; what they do beyond that only a GPU shows.
 //
 // CUDA_STAND_IN makes it unfit: `old` (driver), `none` (no GPU), `ancient` (GPU), `full` (memory),
-// `crowded` (no page-locked memory that the GPU sees).
+// `crowded` (no page-locked memory that the GPU sees), `swamped` (none at all).
 #include "internal.h"
 
 #include <algorithm>
@@ -172,7 +172,7 @@ EXPORTED int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void
   return memcpy(to, from, bytes), Success;
 }
 EXPORTED int cuMemHostAlloc(void **at, size_t bytes, unsigned flags) {
-  if (unfit("crowded") && flags & 2) return OutOfMemory;
+  if (unfit("swamped") || (unfit("crowded") && flags & 2)) return OutOfMemory;
   std::lock_guard lock(one);
   return page_locked.insert(*at = malloc(bytes)), Success;
 }

@@ -858,8 +858,8 @@ fn products_of_few_tokens_read_the_codes() {
     }
 }
 
-/// Logits of few rows by a quantised head, their losses and the gradient; and the
-/// same rows' logits among many, for which the head is decoded.
+/// Logits of few rows by a quantised head, and their losses; and the same rows' logits
+/// among many, for which the head is decoded.
 fn few_logits<B: Machine>(
     b: &B,
     [rows, width]: [usize; 2],
@@ -870,20 +870,21 @@ fn few_logits<B: Machine>(
     let mut draw = fresh((rows * width + vocabulary) as u64);
     let head = b.upload_matrix(nf4(&mut draw, [vocabulary, width], nested));
     let head = head.unwrap();
-    let hidden = b.act(&draw.vec(MANY * width));
+    // Small, so that no loss is next to nothing: its error is that of the logits.
+    let hidden: Vec<f32> = draw.vec(MANY * width).iter().map(|x| x / 8.0).collect();
+    let hidden = b.act(&hidden);
     let targets = b.upload_ids(&draw.ids(rows, vocabulary as u64)).unwrap();
     let mut scratch = b.alloc_workspace(b.head_scratch(&head, MANY)).unwrap();
-    let (mut nll, mut d) = (b.poisoned_f32(rows), b.poisoned(rows * width));
+    let mut nll = b.poisoned_f32(rows);
     let inputs = (&hidden, &targets, rows);
-    b.head_loss(&head, inputs, &mut nll, Some((&mut d, 0.25)), &mut scratch);
+    b.head_loss(&head, inputs, &mut nll, None, &mut scratch);
     let [few, many] = [rows, MANY].map(|count| {
         let mut logits = b.poisoned_f32(count * vocabulary);
         b.logits(&head, (&hidden, count), &mut logits, &mut scratch);
         let values = b.read_f32(&logits, 0..rows * vocabulary);
         values.wait().unwrap()
     });
-    let nll = b.read_f32(&nll, 0..rows).wait().unwrap();
-    vec![few, many, nll, b.read_act(&d, rows * width).unwrap()]
+    vec![few, many, b.read_f32(&nll, 0..rows).wait().unwrap()]
 }
 
 #[test]
@@ -899,7 +900,7 @@ fn logits_of_few_tokens_read_the_codes() {
     ] {
         let name = format!("logits of few tokens, {size:?} {vocabulary}");
         let reference = few_logits(&Rounded, size, vocabulary, nested);
-        compare(&name, &[F32, F32, F32, BF16], reference, |b| {
+        compare(&name, &[F32, F32, BF16], reference, |b| {
             few_logits(b, size, vocabulary, nested)
         });
     }

@@ -110,6 +110,7 @@ fn what_is_missing_or_too_old_is_said_with_its_remedy() {
         ("cuda", "full", "out of memory"),
         // Not on the device instead: nobody has planned it there.
         ("auto", "crowded", "page-locked host memory, for embeddings"),
+        ("cuda", "swamped", "page-locked host memory, for copies"),
         ("cuda:x", "", "no device"),
     ] {
         let (fine, words) = open(choice, &[driver, cublas], unfit);

@@ -52,6 +52,18 @@ fn failed(what: &str, error: cuda::DriverError) -> Error {
     )
 }
 
+/// Host memory that stays in place, with undefined contents.
+fn page_lock(bytes: usize, flags: u32, what: &str) -> Result<*mut c_void> {
+    // SAFETY: asks for memory; who uses it writes it before it is read.
+    unsafe { cuda::malloc_host(bytes, flags) }.map_err(|e| {
+        let megabytes = bytes.div_ceil(1_000_000);
+        unusable(
+            format!("{megabytes} MB of page-locked host memory, for {what}: {e}"),
+            "free host memory, or raise the limit on what may be locked (ulimit -l)",
+        )
+    })
+}
+
 /// What tells products apart for which cuBLASLt picks an algorithm.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Shape {
@@ -136,8 +148,7 @@ impl Context {
         if let Some(i) = free.iter().position(|p| p.bytes == bytes) {
             return Ok(free.swap_remove(i));
         }
-        // SAFETY: the memory is only written before it is read.
-        let at = unsafe { cuda::malloc_host(bytes, 0) }.map_err(|e| failed("host memory", e))?;
+        let at = page_lock(bytes, 0, "copies")?;
         Ok(Pinned { at, bytes })
     }
 
@@ -562,15 +573,7 @@ impl Driver for Nvidia {
 
     fn share(&self, bytes: usize) -> Result<Address> {
         self.context.enter()?;
-        // SAFETY: the backend writes the memory before it reads it.
-        let at =
-            unsafe { cuda::malloc_host(bytes, sys::CU_MEMHOSTALLOC_DEVICEMAP) }.map_err(|e| {
-                let megabytes = bytes.div_ceil(1_000_000);
-                unusable(
-                    format!("{megabytes} MB of page-locked host memory, for embeddings: {e}"),
-                    "free host memory, or raise the limit on what may be locked (ulimit -l)",
-                )
-            })?;
+        let at = page_lock(bytes, sys::CU_MEMHOSTALLOC_DEVICEMAP, "embeddings")?;
         // With unified addressing, which every 64-bit system has, the host's address is
         // the device's.
         Ok(at as Address)
