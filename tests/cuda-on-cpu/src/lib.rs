@@ -69,11 +69,12 @@ pub struct Emulated {
     meter: Arc<Meter>,
 }
 
-/// How much of a device's memory is, and was at most, in use.
+/// How much of a device's memory is, and was at most, in use, and what ran.
 #[derive(Default)]
 pub struct Meter {
     used: AtomicUsize,
     peak: AtomicUsize,
+    launches: Mutex<BTreeMap<&'static str, usize>>,
 }
 
 impl Meter {
@@ -85,6 +86,12 @@ impl Meter {
     /// The most bytes that were in use at once.
     pub fn peak(&self) -> usize {
         self.peak.load(Relaxed)
+    }
+
+    /// How often a kernel was launched.
+    pub fn launches(&self, kernel: &str) -> usize {
+        let launches = self.launches.lock().unwrap_or_else(PoisonError::into_inner);
+        launches.get(kernel).copied().unwrap_or(0)
     }
 }
 
@@ -277,6 +284,10 @@ impl Driver for Emulated {
     }
 
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        let launches = self.meter.launches.lock();
+        let mut launches = launches.unwrap_or_else(PoisonError::into_inner);
+        *launches.entry(launch.kernel).or_default() += 1;
+        drop(launches);
         let name = CString::new(launch.kernel).expect("a kernel's name is text");
         let mut args: Vec<_> = launch.args.iter().map(|a| a.as_ptr().cast_mut()).collect();
         let sizes: Vec<_> = launch.args.iter().map(|a| a.size()).collect();

@@ -77,6 +77,10 @@ pub struct Bench {
     /// Compute every layer again in the backward pass, for less memory
     #[arg(long)]
     recompute: bool,
+    /// Decode NF4 weights once and for all, for speed; as training does where there is
+    /// memory to spare
+    #[arg(long, conflicts_with = "dense")]
+    keep_decoded: bool,
     /// Keep the optimiser's moments in 8 bits
     #[arg(long)]
     adamw_8bit: bool,
@@ -212,6 +216,8 @@ struct Figure<'a> {
     parameters: usize,
     /// How the output projection is held.
     lm_head: LmHeadFlag,
+    /// Whether quantised weights are decoded once and for all.
+    keep_decoded: bool,
     #[serde(flatten)]
     rates: Rates,
     /// What free memory has dropped by since the device was opened.
@@ -350,7 +356,11 @@ impl Bench {
             head: storage(self.lm_head == LmHeadFlag::AsStored),
         };
         let started = Instant::now();
-        let model = Model::random(backend, config, held).context("the random weights")?;
+        let mut model = Model::random(backend, config, held).context("the random weights")?;
+        if self.keep_decoded {
+            let layers = model.config().layers;
+            model.keep_decoded(layers).context("the decoded weights")?;
+        }
         finish(model.backend())?;
         app.info(format_args!(
             "weights made in {:.1} s",
@@ -369,6 +379,7 @@ impl Bench {
                 layers: model.config().layers,
                 parameters,
                 lm_head: self.lm_head,
+                keep_decoded: self.keep_decoded,
                 rates,
                 memory_bytes: taken,
                 what,

@@ -412,7 +412,8 @@ impl Tool for QloraTrain {
                 cpu.inside(|| train::run(&job, &model, folder, state))
             }
             Device::Cuda(cuda) => {
-                let model = Model::load(cuda, &checkpoint, held).context(loading)?;
+                let mut model = Model::load(cuda, &checkpoint, held).context(loading)?;
+                model.keep_decoded(fit.decoded).context(loading)?;
                 train::run(&job, &model, folder, state)
             }
         }

@@ -213,6 +213,9 @@ pub fn preview<B: Backend>(
     let first = (0..two).map(|layer| checkpoint.layer(layer, held.products));
     let mut model: Model<B> = Model::new(backend, few(two), ends, first)?;
     // As the greater part of the layers does.
+    if 2 * fit.decoded >= layers {
+        model.keep_decoded(two)?;
+    }
     let keep = match fit.keep {
         Keep::Layers(kept) if 2 * kept < layers => Keep::Layers(0),
         _ => Keep::All,

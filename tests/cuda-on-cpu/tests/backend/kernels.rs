@@ -315,29 +315,52 @@ fn the_cache_and_attention_over_it() {
     compare("cache", &[BF16, BF16, BF16, 0.0, 0.0], run(&Rounded), run);
 }
 
-/// A group's forward and backward; `kinds` says of each member whether it is
-/// quantised.
-fn group<B: Machine>(b: &B, kinds: &[Option<bool>], dropout: f32, residual: bool) -> Vec<Vec<f32>> {
-    let lengths = [(4, 9), (11, 6)];
-    adapted_group(b, kinds, &lengths, dropout, residual, false)
-}
-
-/// The same over rows of other lengths, and with DoRA: then first come the norms of
-/// each member, and last the gradients of its magnitudes.
-fn adapted_group<B: Machine>(
-    b: &B,
-    kinds: &[Option<bool>],
-    lengths: &[(u32, usize)],
+/// A group whose members share their input.
+struct Products<'a> {
+    /// Of each member: whether its scales are quantised, if it is.
+    kinds: &'a [Option<bool>],
+    lengths: &'a [(u32, usize)],
     dropout: f32,
     residual: bool,
     dora: bool,
-) -> Vec<Vec<f32>> {
+    /// Whether the factors lie apart, not every `A` and then every `B`.
+    apart: bool,
+}
+
+/// Over two short rows.
+const PLAIN: Products<'_> = Products {
+    kinds: &[],
+    lengths: &[(4, 9), (11, 6)],
+    dropout: 0.0,
+    residual: false,
+    dora: false,
+    apart: true,
+};
+
+/// A group's forward and backward. With DoRA first come the norms of each member, and
+/// last the gradients of its magnitudes.
+fn group<B: Machine>(b: &B, products: &Products<'_>) -> Vec<Vec<f32>> {
+    let &Products {
+        kinds,
+        lengths,
+        dropout,
+        residual,
+        dora,
+        apart,
+    } = products;
     let mut draw = fresh(kinds.len() as u64 + 20);
     let inputs = 72;
     let rows = Ragged::new(b, lengths).unwrap();
     let tokens = rows.tokens();
     let outputs = [40, 24, 136];
     let (mut weights, mut adapters, mut params) = (Vec::new(), Vec::new(), 0);
+    // The middle one has no adapter where there are three.
+    let ranks = [3, 0, 16];
+    let stacked = ranks[..kinds.len()].iter().sum::<usize>() * inputs;
+    let mut above = 0;
+    if !apart {
+        params = stacked;
+    }
     for (i, &kind) in kinds.iter().enumerate() {
         let shape = [outputs[i], inputs];
         let matrix = match kind {
@@ -348,11 +371,13 @@ fn adapted_group<B: Machine>(
             }
         };
         weights.push(b.upload_matrix(matrix).unwrap());
-        let rank = [3, 8, 16][i];
-        // The middle one has no adapter where there are three.
-        adapters.push((i != 1).then(|| {
-            let a = params + 5;
-            let after = a + rank * inputs + 3;
+        let rank = ranks[i];
+        adapters.push((rank > 0).then(|| {
+            let (a, after) = match apart {
+                true => (params + 5, params + 5 + rank * inputs + 3),
+                false => (above, params),
+            };
+            above += rank * inputs;
             params = after + shape[0] * rank;
             let (magnitude, norm) = (params + 1, params + 2 + shape[0]);
             if dora {
@@ -455,10 +480,27 @@ fn products_with_rescaled_rows() {
     // The middle member has no adapter: it is copied as it is, or gets the residual.
     const KINDS: [Option<bool>; 3] = [Some(true), None, Some(false)];
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
-        adapted_group(b, &KINDS, &[(4, 9), (11, 6)], 0.0, true, true)
+        group(
+            b,
+            &Products {
+                kinds: &KINDS,
+                residual: true,
+                dora: true,
+                ..PLAIN
+            },
+        )
     }
     fn dropped<B: Machine>(b: &B) -> Vec<Vec<f32>> {
-        adapted_group(b, &KINDS, &[(1, 70), (2, 1)], 0.2, false, true)
+        group(
+            b,
+            &Products {
+                kinds: &KINDS,
+                lengths: &[(1, 70), (2, 1)],
+                dropout: 0.2,
+                dora: true,
+                ..PLAIN
+            },
+        )
     }
     let limits = [F32, F32, BF16, BF16, BF16, BF16, BF16, BF16];
     compare("linear, DoRA", &limits, run(&Rounded), run);
@@ -472,16 +514,29 @@ fn products_with_rescaled_rows() {
 
 #[test]
 fn products_of_a_quantised_group() {
-    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
-        group(b, &[Some(true), Some(false), Some(true)], 0.0, false)
+    for apart in [true, false] {
+        let products = Products {
+            kinds: &[Some(true), Some(false), Some(true)],
+            apart,
+            ..PLAIN
+        };
+        let want = group(&Rounded, &products);
+        compare("linear, NF4", &[BF16], want, |b| group(b, &products));
     }
-    compare("linear, NF4", &[BF16], run(&Rounded), run);
 }
 
 #[test]
 fn products_with_dropout_and_residual() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
-        group(b, &[Some(true)], 0.3, true)
+        group(
+            b,
+            &Products {
+                kinds: &[Some(true)],
+                dropout: 0.3,
+                residual: true,
+                ..PLAIN
+            },
+        )
     }
     compare("linear, dropout", &[BF16], run(&Rounded), run);
 }
@@ -489,7 +544,15 @@ fn products_with_dropout_and_residual() {
 #[test]
 fn products_of_a_mixed_group_with_dropout() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
-        group(b, &[Some(true), None, Some(true)], 0.1, false)
+        group(
+            b,
+            &Products {
+                kinds: &[Some(true), None, Some(true)],
+                dropout: 0.1,
+                apart: false,
+                ..PLAIN
+            },
+        )
     }
     compare("linear, mixed", &[BF16], run(&Rounded), run);
 }

@@ -21,16 +21,16 @@ fn the_plan_is_what_is_allocated() {
         head: Storage::Nf4,
         ..nf4
     };
-    for (name, held, keep, dora, eight_bit) in [
-        (tied, nf4, Keep::All, false, false),
-        (tied, nf4, Keep::Layers(0), false, true),
-        (tied, nf4_head, Keep::Layers(0), false, true),
-        (tied, as_stored, Keep::Layers(2), true, false),
-        (untied, nf4, Keep::Layers(1), true, true),
-        (untied, nf4_head, Keep::Layers(0), true, true),
-        (untied, as_stored, Keep::All, false, false),
-        (nested, as_stored, Keep::Layers(1), false, true),
-        (plain, nf4, Keep::Layers(1), true, false),
+    for (name, held, keep, dora, eight_bit, decoded) in [
+        (tied, nf4, Keep::All, false, false, 4),
+        (tied, nf4, Keep::Layers(0), false, true, 0),
+        (tied, nf4_head, Keep::Layers(0), false, true, 1),
+        (tied, as_stored, Keep::Layers(2), true, false, 1),
+        (untied, nf4, Keep::Layers(1), true, true, 1),
+        (untied, nf4_head, Keep::Layers(0), true, true, 0),
+        (untied, as_stored, Keep::All, false, false, 0),
+        (nested, as_stored, Keep::Layers(1), false, true, 1),
+        (plain, nf4, Keep::Layers(1), true, false, 0),
     ] {
         let checkpoint = Checkpoint::open(&tests.join(name)).unwrap();
         let emulated = Emulated::new(Order::Forward, false);
@@ -60,7 +60,9 @@ fn the_plan_is_what_is_allocated() {
 
         let outline = Outline::new(&cuda, &checkpoint, held).unwrap();
         let pass = outline.pass(&cuda, &layout, Extent::of(&rows), keep);
-        let weights = outline.weights(&cuda);
+        let weights = outline.weights(&cuda) + outline.decoded(&cuda, decoded);
+        let quantised = name == nested || held != as_stored;
+        assert_eq!(weights.of(Part::Decoded) > 0, quantised && decoded > 0);
         // A table that is no head stays in the host's memory.
         let looked_up = name != tied || held == nf4_head;
         assert_eq!(weights.of(Part::Embedding) == 0, looked_up);
@@ -68,7 +70,8 @@ fn the_plan_is_what_is_allocated() {
         let planned = weights + plan::adapter(&layout, &kind) + pass.unwrap();
         assert_eq!(meter.used(), tables, "a plan allocates nothing");
 
-        let model = Model::load(cuda, &checkpoint, held).unwrap();
+        let mut model = Model::load(cuda, &checkpoint, held).unwrap();
+        model.keep_decoded(decoded).unwrap();
         assert_eq!(meter.used(), tables + weights.total(), "{name}, {held:?}");
         let initial = model.initial(&layout, 0).unwrap();
         let mut params = model.adapter_params(&layout, &initial).unwrap();

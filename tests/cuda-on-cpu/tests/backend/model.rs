@@ -374,6 +374,30 @@ fn recomputation_and_the_order_of_threads_change_no_bit() {
 }
 
 #[test]
+fn weights_decoded_once_and_for_all_change_no_bit() {
+    // More tokens than are multiplied with codes; no layer, one of two, both.
+    for extras in [ALL, Extras { dora: true, ..ALL }] {
+        let [first, one, both] = [0, 1, config().layers].map(|layers| {
+            let emulated = Emulated::new(Order::Forward, false);
+            let meter = emulated.meter();
+            let mut model = model(Cuda::new(Box::new(emulated)).unwrap());
+            model.keep_decoded(layers).unwrap();
+            let before = meter.launches("nf4_decode");
+            let run = train(&model, Keep::Layers(0), 2, extras);
+            (run, meter.launches("nf4_decode") - before)
+        });
+        assert!(first.1 > one.1 && one.1 > 0, "{} and {}", first.1, one.1);
+        assert_eq!(both.1, 0);
+        for (run, _) in [one, both] {
+            assert!(run.losses == first.0.losses);
+            assert!(run.gradient == first.0.gradient);
+            assert!(run.params == first.0.params);
+            assert_eq!(run.replies, first.0.replies);
+        }
+    }
+}
+
+#[test]
 fn a_failure_is_told_by_the_next_reading() {
     let b = device(Order::Forward, true);
     let x = b.upload_act(&[1.0; 16]).unwrap();

@@ -396,6 +396,24 @@ pub trait Backend: Sized + Send + Sync {
     /// ([`HostMatrix::hollow`]) counts as with them.
     fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize;
 
+    /// Bytes that the quantised of these weights would take decoded; 0 where decoding
+    /// them once and for all gains nothing. Without their values as with them.
+    fn decoded_bytes(&self, group: &[Self::Matrix]) -> usize {
+        let _ = group;
+        0
+    }
+
+    /// Decodes the quantised weights of a group once and for all, beside their codes,
+    /// where [`decoded_bytes`](Self::decoded_bytes) says that there is something to gain.
+    /// No bit of any result changes.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    fn keep_decoded(&self, group: &mut [Self::Matrix]) -> Result<()> {
+        let _ = group;
+        Ok(())
+    }
+
     /// `[outputs, inputs]` of a weight.
     fn shape(&self, matrix: &Self::Matrix) -> [usize; 2];
 

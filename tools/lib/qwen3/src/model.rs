@@ -192,6 +192,21 @@ impl<B: Backend> Model<B> {
         })
     }
 
+    /// Decodes the quantised products of its last `layers` layers once and for all, where
+    /// the device gains by it: faster passes for memory, and the same bits. The last ones,
+    /// for they are needed in both directions whatever is trained.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    pub fn keep_decoded(&mut self, layers: usize) -> Result<()> {
+        for layer in self.layers.iter_mut().rev().take(layers) {
+            for group in &mut layer.products {
+                self.backend.keep_decoded(group)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Leaves its first layers only: for measuring what a layer takes.
     pub fn truncate(&mut self, layers: usize) {
         self.layers.truncate(layers);

@@ -20,6 +20,8 @@ use crate::{Checkpoint, Config, Held, LoraLayout, Module, OptimiserKind, Storage
 pub enum Part {
     /// The products of all layers.
     Layers,
+    /// Those of some decoded as well, where they are quantised.
+    Decoded,
     /// The embedding table, which is the head too where they are tied.
     Embedding,
     /// The output projection.
@@ -50,8 +52,9 @@ pub enum Part {
 
 impl Part {
     /// All of them, weights first.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Layers,
+        Self::Decoded,
         Self::Embedding,
         Self::Head,
         Self::Tables,
@@ -280,6 +283,15 @@ impl<B: Backend> Outline<B> {
         let norms = c.layers * 2 * (c.hidden_size + c.head_dim) + c.hidden_size;
         let floats = norms + c.max_positions * c.head_dim;
         memory.note(Part::Tables, floats * size_of::<f32>());
+        memory
+    }
+
+    /// What [`Model::keep_decoded`](crate::Model::keep_decoded) takes for so many layers.
+    pub fn decoded(&self, backend: &B, layers: usize) -> Memory {
+        let mut memory = Memory::default();
+        for group in self.products.iter().rev().take(layers).flatten() {
+            memory.note(Part::Decoded, backend.decoded_bytes(group));
+        }
         memory
     }
 

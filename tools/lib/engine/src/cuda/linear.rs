@@ -1,5 +1,7 @@
 //! Products with frozen weights and their low-rank updates.
 
+use std::ops::Range;
+
 use half::bf16;
 
 use super::driver::{Address, Operand, Precision, Product};
@@ -11,8 +13,10 @@ use crate::{Adapter, Dora, Dropout, Group, LinearGrad};
 const BF16: u64 = size_of::<bf16>() as u64;
 
 /// Values of the quantised members, decoded side by side.
-fn decoded_len<'a>(weights: impl Iterator<Item = &'a Matrix>) -> usize {
-    let quantised = weights.filter(|w| matches!(w.store, Store::Nf4 { .. }));
+pub(super) fn decoded_len<'a>(weights: impl IntoIterator<Item = &'a Matrix>) -> usize {
+    let quantised = weights
+        .into_iter()
+        .filter(|w| matches!(w.store, Store::Nf4 { .. }));
     quantised.map(|w| w.rows * w.cols).sum()
 }
 
@@ -20,6 +24,7 @@ fn decoded_len<'a>(weights: impl Iterator<Item = &'a Matrix>) -> usize {
 pub(super) fn scratch(weights: &[&Matrix], [tokens, ranks]: [usize; 2], dora: bool) -> usize {
     let inputs = weights.first().map_or(0, |w| w.cols);
     let outputs: usize = weights.iter().map(|w| w.rows).sum();
+    // Also where they are kept: what is planned does not know yet.
     let mut bytes = piece::<bf16>(decoded_len(weights.iter().copied()));
     if ranks > 0 {
         // A member's own rank is not known here, only that it is at most all.
@@ -36,7 +41,7 @@ pub(super) fn scratch(weights: &[&Matrix], [tokens, ranks]: [usize; 2], dora: bo
 /// Bytes for the norms of an updated weight; the order of
 /// [`row_norms`](Cuda::row_norms)'s pieces.
 pub(super) fn norms_scratch(weight: &Matrix, rank: usize) -> usize {
-    piece::<bf16>(decoded_len([weight].into_iter()))
+    piece::<bf16>(decoded_len([weight]))
         + piece::<bf16>(rank * weight.cols)
         + piece::<f32>(weight.rows * rank)
         + piece::<f32>(rank * rank)
@@ -56,7 +61,7 @@ impl Cuda {
         };
         let (rows, cols, rank) = (weight.rows, weight.cols, adapter.rank);
         let mut room = Room::new(scratch);
-        let decoded = room.take::<bf16>(decoded_len([weight].into_iter()));
+        let decoded = room.take::<bf16>(decoded_len([weight]));
         let a = room.take::<bf16>(rank * cols);
         let (u, gram) = (room.take::<f32>(rows * rank), room.take::<f32>(rank * rank));
         let w = self.decode(weight, 0..rows, decoded);
@@ -201,7 +206,7 @@ impl<'a> Run<'a> {
     }
 
     /// The weights of these members in as few matrices as possible: quantised
-    /// neighbours are decoded one below the other and become one. Calls `f` with the
+    /// neighbours are decoded one below the other, or lie so, and become one. Calls `f` with the
     /// first output column, the number of columns, and where the weight lies.
     fn weights<'b>(
         &self,
@@ -256,6 +261,17 @@ impl<'a> Run<'a> {
             }
         }
         pending.into_iter().for_each(round);
+    }
+
+    /// Where every `A` lies in the parameters, if one below the other.
+    fn stack(&self) -> Option<Range<usize>> {
+        let mut all = self
+            .adapters()
+            .map(|(_, a)| a.a..a.a + a.rank * self.inputs);
+        let first = all.next()?;
+        all.try_fold(first, |above, a| {
+            (above.end == a.start).then_some(above.start..a.end)
+        })
     }
 
     /// One member's rows of the stack of every `A`.
@@ -463,7 +479,7 @@ impl<'a> Run<'a> {
             });
         }
         // A gradient of a factor, added to what is there.
-        let onto = |size, a, b, scale, at: std::ops::Range<usize>, stride| {
+        let onto = |size, a, b, scale, at: Range<usize>, stride| {
             let Some(grads) = &grads else { return };
             let out = (grads.at(at), stride);
             self.product(Product {
@@ -476,6 +492,8 @@ impl<'a> Run<'a> {
                 scale,
             });
         };
+        // Members that see the same input have one product for all their `A`.
+        let stack = self.stack().filter(|_| self.dropout.is_none());
         for (p, a) in self.adapters() {
             let rows = p.weight.rows;
             let d = Operand::new(dout + p.out as u64 * BF16, width);
@@ -493,12 +511,18 @@ impl<'a> Run<'a> {
             });
             let range = a.b..a.b + rows * a.rank;
             onto([rows, a.rank, tokens], d.t(), xa, a.scale, range, a.rank);
-            if grads.is_some() {
+            if grads.is_some() && stack.is_none() {
                 let x = Operand::new(self.dropped_input(a.module), self.inputs);
                 let range = a.a..a.a + a.rank * self.inputs;
                 let size = [a.rank, self.inputs, tokens];
                 onto(size, dxa.t(), x, 1.0, range, self.inputs);
             }
+        }
+        if let Some(stack) = stack {
+            let dxa = Operand::new(self.scratch.dxa, self.ranks);
+            let x = Operand::new(self.x, self.inputs);
+            let size = [self.ranks, self.inputs, tokens];
+            onto(size, dxa.t(), x, 1.0, stack, self.inputs);
         }
         let Some(dx) = dx else { return };
         let through_a = |dxa: Address, a: Address, ranks: usize, to: Address, add: bool| {

@@ -5,8 +5,9 @@
 //! Activations are bf16; sums, statistics, adapters and their gradients are f32.
 //! NF4 weights are decoded into scratch before their product: at training batches
 //! that costs a few percent of the product, and the members of a group, decoded
-//! side by side, become one product. Few tokens, as in decoding, meet the codes
-//! directly (`few`). Every width must be a multiple of eight, so that rows move in
+//! side by side, become one product. Where there is memory to spare, the decoded weights
+//! stay, and small batches are spared what is most of their time. Few tokens, as in
+//! decoding, meet the codes directly (`few`). Every width must be a multiple of eight, so that rows move in
 //! 16-byte pieces.
 
 mod driver;
@@ -64,6 +65,20 @@ pub struct Matrix {
     rows: usize,
     cols: usize,
     store: Store,
+    /// Its values decoded, if they are kept: from that place on in the buffer of its
+    /// group, whose quantised members lie there one below the other.
+    decoded: Option<(Arc<Buffer<bf16>>, usize)>,
+}
+
+impl Matrix {
+    fn new([rows, cols]: [usize; 2], store: Store) -> Self {
+        Self {
+            rows,
+            cols,
+            store,
+            decoded: None,
+        }
+    }
 }
 
 enum Store {
@@ -188,9 +203,12 @@ impl Cuda {
         (name, tiles * TILE * (heads.dim + 8) * size_of::<bf16>())
     }
 
-    /// Rows `rows` of a weight as bf16, decoded to `scratch` unless it is dense.
+    /// Rows `rows` of a weight as bf16, decoded to `scratch` unless they lie somewhere.
     fn decode(&self, matrix: &Matrix, rows: Range<usize>, scratch: Address) -> Address {
         let range = rows.start * matrix.cols..rows.end * matrix.cols;
+        if let Some((values, first)) = &matrix.decoded {
+            return values.at(first + range.start..first + range.end);
+        }
         match &matrix.store {
             Store::Dense(values) => values.at(range),
             Store::Shared(_) => panic!("a table is looked up in, not multiplied by"),
@@ -343,7 +361,7 @@ impl Backend for Cuda {
                 }
             }
         };
-        Ok(Matrix { rows, cols, store })
+        Ok(Matrix::new([rows, cols], store))
     }
 
     /// A table in bf16 stays in the host's memory, from where a pass reads eight
@@ -352,11 +370,10 @@ impl Backend for Cuda {
     fn upload_table(&self, table: HostMatrix) -> Result<Matrix> {
         let HostMatrix { rows, cols, data } = table;
         match data {
-            MatrixData::Bf16(values) if cols % 8 == 0 => Ok(Matrix {
-                rows,
-                cols,
-                store: Store::Shared(Shared::of(&self.queue, &values)?),
-            }),
+            MatrixData::Bf16(values) if cols % 8 == 0 => Ok(Matrix::new(
+                [rows, cols],
+                Store::Shared(Shared::of(&self.queue, &values)?),
+            )),
             data => self.upload_matrix(HostMatrix { rows, cols, data }),
         }
     }
@@ -417,6 +434,27 @@ impl Backend for Cuda {
             Store::Shared(_) => 0,
             Store::Nf4 { nested, .. } => nf4::bytes(values, nested.is_some()),
         }
+    }
+
+    fn decoded_bytes(&self, group: &[Matrix]) -> usize {
+        linear::decoded_len(group) * size_of::<bf16>()
+    }
+
+    fn keep_decoded(&self, group: &mut [Matrix]) -> Result<()> {
+        let len = linear::decoded_len(&*group);
+        if len == 0 || group.iter().any(|matrix| matrix.decoded.is_some()) {
+            return Ok(());
+        }
+        let values = Arc::new(Buffer::new(&self.queue, "decoded weights", len)?);
+        let quantised = |matrix: &&mut Matrix| matches!(matrix.store, Store::Nf4 { .. });
+        let mut first = 0;
+        for matrix in group.iter_mut().filter(quantised) {
+            let len = matrix.rows * matrix.cols;
+            self.decode(matrix, 0..matrix.rows, values.at(first..first + len));
+            matrix.decoded = Some((values.clone(), first));
+            first += len;
+        }
+        Ok(())
     }
 
     fn shape(&self, matrix: &Matrix) -> [usize; 2] {

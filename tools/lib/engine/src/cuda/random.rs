@@ -44,11 +44,7 @@ impl Cuda {
         check_width([rows, cols])?;
         let table = Shared::new::<bf16>(&self.queue, rows * cols)?;
         self.draw(number, 0, rows * cols, table.address);
-        Ok(Matrix {
-            rows,
-            cols,
-            store: Store::Shared(table),
-        })
+        Ok(Matrix::new([rows, cols], Store::Shared(table)))
     }
 
     /// A weight of normally distributed values.
@@ -60,7 +56,7 @@ impl Cuda {
     ) -> Result<Matrix> {
         check_width([rows, cols])?;
         let (what, count) = ("weights", rows * cols);
-        let matrix = |store| Ok(Matrix { rows, cols, store });
+        let matrix = |store| Ok(Matrix::new([rows, cols], store));
         if !quantised {
             let values: Buffer<bf16> = Buffer::new(&self.queue, what, count)?;
             self.draw(number, 0, count, values.first(count));
