@@ -86,7 +86,7 @@ struct Plan {
     algorithm: blas_sys::cublasLtMatmulAlgo_t,
 }
 
-/// Page-locked host memory, which the device copies to while the host goes on.
+/// Page-locked host memory, which the device copies to and from while the host goes on.
 struct Pinned {
     at: *mut c_void,
     bytes: usize,
@@ -129,7 +129,7 @@ struct Context {
 }
 
 // SAFETY: the handles may be used from any thread whose current context is this
-// one, which `enter` sees to; the list is locked.
+// one, which `enter` sees to; the lists are locked.
 unsafe impl Send for Context {}
 // SAFETY: as above.
 unsafe impl Sync for Context {}
@@ -618,7 +618,7 @@ impl Driver for Nvidia {
         let with = |e| failed("copying from the GPU", e);
         let event =
             cuda::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(with)?;
-        let copying = Copying {
+        let mut copying = Copying {
             pinned: Some(self.context.pin(bytes)?),
             context: self.context.clone(),
             event,
@@ -630,11 +630,15 @@ impl Driver for Nvidia {
             .map_or(std::ptr::null_mut(), |p| p.at);
         // SAFETY: `to` is page-locked memory of at least this size, which lives until
         // the event has passed; the source is inside a buffer of the backend's.
-        unsafe {
+        let queued = unsafe {
             sys::cuMemcpyDtoHAsync_v2(to, from, bytes, self.context.stream)
                 .result()
-                .map_err(with)?;
-            cuda::event::record(event, self.context.stream).map_err(with)?;
+                .and_then(|()| cuda::event::record(event, self.context.stream))
+        };
+        if let Err(error) = queued {
+            // Perhaps under way with no event behind it: its memory is never used again.
+            copying.pinned = None;
+            return Err(with(error));
         }
         Ok(Box::new(copying))
     }
