@@ -42,21 +42,22 @@ fn compiler() -> cc::Build {
 
 fn main() {
     let kernels = Path::new(KERNELS).join("kernels.cu");
-    let faults = Path::new("runtime/faults.cu").to_owned();
+    let [faults, fragments] =
+        ["faults", "fragments"].map(|name| Path::new("runtime").join(name).with_extension("cu"));
     watched()
         .files(["runtime/runtime.cc", "runtime/check.cc"])
         .compile("cuda_runtime");
     watched()
         .flag("-xc++")
         .include(KERNELS)
-        .files([&kernels, &faults])
+        .files([&kernels, &faults, &fragments])
         .compile("cuda_kernels");
     compiler()
         .flag("-xc++")
         .define("CHECKED", None)
         .flag("-fsanitize=thread")
         .include(KERNELS)
-        .files([&kernels, &faults])
+        .files([&kernels, &faults, &fragments])
         .compile("cuda_kernels_checked");
     stand_in();
     if std::env::var_os(ASAN).is_some() {

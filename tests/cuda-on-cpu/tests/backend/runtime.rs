@@ -1,5 +1,6 @@
 //! The runtime finds what it is there to find: a kernel with one mistake is an
-//! error that names it, in whichever order its threads run.
+//! error that names it, in whichever order its threads run. And its matrix
+//! instructions share a matrix among the lanes as a device's do.
 
 use cuda_on_cpu::{Emulated, Order};
 use engine::cuda::{Arg, Driver, Launch};
@@ -122,4 +123,92 @@ fn a_launch_that_does_not_fit_the_kernel_is_an_error() {
         assert!(error.contains(says), "{error}");
     }
     assert!(device.zero(buffer + 8, 256).is_err());
+}
+
+/// Runs a kernel of one warp on buffers of words; gives the last one, of 128.
+fn warp(kernel: &'static str, inputs: &[&[u32]]) -> Vec<u32> {
+    let device = Emulated::new(Order::Forward, true);
+    let mut args = Vec::new();
+    for words in inputs {
+        let buffer = device.allocate("test", 4 * words.len()).unwrap();
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        device.write(&bytes, buffer).unwrap();
+        args.push(Arg::Pointer(buffer));
+    }
+    let out = device.allocate("test", 512).unwrap();
+    args.push(Arg::Pointer(out));
+    let launch = Launch {
+        kernel,
+        grid: [1, 1, 1],
+        block: 32,
+        shared: 0,
+        args: &args,
+    };
+    device.launch(&launch).unwrap();
+    let bytes = device.read(out, 512).unwrap().wait().unwrap();
+    let word = |b: &[u8]| u32::from_ne_bytes(b.try_into().unwrap());
+    bytes.chunks_exact(4).map(word).collect()
+}
+
+/// Where a lane's value lies, by a layout as CUTLASS writes them: what the lane modulo 4,
+/// its quotient, and each bit of the value's number count for.
+fn place([low, high]: [usize; 2], bits: &[usize], lane: usize, value: usize) -> usize {
+    let bits = bits.iter().enumerate();
+    let of_value: usize = bits.map(|(i, stride)| (value >> i & 1) * stride).sum();
+    lane % 4 * low + lane / 4 * high + of_value
+}
+
+#[test]
+fn lanes_share_a_product_as_cutlass_says() {
+    // CUTLASS's MMA_Traits<SM80_16x8x16_F32BF16BF16F32_TN>: places in a [16, 16] and
+    // out [16, 8], columns one behind the other, and in b [16, 8], its rows so.
+    let in_a = |lane, value| place([32, 1], &[16, 8, 128], lane, value);
+    let in_b = |lane, value| place([16, 1], &[8, 64], lane, value);
+    let in_out = |lane, value| place([32, 1], &[16, 8], lane, value);
+    // Whole numbers, so that every order of the sums is exact.
+    let a: Vec<f32> = (0..256).map(|i| (i * 37 % 41) as f32 - 20.0).collect();
+    let b: Vec<f32> = (0..128).map(|i| (i * 29 % 31) as f32 - 15.0).collect();
+    let bits = |x: f32| u32::from(half::bf16::from_f32(x).to_bits());
+    let words = |from: &[f32], at: &dyn Fn(usize, usize) -> usize, count: usize| -> Vec<u32> {
+        let of_lane = |lane| {
+            let value = move |v| bits(from[at(lane, v)]);
+            (0..count).map(move |w| value(2 * w) | value(2 * w + 1) << 16)
+        };
+        (0..32).flat_map(of_lane).collect()
+    };
+    let found = warp(
+        "fragments_multiply",
+        &[&words(&a, &in_a, 4), &words(&b, &in_b, 2)],
+    );
+    for lane in 0..32 {
+        for value in 0..4 {
+            let (row, column) = (in_out(lane, value) % 16, in_out(lane, value) / 16);
+            let term = |k: usize| a[row + 16 * k] * b[column + 8 * k];
+            let want: f32 = (0..16).map(term).sum();
+            let got = f32::from_bits(found[4 * lane + value]);
+            assert_eq!(got, want, "lane {lane}, value {value}");
+        }
+    }
+}
+
+#[test]
+fn lanes_share_loaded_matrices_as_cutlass_says() {
+    // CUTLASS's Copy_Traits<SM75_U32x4_LDSM_N> and <SM75_U16x8_LDSM_T>, in 16-bit values
+    // of the rows that the lanes point to, one behind the other.
+    let plain = |lane, value| place([2, 8], &[1, 64, 128], lane, value);
+    let transposed = |lane, value| place([16, 1], &[8, 64, 128], lane, value);
+    let rows: Vec<u32> = (0..128).map(|i| 2 * i | (2 * i + 1) << 16).collect();
+    for (kernel, at) in [
+        ("fragments_load", &plain as &dyn Fn(usize, usize) -> usize),
+        ("fragments_load_transposed", &transposed),
+    ] {
+        let found = warp(kernel, &[&rows]);
+        for lane in 0..32 {
+            for value in 0..8 {
+                let got = found[4 * lane + value / 2] >> (16 * (value % 2)) & 0xffff;
+                let want = at(lane, value) as u32;
+                assert_eq!(got, want, "{kernel}, lane {lane}, value {value}");
+            }
+        }
+    }
 }
