@@ -197,7 +197,7 @@ fn lanes_share_loaded_matrices_as_cutlass_says() {
     // of the rows that the lanes point to, one behind the other.
     let plain = |lane, value| place([2, 8], &[1, 64, 128], lane, value);
     let transposed = |lane, value| place([16, 1], &[8, 64, 128], lane, value);
-    let rows: Vec<u32> = (0..128).map(|i| 2 * i | (2 * i + 1) << 16).collect();
+    let rows: Vec<u32> = (0..128).map(|i| (2 * i) | ((2 * i + 1) << 16)).collect();
     for (kernel, at) in [
         ("fragments_load", &plain as &dyn Fn(usize, usize) -> usize),
         ("fragments_load_transposed", &transposed),
