@@ -239,10 +239,11 @@ impl App {
         let [interrupted, asked] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
         let install = || -> std::io::Result<()> {
             for signal in [SIGINT, SIGTERM] {
-                // The order matters: the first signal finds `asked` unset and passes.
+                // The order matters: a signal between two of these lines is heeded already,
+                // and the first finds `asked` unset and passes.
+                flag::register(signal, Arc::clone(&interrupted))?;
                 flag::register_conditional_shutdown(signal, 130, Arc::clone(&asked))?;
                 flag::register(signal, Arc::clone(&asked))?;
-                flag::register(signal, Arc::clone(&interrupted))?;
             }
             if !is_ignored(SIGHUP) {
                 flag::register(SIGHUP, Arc::clone(&interrupted))?;

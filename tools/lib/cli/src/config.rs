@@ -135,11 +135,6 @@ where
             .get(&path)
             .cloned()
             .unwrap_or_else(|| "settings".into());
-        let cause = if cause.starts_with("invalid type: null") {
-            "is empty: give it a value, or leave it out".into()
-        } else {
-            cause
-        };
         Failure::Usage(format!("{source}: {path}: {cause}"))
     })?;
     let leaves = leaves(&to_tree(&settings))
@@ -260,6 +255,9 @@ fn in_words(message: &str) -> String {
     let Some((found, expected)) = message.split_once(", expected ") else {
         return message.to_owned();
     };
+    if found == "invalid type: null" {
+        return "is empty: give it a value, or leave it out".into();
+    }
     let expected = match expected {
         "f32" | "f64" => "a number",
         "u16" | "u32" | "u64" | "usize" => "a whole number, 0 or more",
@@ -279,9 +277,8 @@ fn in_words(message: &str) -> String {
         ("sequence", "a list"),
         ("map", "a section of keys"),
     ];
-    let wrong = (found.strip_prefix("invalid type: "))
-        .or_else(|| found.strip_prefix("invalid value: "))
-        .filter(|wrong| !wrong.starts_with("null"));
+    let wrong =
+        (found.strip_prefix("invalid type: ")).or_else(|| found.strip_prefix("invalid value: "));
     let is = match (wrong, found.strip_prefix("unknown variant ")) {
         (Some(wrong), _) => {
             let said = kinds.iter().find_map(|(theirs, ours)| {
@@ -298,11 +295,14 @@ fn in_words(message: &str) -> String {
 
 /// Reads settings from a tree; the error names the key and, for one that does
 /// not exist, the nearest that does.
-fn from_tree<T: DeserializeOwned>(tree: &Value) -> Result<T, (String, String)> {
-    serde_path_to_error::deserialize(tree).map_err(|error| {
+fn from_tree<T: Serialize + DeserializeOwned>(tree: &Value) -> Result<T, (String, String)> {
+    let settings: T = serde_path_to_error::deserialize(tree).map_err(|error| {
         let mut path = error.path().to_string();
         let message = error.inner().to_string();
         let mut quoted = message.split('`').skip(1).step_by(2);
+        if is_of_a_choice(&message) {
+            return (path.clone(), choices::<T>(tree, &path));
+        }
         if !message.starts_with("unknown field") {
             return (path, in_words(&message));
         }
@@ -315,6 +315,46 @@ fn from_tree<T: DeserializeOwned>(tree: &Value) -> Result<T, (String, String)> {
             };
         }
         (path, format!("unknown key{}", nearest(unknown, quoted)))
+    })?;
+    match listed_section(tree, &to_tree(&settings)) {
+        None => Ok(settings),
+        Some(path) => Err((path, "is a list; it must be a section of keys".into())),
+    }
+}
+
+/// What serde says of a number or a list where one of several words belongs: not which.
+const OF_A_CHOICE: [&str; 2] = ["expected string or map", "expected map with a single key"];
+
+fn is_of_a_choice(message: &str) -> bool {
+    OF_A_CHOICE.iter().any(|end| message.ends_with(end))
+}
+
+/// What such a value must be: serde names the words when it is given another one, so it
+/// is given the value's own text.
+fn choices<T: DeserializeOwned>(tree: &Value, path: &str) -> String {
+    let mut tree = tree.clone();
+    let pointer = format!("/{}", path.replace('.', "/"));
+    if let Some(value) = tree.pointer_mut(&pointer) {
+        *value = Value::String(value.to_string());
+    }
+    match T::deserialize(tree) {
+        Err(error) if !is_of_a_choice(&error.to_string()) => in_words(&error.to_string()),
+        _ => "it must be one of the words that this key knows".into(),
+    }
+}
+
+/// The first section that was given as a list: serde takes one for a section's values in
+/// the order of its keys, of which nobody who writes YAML knows.
+fn listed_section(given: &Value, read: &Value) -> Option<String> {
+    let (Value::Object(given), Value::Object(read)) = (given, read) else {
+        return (given.is_array() && read.is_object()).then(String::new);
+    };
+    given.iter().find_map(|(key, given)| {
+        let inside = listed_section(given, read.get(key)?)?;
+        Some(match inside.as_str() {
+            "" => key.clone(),
+            inside => format!("{key}.{inside}"),
+        })
     })
 }
 
@@ -520,11 +560,48 @@ mod tests {
                 "a second document begins here",
             ),
             ("training:\n  learning_rate: .nan\n", ":2: .nan: NaN"),
+            (
+                "training: {optim: 3}\n",
+                "training.optim: is `3`; it must be one of `adamw`, ",
+            ),
+            (
+                "training: {optim: [a]}\n",
+                "training.optim: is `[\"a\"]`; it must be one of `adamw`, ",
+            ),
+            (
+                "training: {lr_scheduler: {a: 1, b: 2}}\n",
+                "training.lr_scheduler: is `{\"a\":1,\"b\":2}`; it must be one of `cosine`, ",
+            ),
+            (
+                "model: {lm_head: 4}\n",
+                "model.lm_head: is `4`; it must be `as_stored` or `nf4`",
+            ),
+            (
+                "lora:\n  rank: null\n",
+                ":2: lora.rank: is empty: give it a value, or leave it out",
+            ),
+            (
+                "# 5\nlora: [5, 7]\n",
+                ":2: lora: is a list; it must be a section of keys",
+            ),
+            (
+                "training: [1]\n",
+                ":1: training: is a list; it must be a section of keys",
+            ),
+            ("training: []\n", "training: is a list; it must be"),
+            ("[]\n", "is a list; it must be a section of keys"),
+            (
+                "model: {quantization: []}\n",
+                "model.quantization: it must be `nf4` or `none`",
+            ),
         ] {
             let error = resolve_train(yaml, Flags::new(), &[]).unwrap_err();
             assert!(error.contains(said), "{yaml}: {error}");
             assert_eq!(error.lines().count(), 1, "{yaml}: {error}");
         }
+        let lists = [("PAIRS__LORA", "[5, 7]")];
+        let error = resolve_train("", Flags::new(), &lists).unwrap_err();
+        assert!(error.contains("PAIRS__LORA: lora: is a list"), "{error}");
         let error = resolve_train("", Flags::new(), &[("PAIRS__LORA__RNAK", "8")]).unwrap_err();
         assert!(
             error.contains("PAIRS__LORA__RNAK") && error.contains("`rank`"),
@@ -572,6 +649,17 @@ mod tests {
                 "{error}"
             );
         }
+    }
+
+    #[test]
+    fn a_list_is_no_section_however_deep() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "judge:\n  prices:\n    m: [1, 2]\n").unwrap();
+        let none = std::iter::empty();
+        let error = resolve::<EvalSettings>(Some(file.path()), &["judge"], Flags::new(), none);
+        let error = error.unwrap_err().to_string();
+        let said = ":3: judge.prices.m: is a list; it must be a section of keys";
+        assert!(error.ends_with(said), "{error}");
     }
 
     #[test]

@@ -1,6 +1,11 @@
 //! `config/train.yaml`: the base model, the adapter and how it is trained.
 
+use std::fmt;
+use std::marker::PhantomData;
+
 use indexmap::IndexMap;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::TextChoice;
@@ -66,6 +71,23 @@ impl Default for Model {
     }
 }
 
+/// A section, and no list of its values, which serde takes for one.
+fn section<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<T, D::Error> {
+    struct Keys<T>(PhantomData<T>);
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Keys<T> {
+        type Value = T;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a map")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+            T::deserialize(MapAccessDeserializer::new(map))
+        }
+    }
+    deserializer.deserialize_map(Keys(PhantomData))
+}
+
 impl<'de> Deserialize<'de> for Model {
     /// Besides our own keys this reads the ones of the Python stacks:
     /// `load_in_4bit` and `bnb_4bit_*`, beside `path` or in a map under
@@ -87,7 +109,7 @@ impl<'de> Deserialize<'de> for Model {
         )]
         enum AnyQuantization {
             Name(Quantization),
-            Map(BitsAndBytes),
+            Map(#[serde(deserialize_with = "section")] BitsAndBytes),
         }
         #[derive(Deserialize, Default)]
         #[serde(deny_unknown_fields, default)]
