@@ -214,6 +214,91 @@ fn a_model_is_fetched_once_and_the_token_stays_with_the_hub() {
     assert!(inspected.stdout.contains("no problems"), "{inspected}");
 }
 
+/// What "delete it" says, followed as someone may: one file, all that `*` names, all.
+#[test]
+fn what_was_deleted_or_cut_short_is_fetched_again() {
+    let store = store(|reply, _| reply);
+    let hub = hub(&store);
+    let tool = tool(&hub);
+    let folder = tool.folder().join(FOLDER);
+    tool.run(&FETCH, "").exits(0);
+    let cut = |name: &str| {
+        let file = fs::File::options().write(true).open(folder.join(name));
+        file.unwrap().set_len(1000).unwrap();
+    };
+    let damages: [(&str, &dyn Fn()); 5] = [
+        ("weights", &|| {
+            fs::remove_file(folder.join(WEIGHTS)).unwrap()
+        }),
+        ("cut weights", &|| cut(WEIGHTS)),
+        ("cut tokens", &|| cut("tokenizer.json")),
+        ("all but hidden files", &|| {
+            for entry in fs::read_dir(&folder).unwrap().flatten() {
+                if !entry.file_name().to_string_lossy().starts_with('.') {
+                    fs::remove_file(entry.path()).unwrap();
+                }
+            }
+        }),
+        ("the folder", &|| fs::remove_dir_all(&folder).unwrap()),
+    ];
+    for (out, damage) in damages {
+        let asked = hub.requests().len();
+        damage();
+        tool.run(&["--model", "demo/tiny", "--save-quantized", out], "")
+            .exits(0)
+            .says("downloading demo/tiny at 0123456789ab");
+        is_whole(&tool);
+        assert!(tool.folder().join(out).join(WEIGHTS).exists(), "{out}");
+        let at = &hub.requests()[asked].path;
+        assert_eq!(at.ends_with(COMMIT), out != "the folder", "{at}");
+    }
+    // A download of an earlier version noted no files.
+    let state = json!({"model": "demo/tiny", "commit": COMMIT, "complete": true});
+    fs::write(folder.join(".hub.json"), state.to_string()).unwrap();
+    let asked = hub.requests().len();
+    tool.run(&["--model", "demo/tiny", "--save-quantized", "old"], "")
+        .exits(0);
+    assert_eq!(hub.requests().len(), asked);
+    fs::remove_file(folder.join(WEIGHTS)).unwrap();
+    tool.run(&["--model", "demo/tiny", "--save-quantized", "new"], "")
+        .exits(0);
+    is_whole(&tool);
+}
+
+/// The advice to a run on a downloaded base that was damaged later, followed.
+#[test]
+fn a_damaged_download_is_named_and_comes_again_as_advised() {
+    let store = store(|reply, _| reply);
+    let hub = hub(&store);
+    let tool = tool(&hub);
+    tool.run(&FETCH, "").exits(0);
+    // The last value of the last tensor, in BF16.
+    let weights = tool.folder().join(FOLDER).join(WEIGHTS);
+    let mut bytes = fs::read(&weights).unwrap();
+    let end = bytes.len() - 2;
+    bytes[end..].copy_from_slice(&0x7fc0_u16.to_le_bytes());
+    fs::write(&weights, bytes).unwrap();
+    let row = json!({"prompt": "Good morning", "completion": "And to you"});
+    tool.file("rows.jsonl", &format!("{row}\n"));
+    let train = |out: &str| {
+        let run = format!("--model demo/tiny --data rows.jsonl --steps 1 --out {out}");
+        tool.run(&run.split(' ').collect::<Vec<_>>(), "")
+    };
+    train("one")
+        .exits(4)
+        .says("the loss is no longer a number")
+        .says(&format!("`qlora-train inspect {FOLDER}` says which"))
+        .says(&format!(
+            "delete the folder {FOLDER}, to have it downloaded again"
+        ))
+        .says("train in another folder");
+    let found = tool.run(&["inspect", FOLDER], "").exits(0);
+    assert!(found.stdout.contains("that are no numbers"), "{found}");
+    fs::remove_dir_all(tool.folder().join(FOLDER)).unwrap();
+    train("two").exits(0);
+    is_whole(&tool);
+}
+
 /// Others know the base by its repository's name: the revision is told apart from it.
 #[test]
 fn a_revision_is_fetched_beside_the_rest_and_stands_beside_the_name() {
@@ -364,6 +449,45 @@ fn small_files_that_are_not_what_the_hub_says_are_deleted() {
         // What came whole before stays; a hub that sends it right completes it.
         let hub = self::hub(&store);
         let tool = tool.env("HF_ENDPOINT", &hub.url());
+        tool.run(&FETCH, "").exits(0);
+        is_whole(&tool);
+    }
+}
+
+/// Of small files such a mirror tells no more than the length.
+#[test]
+fn a_mirror_that_gives_no_git_ids_is_taken_at_its_lengths() {
+    for null in [false, true] {
+        let store = store(|reply, _| reply);
+        let (files, weights) = (files(), store.url());
+        let mut answer = revision(&files);
+        for file in answer["siblings"].as_array_mut().unwrap() {
+            let file = file.as_object_mut().unwrap();
+            match null {
+                false => drop(file.remove("blobId")),
+                true => drop(file.insert("blobId".into(), Value::Null)),
+            }
+        }
+        // The first time a small file comes a byte short.
+        let short = files["config.json"].len() - 1;
+        let hub = Server::start(move |request, before| {
+            let prefix = format!("/demo/tiny/resolve/{COMMIT}/");
+            match request.path.strip_prefix(&prefix) {
+                None => Reply::json(200, &answer),
+                Some(WEIGHTS) => {
+                    Reply::text(302, "").header("location", &format!("{weights}/blob/{WEIGHTS}"))
+                }
+                Some("config.json") if before == 0 => {
+                    Reply::bytes(200, &files["config.json"][..short])
+                }
+                Some(name) => ranged(&files[name], request),
+            }
+        });
+        let tool = tool(&hub);
+        tool.run(&FETCH, "").exits(4).says(&format!(
+            "config.json.part is {short} bytes, not {}",
+            short + 1
+        ));
         tool.run(&FETCH, "").exits(0);
         is_whole(&tool);
     }

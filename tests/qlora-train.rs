@@ -307,14 +307,15 @@ fn a_terminal_that_goes_away_leaves_a_saved_run() {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     let line: Vec<String> = words.map(|w| format!("'{}'", w.display())).collect();
     let line = format!("exec env --default-signal=HUP {}", line.join(" "));
-    if Command::new("script").arg("--version").output().is_err() {
-        println!("no script(1), so no terminal: left to the test of the signal alone");
-        return;
-    }
     let mut script = Command::new("script");
-    script.args(["--quiet", "--command", &line, "/dev/null"]);
-    script.current_dir(tool.folder());
-    // Without script(1) nobody holds the terminal's other end.
+    script
+        .args(["--quiet", "--command", &line, "/dev/null"])
+        .current_dir(tool.folder())
+        .env_clear()
+        .envs(command.get_envs().filter_map(|(k, v)| Some((k, v?))));
+    let there = Command::new("script").arg("--version").output().is_ok();
+    assert!(there, "a terminal needs script(1), of util-linux");
+    // When script(1) is gone nobody holds the terminal's other end.
     let code = signal_to(script, (&tool, "out"), 3, "-KILL");
     assert_eq!(code, Some(-9));
     let started = Instant::now();
@@ -542,6 +543,23 @@ fn an_adapter_that_is_no_number_is_not_published() {
     }
 }
 
+/// Makes a tensor's first value NaN, in BF16 or F32, as long as the file was before.
+fn put_nan(path: &Path, name: &str) {
+    let mut bytes = fs::read(path).unwrap();
+    let head = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..head]).unwrap();
+    let nan = match header[name]["dtype"].as_str().unwrap() {
+        "BF16" => 0x7fc0_u16.to_le_bytes().to_vec(),
+        dtype => {
+            assert_eq!(dtype, "F32");
+            f32::NAN.to_le_bytes().to_vec()
+        }
+    };
+    let at = head + header[name]["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[at..at + nan.len()].copy_from_slice(&nan);
+    fs::write(path, bytes).unwrap();
+}
+
 /// Where nothing was learnt yet, the weights are at fault and not the learning rate.
 #[test]
 fn weights_that_are_no_numbers_are_told_as_such() {
@@ -552,29 +570,53 @@ fn weights_that_are_no_numbers_are_told_as_such() {
         let entry = entry.unwrap();
         fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
     }
-    // A NaN in the norm before the output projection.
-    let path = model.join("model.safetensors");
-    let mut bytes = fs::read(&path).unwrap();
-    let head = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-    let header: Value = serde_json::from_slice(&bytes[8..head]).unwrap();
-    let norm = &header["model.norm.weight"];
-    assert_eq!(norm["dtype"], "BF16");
-    let at = head + norm["data_offsets"][0].as_u64().unwrap() as usize;
-    bytes[at..at + 2].copy_from_slice(&0x7fc0_u16.to_le_bytes());
-    fs::write(&path, bytes).unwrap();
+    put_nan(&model.join("model.safetensors"), "model.norm.weight");
+    let with = |out| ["--model", "damaged", "--data", "pairs.jsonl", "--out", out];
     for (out, rows, said) in [
         ("held-out", 31, "step 0: the held-out loss is no longer"),
         ("none", 4, "step 1: the loss is no longer a number"),
     ] {
         tool.file("pairs.jsonl", &pairs(rows));
-        let arguments = ["--model", "damaged", "--data", "pairs.jsonl", "--out", out];
-        tool.run(&arguments, "")
+        tool.run(&with(out), "")
             .exits(4)
             .says(said)
             .says("`qlora-train inspect damaged`")
-            .says("fetch the model again")
+            .says("put the model's files into damaged again, and train in another folder")
+            .never_says("--init-adapter")
             .never_says("lower training.learning_rate");
     }
+    // What it says to do helps.
+    let found = tool.run(&["inspect", "--strict", "damaged"], "").exits(1);
+    let said = "problem: model.safetensors: model.norm.weight holds values that are no numbers";
+    assert!(found.stdout.contains(said), "{found}");
+    put_nan(
+        &model.join("model.safetensors"),
+        "model.layers.3.mlp.up_proj.weight",
+    );
+    let found = tool.run(&["inspect", "--strict", "damaged"], "").exits(1);
+    let said = "model.layers.3.mlp.up_proj.weight and 1 more weights hold values";
+    assert!(found.stdout.contains(said), "{found}");
+    fs::copy(
+        Path::new(MODEL).join("model.safetensors"),
+        model.join("model.safetensors"),
+    )
+    .unwrap();
+    tool.run(&["inspect", "--strict", "damaged"], "").exits(0);
+    let few = [&with("again")[..], &["--steps", "1"]].concat();
+    tool.run(&few, "").exits(0);
+
+    // An adapter to begin from may be at fault as well.
+    let adapter = tool.folder().join("again/adapter_model.safetensors");
+    let name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight";
+    put_nan(&adapter, name);
+    fs::remove_file(tool.folder().join("again/SHA256SUMS")).unwrap();
+    let from = [&with("from")[..], &["--init-adapter", "again"]].concat();
+    tool.run(&from, "")
+        .exits(4)
+        .says("in the base model's folder, or in that of --init-adapter, are no numbers");
+    let found = tool.run(&["inspect", "again", "--model", "damaged"], "");
+    let said = format!("values that are not finite, `{name}` the first");
+    assert!(found.stdout.contains(&said), "{found}");
 }
 
 #[test]
@@ -616,6 +658,46 @@ fn bench_refuses_what_no_machine_has() {
         .says(said);
         assert!(started.elapsed() < Duration::from_secs(5), "{flag} {value}");
     }
+}
+
+/// Bytes that a line of /proc/meminfo gives in kB.
+fn meminfo(key: &str) -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(key));
+    let kb = line.unwrap().trim_start_matches(':').trim();
+    1024 * kb.trim_end_matches(" kB").parse::<u64>().unwrap()
+}
+
+/// What a processor's memory cannot hold is told before the system ends the process for it.
+#[test]
+fn bench_leaves_out_what_the_memory_cannot_hold() {
+    let tool = tool();
+    let bench = |more: &str| {
+        let all = format!("bench --device cpu --side 8 --steps 1 --prompts 0 {more}");
+        tool.run(&all.split(' ').collect::<Vec<_>>(), "")
+    };
+    // 64 layers of 975.2 MB in bf16, two tables of 1.56 GB, and 23 MB of norms and angles.
+    if meminfo("MemTotal") < 60_000_000_000 {
+        let started = Instant::now();
+        bench("--shape qwen3-32b --dense")
+            .exits(2)
+            .says("--shape qwen3-32b: its weights need 65.55 GB, and ")
+            .says("with --layers it has fewer");
+        assert!(started.elapsed() < Duration::from_secs(5));
+    } else {
+        println!("this machine holds all weights that bench has");
+    }
+    if meminfo("MemTotal") < 31_000_000_000 {
+        let run = bench("--shape tiny --tokens 32,1048576").exits(0);
+        let run = run.says("--tokens 1048576: left out, for they need ");
+        assert_eq!(run.records().len(), 1, "{run}");
+    } else {
+        println!("this machine holds all steps that bench has of a tiny shape");
+    }
+    tool.file("lengths.json", "[[18446744073709551615, 2]]");
+    bench("--shape tiny --lengths lengths.json")
+        .exits(2)
+        .says("--lengths lengths.json: pairs of at least one token each, of at most 512 together");
 }
 
 #[test]
@@ -1392,21 +1474,24 @@ fn a_damaged_adapter_is_not_taken_for_a_finished_one() {
     train(&tool, "out", &["--steps", "3", "--resume"])
         .exits(4)
         .says("out/adapter_model.safetensors: is not as it was written")
-        .says("delete adapter_model.safetensors");
+        .says("move adapter_model.safetensors away, and --resume writes it again from step 3")
+        .never_says("sha256sum");
     // Without the sums nobody can tell.
     let sums = tool.read("out/SHA256SUMS");
     fs::remove_file(tool.folder().join("out/SHA256SUMS")).unwrap();
     train(&tool, "out", &["--steps", "3", "--resume"])
         .exits(4)
         .says("out/SHA256SUMS: No such file")
-        .says("delete adapter_model.safetensors");
+        .says("if you trust the adapter, note its sums: `(cd ")
+        .says("; else move adapter_model.safetensors away");
     let config = sums.lines().find(|line| line.ends_with("_config.json"));
     tool.file("out/SHA256SUMS", config.unwrap());
     train(&tool, "out", &["--steps", "3", "--resume"])
         .exits(4)
         .says("out/SHA256SUMS: has no sum of adapter_model.safetensors");
     // The remedy that it names is one.
-    fs::remove_file(&weights).unwrap();
+    let aside = tool.folder().join("aside.safetensors");
+    fs::rename(&weights, aside).unwrap();
     train(&tool, "out", &["--steps", "3", "--resume"]).exits(0);
     same(&tool, "whole", "out");
     let sums = Command::new("sha256sum")
@@ -1414,6 +1499,43 @@ fn a_damaged_adapter_is_not_taken_for_a_finished_one() {
         .current_dir(tool.folder().join("out"))
         .status();
     assert!(sums.unwrap().success());
+}
+
+/// Without checkpoints nothing writes the adapter again: to begin anew would cost the run.
+#[test]
+fn an_adapter_without_checkpoints_is_never_given_up() {
+    let tool = tool();
+    train(&tool, "out", &["--steps", "3"]).exits(0);
+    let kept = result(&tool, "out");
+    fs::remove_dir_all(tool.folder().join("out/checkpoints")).unwrap();
+    fs::remove_file(tool.folder().join("out/SHA256SUMS")).unwrap();
+    let refused = train(&tool, "out", &["--steps", "3", "--resume"])
+        .exits(4)
+        .says("out/SHA256SUMS: No such file")
+        .never_says("--resume writes it again")
+        .never_says("delete");
+    let (_, command) = refused.stderr.split_once(": `(").unwrap();
+    let command = format!("({}", command.split_once('`').unwrap().0);
+    let noted = Command::new("sh")
+        .args(["-c", &command])
+        .current_dir(tool.folder())
+        .status();
+    assert!(noted.unwrap().success(), "{command}");
+    train(&tool, "out", &["--steps", "3", "--resume"])
+        .exits(0)
+        .says("finished");
+    assert_eq!(kept, result(&tool, "out"));
+
+    let weights = tool.folder().join("out/adapter_model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&weights, bytes).unwrap();
+    train(&tool, "out", &["--steps", "3", "--resume"])
+        .exits(4)
+        .says("is not as it was written")
+        .says("; no checkpoint is left to write it again from")
+        .says("RUN=new")
+        .never_says("sha256sum");
 }
 
 #[test]

@@ -15,6 +15,7 @@ use cli::{App, Failure};
 use engine::{Backend, Choice, Device, Group, HostMatrix, Member, Reading, Sampling};
 use half::bf16;
 use jsonl::Output;
+use qwen3::plan::{Extent, Outline};
 use qwen3::{
     AdapterConfig, Batch, Config, Generation, Held, Keep, Lora, LoraLayout, Losses, Model, Module,
     Optimiser, OptimiserKind, Pass, Prompt, Row, Storage, Update, generate,
@@ -305,16 +306,16 @@ impl Bench {
         let name = || path.display().to_string();
         let lengths: Vec<[usize; 2]> =
             serde_json::from_reader(File::open(path).with_context(name)?).with_context(name)?;
+        let most = self.shape.config.max_positions;
         let fits = |&[prompt, reply]: &[usize; 2]| {
-            prompt > 0 && reply > 0 && prompt + reply <= self.shape.config.max_positions
+            prompt > 0 && reply > 0 && prompt.saturating_add(reply) <= most
         };
         match !lengths.is_empty() && lengths.iter().all(fits) {
             true => Ok(lengths),
             false => {
                 let cause = format!(
-                    "--lengths {}: pairs of at least one token each, of at most {} together, are needed",
-                    path.display(),
-                    self.shape.config.max_positions
+                    "--lengths {}: pairs of at least one token each, of at most {most} together, are needed",
+                    path.display()
                 );
                 Err(Failure::Usage(cause).into())
             }
@@ -355,6 +356,20 @@ impl Bench {
             products: storage(self.dense),
             head: storage(self.lm_head == LmHeadFlag::AsStored),
         };
+        // A processor's memory is handed out before it is there.
+        let room = |backend: &B| match OF_ITS_OWN {
+            true => Ok(None),
+            false => backend.free_memory(),
+        };
+        let outline = Outline::random(&backend, config.clone(), held)?;
+        let needed = outline.weights(&backend).total();
+        if let Some(room) = room(&backend)?.filter(|room| needed > *room) {
+            let (needed, room, shape) = (Size(needed), Size(room), &self.shape.name);
+            let cause = format!(
+                "--shape {shape}: its weights need {needed}, and {room} are free; with --layers it has fewer"
+            );
+            return Err(Failure::Usage(cause).into());
+        }
         let started = Instant::now();
         let mut model = Model::random(backend, config, held).context("the random weights")?;
         if self.keep_decoded {
@@ -400,34 +415,29 @@ impl Bench {
                     ..OptimiserKind::default()
                 },
             )?,
-            pass: Pass::new(match self.recompute {
-                true => Keep::Layers(0),
-                false => Keep::All,
-            }),
+            pass: Pass::new(self.keep()),
             layout: &layout,
             model: &model,
         };
-        // A processor's memory is handed out before it is there.
-        let room = match OF_ITS_OWN {
-            true => None,
-            false => model.backend().free_memory()?,
-        };
-        let fits = |what: String, least: usize| {
-            let lacking = room.filter(|room| least > *room);
+        let room = room(model.backend())?;
+        let fits = |what: String, needed: usize| {
+            let lacking = room.filter(|room| needed > *room);
             if let Some(room) = lacking {
-                let (least, room) = (Size(least), Size(room));
+                let (needed, room) = (Size(needed), Size(room));
                 app.warn(format_args!(
-                    "{what}: left out, for they need {least} at least, and {room} are free"
+                    "{what}: left out, for they need {needed}, and {room} are free"
                 ));
             }
             lacking.is_none()
         };
         for &tokens in &self.tokens {
-            let least = tokens.saturating_mul(self.bytes_per_token::<B>(model.config()));
-            if !fits(format!("--tokens {tokens}"), least) {
+            let texts = texts(lengths, tokens, model.config().vocab_size);
+            let extent = Extent::of(&as_rows(&texts));
+            let pass = outline.pass(model.backend(), &layout, extent, self.keep())?;
+            if !fits(format!("--tokens {tokens}"), pass.total()) {
                 continue;
             }
-            match self.train(&mut trainer, lengths, tokens, rates, free) {
+            match self.train(&mut trainer, &texts, rates, free) {
                 Ok(what) => write(what)?,
                 Err(error @ engine::Error::OutOfMemory { .. }) => {
                     app.warn(format_args!("{tokens} tokens: {error}"));
@@ -439,6 +449,7 @@ impl Bench {
         for &slots in self.slots.iter().filter(|_| self.prompts > 0) {
             let (config, used) = (model.config(), slots.min(self.prompts));
             let keys = config.layers * config.kv_heads * config.head_dim * B::ACT_BYTES;
+            // The keys and values of what is generated: of the prompts there are more.
             let least = used * self.new_tokens as usize * 2 * keys;
             if !fits(format!("--slots {slots}"), least) {
                 continue;
@@ -448,27 +459,21 @@ impl Bench {
         Ok(())
     }
 
-    /// What a pass keeps of each token at least: what goes into each layer and, unless
-    /// that is computed again, what is computed in it.
-    fn bytes_per_token<B: Backend>(&self, config: &Config) -> usize {
-        let heads = (config.heads + config.kv_heads) * config.head_dim;
-        let inside = match self.recompute {
-            true => 0,
-            false => 3 * (config.hidden_size + heads + config.intermediate_size),
-        };
-        config.layers * (config.hidden_size + inside) * B::ACT_BYTES
+    fn keep(&self) -> Keep {
+        match self.recompute {
+            true => Keep::Layers(0),
+            false => Keep::All,
+        }
     }
 
     fn train<B: Backend>(
         &self,
         trainer: &mut Trainer<'_, B>,
-        lengths: &[[usize; 2]],
-        most: usize,
+        texts: &[(Vec<u32>, Vec<bool>)],
         rates: Rates,
         free: impl Fn(&B) -> engine::Result<Option<usize>>,
     ) -> engine::Result<What> {
         let (model, config) = (trainer.model, trainer.model.config());
-        let rows = texts(lengths, most, config.vocab_size);
         let mut pending: Option<Losses<B>> = None;
         let (mut started, mut left) = (Instant::now(), None);
         let (mut tokens, mut labelled) = (0, 0);
@@ -480,7 +485,7 @@ impl Bench {
                 left = free(model.backend())?;
                 started = Instant::now();
             }
-            let batch = Batch::new(model.backend(), &as_rows(&rows))?;
+            let batch = Batch::new(model.backend(), &as_rows(texts))?;
             (tokens, labelled) = (batch.tokens(), batch.labelled());
             // A loss is read when the next step is on its way.
             let losses = trainer.step(&batch)?;
@@ -496,7 +501,7 @@ impl Bench {
         let operations = 4.0 * (parameters(config) * tokens + head * labelled) as f64;
         let after = free(model.backend())?;
         Ok(What::Train {
-            rows: rows.len(),
+            rows: texts.len(),
             tokens,
             labelled,
             recompute: self.recompute,

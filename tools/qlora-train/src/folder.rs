@@ -138,13 +138,15 @@ struct Cut {
     state: String,
 }
 
+const CHECKPOINTS: &str = "checkpoints";
+
 const SUMS: &str = "SHA256SUMS";
 
 /// What a run writes, beside run.json, which comes first.
 const OURS: [&str; 8] = [
     "metrics.jsonl",
     "timing.jsonl",
-    "checkpoints",
+    CHECKPOINTS,
     "README.md",
     "train.yaml",
     SUMS,
@@ -169,18 +171,75 @@ pub fn write_sums(folder: &Path, part: &Path) -> Result<()> {
     )?)
 }
 
+/// Why a finished adapter is not taken for one.
+enum Doubt {
+    /// It is not as it was written.
+    Damaged(String),
+    /// Nobody can tell.
+    Unknown(String),
+}
+
+impl Doubt {
+    /// The cause, and what helps in the folder as it is: an adapter that no checkpoint
+    /// is left of must not be given up for nothing.
+    fn with_remedy(&self, folder: &Path) -> Result<String> {
+        let (Self::Damaged(cause) | Self::Unknown(cause)) = self;
+        let [config, weights] = SUMMED;
+        let again = checkpoints(folder)?.pop().map(|(step, _)| {
+            format!("move {weights} away, and --resume writes it again from step {step}")
+        });
+        let trusted = match self {
+            Self::Damaged(_) => None,
+            Self::Unknown(_) => Some(format!(
+                "if you trust the adapter, note its sums: \
+                 `(cd '{}' && sha256sum {config} {weights} > {SUMS})`",
+                folder.display()
+            )),
+        };
+        let remedies: Vec<String> = trusted.into_iter().chain(again).collect();
+        Ok(match remedies.is_empty() {
+            true => format!(
+                "{cause}; no checkpoint is left to write it again from: train in another folder (make: RUN=new)"
+            ),
+            false => format!("{cause}; {}", remedies.join("; else ")),
+        })
+    }
+}
+
 /// Whether a finished adapter is as it was written. Its sums came before it: where they
 /// are gone, or one of them is, nobody can tell.
-fn check_whole(folder: &Path) -> Result<(), String> {
+fn check_whole(folder: &Path) -> Result<(), Doubt> {
     let sums = folder.join(SUMS);
-    let text = fs::read_to_string(&sums).map_err(|e| format!("{}: {e}", sums.display()))?;
+    let named = |cause: String| Doubt::Unknown(format!("{}: {cause}", sums.display()));
+    let text = fs::read_to_string(&sums).map_err(|error| named(error.to_string()))?;
     for name in SUMMED {
         let has = |line: &str| line.split_once("  ").is_some_and(|(_, file)| file == name);
         if !text.lines().any(has) {
-            return Err(format!("{}: has no sum of {name}", sums.display()));
+            return Err(named(format!("has no sum of {name}")));
         }
     }
-    qwen3::check_sums(folder).map_err(|damage| damage.to_string())
+    qwen3::check_sums(folder).map_err(|damage| Doubt::Damaged(damage.to_string()))
+}
+
+/// Every finished checkpoint of a run's folder, oldest first.
+fn checkpoints(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let folder = folder.join(CHECKPOINTS);
+    if !folder.exists() {
+        return Ok(Vec::new());
+    }
+    let mut found = Vec::new();
+    for entry in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
+        let path = entry.with_context(|| folder.display().to_string())?.path();
+        let name = path
+            .file_name()
+            .and_then(|n| n.to_str())
+            .unwrap_or_default();
+        if let Some(step) = name.strip_prefix("step-").and_then(|n| n.parse().ok()) {
+            found.push((step, path));
+        }
+    }
+    found.sort();
+    Ok(found)
 }
 
 /// A line of metrics.jsonl, of an update or of an evaluation.
@@ -259,12 +318,9 @@ impl Folder {
             jsonl::write_atomically(&run, text.as_bytes())?;
         }
         if is_finished(path) {
-            check_whole(path).map_err(|damage| {
-                Failure::World(format!(
-                    "{damage}; delete adapter_model.safetensors, and --resume writes it again \
-                     from the last checkpoint"
-                ))
-            })?;
+            if let Err(doubt) = check_whole(path) {
+                return Err(Failure::World(doubt.with_remedy(path)?).into());
+            }
             return Ok(Found::Finished);
         }
         let open = |file: &str| -> Result<File> {
@@ -394,32 +450,11 @@ impl Folder {
     }
 
     fn checkpoints(&self) -> PathBuf {
-        self.path.join("checkpoints")
-    }
-
-    /// Every finished checkpoint, oldest first.
-    fn list(&self) -> Result<Vec<(u64, PathBuf)>> {
-        let folder = self.checkpoints();
-        if !folder.exists() {
-            return Ok(Vec::new());
-        }
-        let mut found = Vec::new();
-        for entry in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
-            let path = entry.with_context(|| folder.display().to_string())?.path();
-            let name = path
-                .file_name()
-                .and_then(|n| n.to_str())
-                .unwrap_or_default();
-            if let Some(step) = name.strip_prefix("step-").and_then(|n| n.parse().ok()) {
-                found.push((step, path));
-            }
-        }
-        found.sort();
-        Ok(found)
+        self.path.join(CHECKPOINTS)
     }
 
     fn newest(&self) -> Result<Option<PathBuf>> {
-        Ok(self.list()?.pop().map(|(_, path)| path))
+        Ok(checkpoints(&self.path)?.pop().map(|(_, path)| path))
     }
 
     /// Saves a checkpoint and drops the oldest above `keep` (0 keeps all).
@@ -447,11 +482,11 @@ impl Folder {
             };
             synced(&part.join("state.json"), &serde_json::to_vec(&cut)?)?;
             fs::rename(&part, &target)?;
-            File::open(self.path.join("checkpoints"))?.sync_all()?;
+            File::open(self.checkpoints())?.sync_all()?;
             Ok(())
         };
         write().with_context(|| format!("saving {}", target.display()))?;
-        let mut all = self.list()?;
+        let mut all = checkpoints(&self.path)?;
         while keep > 0 && all.len() > keep {
             let (_, oldest) = all.remove(0);
             fs::remove_dir_all(&oldest).with_context(|| oldest.display().to_string())?;

@@ -22,7 +22,7 @@ use crate::verify;
 ///
 /// For an adapter: rank, scale, targets, base, and whether peft would load it
 /// rightly. For a model: shape, storage, parameters, stop tokens, template, and
-/// whether it can be trained on. With --verify the weights are run here and in
+/// whether it can be trained on. Every value is read: all must be numbers. With --verify the weights are run here and in
 /// transformers, and token ids, likelihoods and greedy texts are compared.
 #[derive(Args)]
 #[command(after_long_help = crate::commands::after_help(EXAMPLES))]
@@ -103,7 +103,7 @@ impl Inspect {
                 adapter::inspect(&self.folder, self.model.as_deref(), &mut problems)?;
             (Findings::Adapter(found), base, Some(self.folder.as_path()))
         } else if has("config.json") {
-            let found = model::inspect(&self.folder, &mut problems);
+            let found = model::inspect(app, &self.folder, &mut problems);
             (Findings::Model(found), Some(self.folder.clone()), None)
         } else {
             let cause = format!(

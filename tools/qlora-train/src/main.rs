@@ -404,6 +404,7 @@ impl Tool for QloraTrain {
             fit: &fit,
             rows: &rows,
             origin: &origin,
+            base: &model_path,
         };
         let loading = "loading the base model";
         match device {

@@ -6,6 +6,7 @@
 //! speed: each pass adds `∂ Σ nll / N` to the gradient, with N the labelled
 //! tokens of the whole step.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -55,6 +56,8 @@ pub struct Job<'a> {
     pub rows: &'a Rows,
     /// Where the model and the rows come from.
     pub origin: &'a Origin,
+    /// The base model's folder.
+    pub base: &'a Path,
 }
 
 /// Trains from `state`, or from the start, to the finished adapter.
@@ -286,8 +289,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         line.loss = sum / line.supervised_tokens as f64;
         line.grad_norm = f64::from(step.norm.wait()?[0]);
         if !(line.loss.is_finite() && line.grad_norm.is_finite()) {
-            let settings = self.job.settings;
-            return Err(no_number(line.step, "the loss is", line.step - 1, settings));
+            return Err(self.no_number(line.step, "the loss is", line.step - 1));
         }
         self.lines.metric(&line)?;
         if let Some(spike) = self.spikes.see(line.step, line.loss, line.grad_norm) {
@@ -383,7 +385,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
             true => Ok(values),
             false => {
                 let (step, what) = (self.step, "a value of the adapter is");
-                Err(no_number(step, what, step, self.job.settings))
+                Err(self.no_number(step, what, step))
             }
         }
     }
@@ -431,7 +433,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         let eval_loss = sum / tokens as f64;
         if !eval_loss.is_finite() {
             let (step, what) = (self.step, "the held-out loss is");
-            return Err(no_number(step, what, step, self.job.settings));
+            return Err(self.no_number(step, what, step));
         }
         Ok(Some(EvalLine {
             step: self.step,
@@ -439,6 +441,31 @@ impl<'a, B: Backend> Trainer<'a, B> {
             eval_perplexity: eval_loss.exp(),
             eval_tokens: tokens,
         }))
+    }
+
+    /// The end of a run that cannot come back: to resume would repeat every step to it.
+    /// After `updates` of them that made it so; where there was none, no learning rate did.
+    fn no_number(&self, step: u64, what: &str, updates: u64) -> anyhow::Error {
+        let (job, base) = (self.job, self.job.base.display());
+        let remedy = match updates {
+            0 => {
+                let adapter = match job.identity.init_adapter {
+                    Some(_) => ", or in that of --init-adapter,",
+                    None => "",
+                };
+                let again = match job.base == Path::new(&job.settings.model.path) {
+                    true => format!("put the model's files into {base} again"),
+                    false => format!("delete the folder {base}, to have it downloaded again"),
+                };
+                format!(
+                    "nothing was learnt yet, so values in the base model's folder{adapter} are no \
+                     numbers: `qlora-train inspect {base}` says which; {again}, and train in another \
+                     folder (make: RUN=new)"
+                )
+            }
+            _ => "lower training.learning_rate and train in another folder (make: RUN=new)".into(),
+        };
+        Failure::World(format!("step {step}: {what} no longer a number: {remedy}")).into()
     }
 
     /// What was planned and estimated, and how it came out.
@@ -513,25 +540,10 @@ impl<'a, B: Backend> Trainer<'a, B> {
     }
 }
 
-/// The end of a run that cannot come back: to resume would repeat every step to it.
-/// After `updates` of them that made it so; where there was none, no learning rate did.
-fn no_number(step: u64, what: &str, updates: u64, settings: &TrainSettings) -> anyhow::Error {
-    let model = &settings.model.path;
-    let remedy = match updates {
-        0 => format!(
-            "nothing was learnt yet, so the weights (of {model}, or of --init-adapter) are damaged: \
-             `qlora-train inspect {model}` says whether its files are whole, with --verify what transformers \
-             makes of them; delete them and fetch the model again"
-        ),
-        _ => "lower training.learning_rate and train in another folder (make: RUN=new)".into(),
-    };
-    Failure::World(format!("step {step}: {what} no longer a number: {remedy}")).into()
-}
-
 /// Writes an adapter with its card and settings; its weights come last, for their
 /// name is the sign that the run is finished.
 fn put_into(
-    folder: &std::path::Path,
+    folder: &Path,
     settings: &TrainSettings,
     adapter: &Adapter,
     config: &Config,

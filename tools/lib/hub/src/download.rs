@@ -24,7 +24,7 @@ pub(crate) struct Commit {
 #[derive(Clone, Deserialize)]
 pub(crate) struct Sibling {
     pub(crate) rfilename: String,
-    size: u64,
+    pub(crate) size: u64,
     /// Git's name for what is in git: of a large file, a pointer to it. Not all mirrors
     /// give it.
     #[serde(rename = "blobId")]

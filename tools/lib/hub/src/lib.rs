@@ -15,6 +15,7 @@ mod name;
 mod tool;
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File};
 use std::future::Future;
@@ -96,11 +97,23 @@ struct State {
     model: String,
     commit: String,
     complete: bool,
+    /// Bytes of each file.
+    #[serde(default)]
+    files: BTreeMap<String, u64>,
 }
 
 impl State {
     fn read(folder: &Path) -> Option<Self> {
         serde_json::from_slice(&fs::read(folder.join(STATE)).ok()?).ok()
+    }
+
+    /// Whether everything came, and nothing of it was deleted or cut since.
+    fn holds(&self, folder: &Path) -> bool {
+        let there = |(name, bytes): (&String, &u64)| {
+            let found = folder.join(name).metadata();
+            found.is_ok_and(|found| found.len() == *bytes)
+        };
+        self.complete && self.files.iter().all(there)
     }
 
     fn write(&self, folder: &Path) -> Result<(), Error> {
@@ -111,18 +124,24 @@ impl State {
 }
 
 /// Where a model lies, if it is on this machine: in the folder of that path, or under
-/// that name in [`FOLDER`], downloaded or put there by hand.
+/// that name in [`FOLDER`], put there by hand, or downloaded and whole still.
 pub fn find(model: &str) -> Option<PathBuf> {
-    let is_model = |folder: &Path| folder.join("config.json").exists();
-    if is_model(Path::new(model)) {
+    let has_config = |folder: &Path| folder.join("config.json").exists();
+    if has_config(Path::new(model)) {
         return Some(model.into());
     }
     let folder = Name::parse(model)?.folder();
     let whole = match State::read(&folder) {
-        Some(state) => state.complete,
-        None => is_model(&folder),
+        Some(state) => state.holds(&folder) && has_config(&folder) && has_weights(&folder),
+        None => has_config(&folder),
     };
     whole.then_some(folder)
+}
+
+fn has_weights(folder: &Path) -> bool {
+    let files = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names = files.map(|file| file.file_name());
+    names.any(|name| name.to_string_lossy().ends_with(".safetensors"))
 }
 
 impl Hub {
@@ -235,6 +254,10 @@ impl Hub {
             model: name.to_string(),
             commit: commit.sha,
             complete: false,
+            files: files
+                .iter()
+                .map(|f| (f.rfilename.clone(), f.size))
+                .collect(),
         };
         Ok((state, files))
     }

@@ -20,8 +20,9 @@ const MOST: usize = 1 << 20;
 /// Most layers.
 const LAYERS: usize = 1 << 12;
 
-/// Most angles of the rotary table, which is held whole: a million positions of heads of 256.
-const ANGLES: usize = 1 << 28;
+/// Most values of the rotary table, which is held whole, a cosine and a sine for each angle:
+/// a million positions of heads of 256.
+const ROTARY: usize = 1 << 28;
 
 /// The shape of a model. Sizes are numbers of features unless they say otherwise.
 #[derive(Debug, Clone, PartialEq)]
@@ -140,8 +141,8 @@ impl Config {
             );
             return Err(keys.wrong("num_attention_heads", reason));
         }
-        if config.max_positions * config.head_dim > ANGLES {
-            let (key, most) = ("max_position_embeddings", ANGLES / config.head_dim);
+        if config.max_positions * config.head_dim > ROTARY {
+            let (key, most) = ("max_position_embeddings", ROTARY / config.head_dim);
             return Err(keys.too_large(key, config.max_positions, most));
         }
         if !(0.0..=1.0).contains(&rms_eps) {

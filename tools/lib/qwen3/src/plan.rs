@@ -7,7 +7,7 @@
 
 use std::ops::Add;
 
-use engine::{Backend, Result};
+use engine::{Backend, HostMatrix, MatrixKind, Result};
 
 use crate::batch::Row;
 use crate::model::scratch;
@@ -227,12 +227,36 @@ impl<B: Backend> Outline<B> {
     /// # Errors
     /// If the device cannot take weights of such shapes.
     pub fn new(backend: &B, checkpoint: &Checkpoint, held: impl Into<Held>) -> crate::Result<Self> {
-        let (config, held) = (checkpoint.config().clone(), held.into());
+        let held = held.into();
+        let hollow = |weight| checkpoint.hollow(weight, held);
+        Self::of(backend, checkpoint.config().clone(), held, hollow)
+    }
+
+    /// Of a [random](crate::Model::random) model.
+    ///
+    /// # Errors
+    /// If the device cannot take weights of such shapes.
+    pub fn random(backend: &B, config: Config, held: impl Into<Held>) -> crate::Result<Self> {
+        let (held, shapes) = (held.into(), config.clone());
+        Self::of(backend, config, held, |weight| {
+            let shape = weight.shape(&shapes);
+            let kind = match held.of(weight) {
+                Storage::AsStored => MatrixKind::Bf16,
+                Storage::Nf4 => MatrixKind::Nf4 { nested: true },
+            };
+            Ok(HostMatrix::hollow([shape[0], shape[1]], kind))
+        })
+    }
+
+    fn of(
+        backend: &B,
+        config: Config,
+        held: Held,
+        weight: impl Fn(Weight) -> crate::Result<HostMatrix>,
+    ) -> crate::Result<Self> {
         let one_table = config.tied && held.head == Storage::AsStored;
         backend.accepts(config.attention())?;
-        let hollow = |weight| -> crate::Result<_> {
-            Ok(backend.upload_matrix(checkpoint.hollow(weight, held)?)?)
-        };
+        let hollow = |of| -> crate::Result<_> { Ok(backend.upload_matrix(weight(of)?)?) };
         let group = |layer, members: &[Module]| -> crate::Result<Vec<_>> {
             let members = members.iter();
             members
@@ -251,10 +275,7 @@ impl<B: Backend> Outline<B> {
         Ok(Self {
             embedding: match one_table {
                 true => hollow(Weight::Embedding)?,
-                false => {
-                    let table = checkpoint.hollow(Weight::Embedding, held)?;
-                    backend.upload_table(table)?
-                }
+                false => backend.upload_table(weight(Weight::Embedding)?)?,
             },
             head: (!one_table).then(|| hollow(Weight::Head)).transpose()?,
             products: products.collect::<crate::Result<_>>()?,

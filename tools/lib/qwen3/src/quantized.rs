@@ -44,9 +44,8 @@ impl Checkpoint {
     /// Writes the model to `folder` with its products in NF4, double
     /// quantisation, in the form of bitsandbytes; all else as it is stored.
     /// The folder appears whole or not at all. Goes layer by layer: in memory
-    /// there are never more than one as it is stored and three in 4 bits. `quantize`
-    /// does the arithmetic, `progress`
-    /// hears how many are done.
+    /// there are never more than one as it is stored and three in 4 bits.
+    /// `quantize` does the arithmetic, `progress` hears how many are done.
     ///
     /// # Errors
     /// If a weight is not finite, or the device or the disk fails.

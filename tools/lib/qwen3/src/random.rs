@@ -32,26 +32,18 @@ impl<B: Backend> Model<B> {
         let shapes = Module::ALL.map(|module| module.shape(&config));
         let (hidden, head_dim) = (config.hidden_size, config.head_dim);
         let layer = |b: &B, layer: usize| -> Result<LayerWeights<B::Matrix>> {
-            let mut number = (layer * shapes.len()) as u32;
-            let mut product = |shape| {
-                number += 1;
-                b.random_matrix(shape, quantised(held.products), number - 1)
-            };
-            let [q, k, v, o, gate, up, down] = shapes;
+            let first = layer * Module::ALL.len();
+            let made = (first..).zip(&shapes).map(|(number, &shape)| {
+                b.random_matrix(shape, quantised(held.products), number as u32)
+            });
+            let products = made.collect::<Result<Vec<_>>>()?;
             Ok(LayerWeights {
                 input_norm: vec![1.0; hidden],
                 post_attention_norm: vec![1.0; hidden],
                 q_norm: vec![1.0; head_dim],
                 k_norm: vec![1.0; head_dim],
-                products: [
-                    product(q)?,
-                    product(k)?,
-                    product(v)?,
-                    product(o)?,
-                    product(gate)?,
-                    product(up)?,
-                    product(down)?,
-                ],
+                products: (products.try_into())
+                    .unwrap_or_else(|_| unreachable!("as many products as modules")),
             })
         };
         Self::assemble(backend, config, ends, layer, |_, made, _| Ok(made))

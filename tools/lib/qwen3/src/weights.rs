@@ -58,6 +58,17 @@ pub struct Held {
     pub head: Storage,
 }
 
+impl Held {
+    /// How a weight is.
+    pub(crate) fn of(&self, weight: Weight) -> Storage {
+        match weight {
+            Weight::Product(..) => self.products,
+            Weight::Head => self.head,
+            _ => Storage::AsStored,
+        }
+    }
+}
+
 impl From<Storage> for Held {
     /// The products so, lm_head as it is stored.
     fn from(products: Storage) -> Self {
@@ -320,11 +331,7 @@ impl Checkpoint {
     /// If it is lm_head, tied, and not to be quantised.
     pub(crate) fn hollow(&self, weight: Weight, held: Held) -> Result<HostMatrix> {
         let (name, shape) = (weight.name(), weight.shape(&self.config));
-        let storage = match weight {
-            Weight::Product(..) => held.products,
-            Weight::Head => held.head,
-            _ => Storage::AsStored,
-        };
+        let storage = held.of(weight);
         let shape = [shape[0], shape[1]];
         let stored = self.info(&name).map(|(_, info)| info.dtype);
         let kind = match (stored, storage) {

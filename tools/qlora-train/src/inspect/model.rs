@@ -2,9 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::thread;
 
+use cli::App;
 use qwen3::{Chat, Checkpoint, Config, GenerationConfig, Weight};
 use serde::Serialize;
+use serde_json::Value;
 
 use super::Problem;
 
@@ -81,7 +86,7 @@ impl Model {
 }
 
 /// Looks at the model; every part that can be read is, whatever is wrong elsewhere.
-pub fn inspect(folder: &Path, problems: &mut Vec<Problem>) -> Model {
+pub fn inspect(app: &App, folder: &Path, problems: &mut Vec<Problem>) -> Model {
     let mut model = Model::default();
     let mut say = |error: &qwen3::Error, effect: &str| {
         let text = with_sources(error);
@@ -96,6 +101,7 @@ pub fn inspect(folder: &Path, problems: &mut Vec<Problem>) -> Model {
         });
     };
     let not_used = "this tool does not load it";
+    let mut damaged = Vec::new();
     let config = Config::load(folder)
         .map_err(|error| say(&error, not_used))
         .ok();
@@ -107,10 +113,11 @@ pub fn inspect(folder: &Path, problems: &mut Vec<Problem>) -> Model {
         model.vocabulary = Some(config.vocab_size);
         model.tied = Some(config.tied);
         model.positions = Some(config.max_positions);
-        match stored(folder) {
-            Ok(storage) => {
+        match Checkpoint::open(folder).and_then(|found| Ok((stored(&found)?, found))) {
+            Ok((storage, found)) => {
                 model.parameters = Some(storage.values().sum());
                 model.storage = storage;
+                damaged = no_numbers(app, &found);
             }
             Err(error) => say(&error, not_used),
         }
@@ -138,12 +145,76 @@ pub fn inspect(folder: &Path, problems: &mut Vec<Problem>) -> Model {
     {
         say(&error, no_chat);
     }
+    if let Some(first) = damaged.first() {
+        let others = match damaged.len() {
+            1 => String::new(),
+            count => format!(" and {} more weights hold", count - 1),
+        };
+        let verb = if others.is_empty() { " holds" } else { "" };
+        problems.push(Problem {
+            file: shard_of(folder, first),
+            cause: format!("{first}{verb}{others} values that are no numbers"),
+            effect: "every loss and every reply is none either: fetch the model again".into(),
+        });
+    }
     model
 }
 
-/// Parameters by how they are stored, of a checkpoint that is whole.
-fn stored(folder: &Path) -> Result<BTreeMap<String, u64>, qwen3::Error> {
-    let checkpoint = Checkpoint::open(folder)?;
+/// The names of the weights that hold NaN or an infinity; those that cannot be read are
+/// of another kind.
+fn no_numbers(app: &App, checkpoint: &Checkpoint) -> Vec<String> {
+    const ROWS: usize = 256;
+    let weights = Weight::all(checkpoint.config());
+    let is_damaged = |weight: Weight, buffer: &mut Vec<f32>| {
+        let Ok(values) = checkpoint.values(weight) else {
+            return false;
+        };
+        let [rows, _] = values.shape();
+        (0..rows).step_by(ROWS).any(|from| {
+            values.read(from..rows.min(from + ROWS), buffer);
+            !buffer.iter().all(|value| value.is_finite())
+        })
+    };
+    let progress = app.progress("reading weights", Some(weights.len() as u64));
+    let (next, (found, told)) = (AtomicUsize::new(0), mpsc::channel());
+    let mut damaged = Vec::new();
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, |threads| threads.get()) {
+            let (found, weights, next, is_damaged) = (found.clone(), &weights, &next, &is_damaged);
+            scope.spawn(move || {
+                let mut buffer = Vec::new();
+                while let Some(&weight) = weights.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let place = is_damaged(weight, &mut buffer).then_some(weight);
+                    if found.send(place).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+        drop(found);
+        for place in told {
+            damaged.extend(place.map(Weight::name));
+            progress.add(1);
+        }
+    });
+    damaged.sort();
+    damaged
+}
+
+/// The file that a weight is in.
+fn shard_of(folder: &Path, weight: &str) -> String {
+    let index = std::fs::read(folder.join("model.safetensors.index.json"));
+    let index = index
+        .ok()
+        .and_then(|json| serde_json::from_slice(&json).ok());
+    let name = |index: Value| Some(index["weight_map"][weight].as_str()?.to_owned());
+    index
+        .and_then(name)
+        .unwrap_or_else(|| "model.safetensors".into())
+}
+
+/// Parameters by how they are stored.
+fn stored(checkpoint: &Checkpoint) -> Result<BTreeMap<String, u64>, qwen3::Error> {
     let mut storage = BTreeMap::new();
     for weight in Weight::all(checkpoint.config()) {
         let count = weight.shape(checkpoint.config()).iter().product::<usize>() as u64;
