@@ -421,7 +421,8 @@ fn group<B: Machine>(b: &B, products: &Products<'_>) -> Vec<Vec<f32>> {
         p: dropout,
         seed: 77,
         step: 5,
-        rows: &rows,
+        rows: &rows.rows,
+        positions: &rows.positions,
     });
     let width: usize = weights.iter().map(|w| b.shape(w)[0]).sum();
     let x = b.act(&draw.vec(tokens * inputs));
@@ -589,7 +590,8 @@ fn dropout_drops_the_same_values() {
             p: 0.5,
             seed: u64::MAX - 3,
             step: 1000,
-            rows: &rows,
+            rows: &rows.rows,
+            positions: &rows.positions,
         };
         let x = b.act(&vec![1.0; tokens * inputs]);
         let (mut out, mut xa) = (b.poisoned(tokens * 8), b.poisoned(tokens * inputs));

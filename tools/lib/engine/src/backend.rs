@@ -120,8 +120,11 @@ pub struct Dropout<'a, B: Backend> {
     pub seed: u64,
     /// Number of the optimiser step.
     pub step: u32,
-    /// Whose masks these are: the rows' numbers and positions key them.
-    pub rows: &'a Ragged<B>,
+    /// `[tokens]` what keys the masks: each token's row's number in the data, as
+    /// [`Ragged::rows`],
+    pub rows: &'a B::Ids,
+    /// and its position there, as [`Ragged::positions`].
+    pub positions: &'a B::Ids,
 }
 
 impl<B: Backend> Clone for Dropout<'_, B> {

@@ -21,6 +21,9 @@ pub struct Batch<B: Backend> {
     /// Indices of the tokens that predict, and what each should.
     pub(crate) sources: B::Ids,
     pub(crate) targets: B::Ids,
+    /// Their rows and positions, as [`Ragged`] has them of all tokens.
+    pub(crate) source_rows: B::Ids,
+    pub(crate) source_positions: B::Ids,
     labels: Vec<usize>,
 }
 
@@ -34,6 +37,7 @@ impl<B: Backend> Batch<B> {
     /// If a row is empty or its mask has another length.
     pub fn new(backend: &B, rows: &[Row<'_>]) -> Result<Self> {
         let (mut ids, mut sources, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut source_rows, mut source_positions) = (Vec::new(), Vec::new());
         let mut labels = Vec::with_capacity(rows.len());
         for row in rows {
             assert!(!row.ids.is_empty(), "row {} is empty", row.number);
@@ -46,6 +50,8 @@ impl<B: Backend> Batch<B> {
             let before = targets.len();
             for (i, _) in row.labelled.iter().enumerate().skip(1).filter(|(_, l)| **l) {
                 sources.push((ids.len() + i - 1) as u32);
+                source_rows.push(row.number);
+                source_positions.push(i as u32 - 1);
                 targets.push(row.ids[i]);
             }
             labels.push(targets.len() - before);
@@ -57,6 +63,8 @@ impl<B: Backend> Batch<B> {
             ids: backend.upload_ids(&ids)?,
             sources: backend.upload_ids(&sources)?,
             targets: backend.upload_ids(&targets)?,
+            source_rows: backend.upload_ids(&source_rows)?,
+            source_positions: backend.upload_ids(&source_positions)?,
             labels,
         })
     }

@@ -198,14 +198,15 @@ impl<'a, B: Backend> Decoder<'a, B> {
             lengths.push((prompt.number, prompt.ids.len()));
         }
         let rows = Ragged::new(backend, &lengths)?;
-        let slots = backend.upload_ids(&slots)?;
+        let (slots, last) = (backend.upload_ids(&slots)?, backend.upload_ids(&last)?);
         let tokens = Tokens {
             count: ids.len(),
             positions: &rows.positions,
             rows: Some(&rows),
             slots: Some(&slots),
+            wanted: Some((&last, replies.len())),
         };
-        self.advance(replies, &ids, &tokens, &last)
+        self.advance(replies, &ids, &tokens)
     }
 
     /// Feeds every reply its last token and chooses the next.
@@ -221,9 +222,9 @@ impl<'a, B: Backend> Decoder<'a, B> {
             positions: &positions,
             rows: None,
             slots: Some(&slots),
+            wanted: None,
         };
-        let all: Vec<u32> = (0..replies.len() as u32).collect();
-        self.advance(replies, &ids, &tokens, &all)
+        self.advance(replies, &ids, &tokens)
     }
 
     /// The position of a reply's next token.
@@ -231,13 +232,12 @@ impl<'a, B: Backend> Decoder<'a, B> {
         (self.prompts[reply.prompt].ids.len() + reply.ids.len()) as u32
     }
 
-    /// One pass, and a token per reply from the rows at `last`.
+    /// One pass, and a token per reply from the wanted tokens.
     fn advance(
         &mut self,
         replies: &[Active],
         ids: &[u32],
         tokens: &Tokens<'_, B>,
-        last: &[u32],
     ) -> Result<Vec<u32>> {
         let (model, backend) = (self.model, self.model.backend());
         let numbers: Vec<u32> = replies
@@ -246,12 +246,12 @@ impl<'a, B: Backend> Decoder<'a, B> {
             .collect();
         let next: Vec<u32> = replies.iter().map(|r| self.next(r)).collect();
         let keys = (backend.upload_ids(&numbers)?, backend.upload_ids(&next)?);
-        let (ids, last) = (backend.upload_ids(ids)?, backend.upload_ids(last)?);
+        let ids = backend.upload_ids(ids)?;
         let size = [tokens.count, replies.len(), self.cache.shape.capacity];
         let buffers = self.pass.fit(model, size, self.lora)?;
         model.embed(&ids, tokens.count, buffers);
         model.layers_forward(tokens, self.lora, None, Some(&mut self.cache), buffers);
-        model.final_hidden(&last, replies.len(), buffers);
+        model.final_hidden(replies.len(), buffers);
         let (hidden, scratch) = (&buffers.head.normed, &mut buffers.scratch);
         backend.logits(
             model.head(),

@@ -26,24 +26,20 @@ impl<B: Backend> Model<B> {
         let ids = rows.concat();
         let longest = rows.iter().map(|row| row.len()).max().unwrap_or(0);
         let ragged = Ragged::new(backend, &lengths)?;
-        let all: Vec<u32> = (0..ids.len() as u32).collect();
-        let (count, ids, all) = (
-            ids.len(),
-            backend.upload_ids(&ids)?,
-            backend.upload_ids(&all)?,
-        );
+        let (count, ids) = (ids.len(), backend.upload_ids(&ids)?);
         let tokens = Tokens {
             count,
             positions: &ragged.positions,
             rows: Some(&ragged),
             slots: None,
+            wanted: None,
         };
         let mut pass = Pass::new(Keep::Nothing);
         let mut logits = backend.alloc_f32(count * vocab)?;
         let buffers = pass.fit(self, [count, count, longest], lora)?;
         self.embed(&ids, count, buffers);
         self.layers_forward(&tokens, lora, None, None, buffers);
-        self.final_hidden(&all, count, buffers);
+        self.final_hidden(count, buffers);
         let (hidden, scratch) = (&buffers.head.normed, &mut buffers.scratch);
         backend.logits(self.head(), (hidden, count), &mut logits, scratch);
         backend.read_f32(&logits, 0..count * vocab).wait()

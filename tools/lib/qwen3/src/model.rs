@@ -12,7 +12,7 @@ use engine::{
 };
 
 use crate::lora::{GROUPS, Ranks};
-use crate::pass::{Buffers, GradActs, Keep, LayerActs, Pass};
+use crate::pass::{Buffers, GradActs, HeadActs, Keep, LayerActs, Pass};
 use crate::{
     Adapter, Batch, Checkpoint, Config, Held, LayerWeights, Lora, LoraLayout, Module, OwnedLora,
 };
@@ -102,13 +102,40 @@ pub(crate) struct Tokens<'a, B: Backend> {
     pub rows: Option<&'a Ragged<B>>,
     /// The slot of each token's row, where keys and values are to be kept.
     pub slots: Option<&'a B::Ids>,
+    /// The tokens whose last hidden state is wanted, and how many; `None`: all. For the
+    /// others the last layer computes keys and values only, and no backward pass.
+    pub wanted: Option<(&'a B::Ids, usize)>,
 }
 
 /// What distinguishes the runs of a layer from each other.
 struct Run<'a, B: Backend> {
     tokens: &'a Tokens<'a, B>,
     lora: Option<Lora<'a, B>>,
-    dropout: Option<Dropout<'a, B>>,
+    /// Over all tokens, and over those that are wanted of the last layer.
+    dropout: Option<[Dropout<'a, B>; 2]>,
+}
+
+/// Of which tokens a group is computed.
+#[derive(Clone, Copy)]
+struct Span {
+    count: usize,
+    /// Whether of the wanted ones, not of all.
+    wanted: bool,
+}
+
+impl<'a, B: Backend> Run<'a, B> {
+    /// All tokens.
+    fn all(&self) -> Span {
+        Span {
+            count: self.tokens.count,
+            wanted: false,
+        }
+    }
+
+    fn dropout(&self, span: Span) -> Option<Dropout<'a, B>> {
+        self.dropout
+            .map(|dropout| dropout[usize::from(span.wanted)])
+    }
 }
 
 impl<B: Backend> Model<B> {
@@ -332,11 +359,15 @@ impl<B: Backend> Model<B> {
         lora: Option<Lora<'_, B>>,
     ) -> Result<Losses<B>> {
         let buffers = pass.fit(self, batch.size(), lora)?;
+        if batch.labelled() == 0 {
+            return Ok(self.read_losses(batch, buffers));
+        }
         let tokens = Tokens {
             count: batch.tokens(),
             positions: &batch.rows.positions,
             rows: Some(&batch.rows),
             slots: None,
+            wanted: Some((&batch.sources, batch.labelled())),
         };
         self.embed(&batch.ids, tokens.count, buffers);
         self.layers_forward(&tokens, lora, None, None, buffers);
@@ -368,17 +399,28 @@ impl<B: Backend> Model<B> {
             "a backward pass needs a pass that keeps"
         );
         let buffers = pass.fit(self, batch.size(), Some(lora))?;
+        if batch.labelled() == 0 {
+            return Ok(self.read_losses(batch, buffers));
+        }
         let tokens = Tokens {
             count: batch.tokens(),
             positions: &batch.rows.positions,
             rows: Some(&batch.rows),
             slots: None,
+            wanted: Some((&batch.sources, batch.labelled())),
         };
-        let dropout = noise.filter(|n| n.dropout > 0.0).map(|n| Dropout {
-            p: n.dropout,
-            seed: n.seed,
-            step: n.step,
-            rows: &batch.rows,
+        let dropout = noise.filter(|n| n.dropout > 0.0).map(|n| {
+            let of = |rows, positions| Dropout {
+                p: n.dropout,
+                seed: n.seed,
+                step: n.step,
+                rows,
+                positions,
+            };
+            [
+                of(&batch.rows.rows, &batch.rows.positions),
+                of(&batch.source_rows, &batch.source_positions),
+            ]
         });
         self.embed(&batch.ids, tokens.count, buffers);
         if let Some(noise) = noise.filter(|n| n.neftune_alpha > 0.0) {
@@ -402,6 +444,7 @@ impl<B: Backend> Model<B> {
             stream,
             layers,
             inside,
+            head,
             grads: down,
             scratch,
             ..
@@ -414,9 +457,9 @@ impl<B: Backend> Model<B> {
             let x = &inputs[l];
             let acts = &mut layers[inside[l]];
             if inside[l] == shared && l < last {
-                self.layer_forward(l, &run, None, x, acts, &mut outputs[0], scratch);
+                self.layer_forward(l, &run, None, x, acts, head, &mut outputs[0], scratch);
             }
-            self.layer_backward(l, &run, &batch.rows, x, acts, down, grads, scratch);
+            self.layer_backward(l, &run, &batch.rows, x, acts, head, down, grads, scratch);
         }
         Ok(self.read_losses(batch, buffers))
     }
@@ -441,7 +484,7 @@ impl<B: Backend> Model<B> {
         &self,
         tokens: &Tokens<'_, B>,
         lora: Option<Lora<'_, B>>,
-        dropout: Option<Dropout<'_, B>>,
+        dropout: Option<[Dropout<'_, B>; 2]>,
         mut cache: Option<&mut KvCache<B>>,
         buffers: &mut Buffers<B>,
     ) {
@@ -460,7 +503,8 @@ impl<B: Backend> Model<B> {
             };
             let acts = &mut buffers.layers[buffers.inside[l]];
             let cache = cache.as_deref_mut();
-            self.layer_forward(l, &run, cache, x, acts, out, &mut buffers.scratch);
+            let (head, scratch) = (&mut buffers.head, &mut buffers.scratch);
+            self.layer_forward(l, &run, cache, x, acts, head, out, scratch);
         }
     }
 
@@ -469,7 +513,16 @@ impl<B: Backend> Model<B> {
         self.layers.len() % streams
     }
 
-    /// One layer: `out` from `x`, what is inside into `acts`.
+    /// The wanted tokens, if a layer is the last one, and they are not all.
+    fn wanted<'a>(&self, l: usize, run: &Run<'a, B>) -> Option<(&'a B::Ids, Span)> {
+        let last = l + 1 == self.layers.len();
+        let (index, count) = run.tokens.wanted.filter(|_| last)?;
+        let wanted = true;
+        Some((index, Span { count, wanted }))
+    }
+
+    /// One layer: `out` from `x`, what is inside into `acts`, and into `head` what the
+    /// wanted tokens need of the last layer.
     #[expect(clippy::too_many_arguments, reason = "every buffer is named")]
     fn layer_forward(
         &self,
@@ -478,42 +531,47 @@ impl<B: Backend> Model<B> {
         cache: Option<&mut KvCache<B>>,
         x: &B::Act,
         acts: &mut LayerActs<B>,
+        head: &mut HeadActs<B>,
         out: &mut B::Act,
         scratch: &mut B::Workspace,
     ) {
         let (b, c, layer) = (&self.backend, &self.config, &self.layers[l]);
         let (heads, tokens) = (c.attention(), run.tokens.count);
-        let (hidden, inner) = ([tokens, c.hidden_size], [tokens, c.intermediate_size]);
         let params = run.lora.map(|l| l.params);
-        let linear =
-            |g: usize, x: &B::Act, residual, out: &mut B::Act, xa: &mut B::Act, scratch: &mut _| {
-                let members = self.members(l, g, run.lora);
-                let group = Group {
-                    layer: l as u32,
-                    members: &members,
-                };
-                b.linear(
-                    &group,
-                    params,
-                    run.dropout,
-                    (x, tokens),
-                    residual,
-                    out,
-                    xa,
-                    scratch,
-                );
+        let linear = |g: usize,
+                      (x, span): (&B::Act, Span),
+                      residual,
+                      out: &mut B::Act,
+                      xa: &mut B::Act,
+                      scratch: &mut _| {
+            let members = self.members(l, g, run.lora);
+            let group = Group {
+                layer: l as u32,
+                members: &members,
             };
+            b.linear(
+                &group,
+                params,
+                run.dropout(span),
+                (x, span.count),
+                residual,
+                out,
+                xa,
+                scratch,
+            );
+        };
         let LayerActs { xa, .. } = acts;
         let [xa_qkv, xa_o, xa_gate_up, xa_down] = xa;
 
         b.rms_norm(
             x,
             (&layer.norm1, c.rms_eps),
-            hidden,
+            [tokens, c.hidden_size],
             &mut acts.norm1,
             &mut acts.rstd1,
         );
-        linear(QKV, &acts.norm1, None, &mut acts.qkv, xa_qkv, scratch);
+        let input = (&acts.norm1, run.all());
+        linear(QKV, input, None, &mut acts.qkv, xa_qkv, scratch);
         let norms = self.qk_norms(layer);
         let (qkv, qk, positions) = (&acts.qkv, &mut acts.qk, run.tokens.positions);
         b.qk_norm_rope(heads, &norms, positions, tokens, qkv, qk, &mut acts.rstd_qk);
@@ -538,25 +596,32 @@ impl<B: Backend> Model<B> {
             let (out, lse) = (&mut acts.attended, &mut acts.lse);
             b.attention(heads, rows, &acts.qk, &acts.qkv, out, lse, scratch);
         }
-        linear(O, &acts.attended, Some(x), &mut acts.middle, xa_o, scratch);
+        let (attended, x, span) = match self.wanted(l, run) {
+            None => (&acts.attended, x, run.all()),
+            Some((index, span)) => {
+                let size = |width| [span.count, width];
+                b.gather(&acts.attended, index, size(heads.q()), &mut head.attended);
+                b.gather(x, index, size(c.hidden_size), &mut head.x);
+                (&head.attended, &head.x, span)
+            }
+        };
+        let of = |width| [span.count, width];
+        let input = (attended, span);
+        linear(O, input, Some(x), &mut acts.middle, xa_o, scratch);
 
-        let norm = (&layer.norm2, c.rms_eps);
-        b.rms_norm(&acts.middle, norm, hidden, &mut acts.norm2, &mut acts.rstd2);
-        linear(
-            GATE_UP,
-            &acts.norm2,
-            None,
-            &mut acts.gate_up,
-            xa_gate_up,
-            scratch,
-        );
-        b.swiglu(&acts.gate_up, inner, &mut acts.inner);
-        linear(DOWN, &acts.inner, Some(&acts.middle), out, xa_down, scratch);
+        let (norm, size) = ((&layer.norm2, c.rms_eps), of(c.hidden_size));
+        b.rms_norm(&acts.middle, norm, size, &mut acts.norm2, &mut acts.rstd2);
+        let input = (&acts.norm2, span);
+        linear(GATE_UP, input, None, &mut acts.gate_up, xa_gate_up, scratch);
+        b.swiglu(&acts.gate_up, of(c.intermediate_size), &mut acts.inner);
+        let input = (&acts.inner, span);
+        linear(DOWN, input, Some(&acts.middle), out, xa_down, scratch);
     }
 
     /// One layer backwards: `down.stream` from the gradient of its output to that
     /// of its input, adapters' gradients added to `grads`. In the lowest layer that is
-    /// trained it goes no further than the lowest adapter.
+    /// trained it goes no further than the lowest adapter. The gradient of the last
+    /// layer's output is `head.dstream`, of the wanted tokens only.
     #[expect(clippy::too_many_arguments, reason = "every buffer is named")]
     fn layer_backward(
         &self,
@@ -565,17 +630,21 @@ impl<B: Backend> Model<B> {
         rows: &Ragged<B>,
         x: &B::Act,
         acts: &LayerActs<B>,
+        head: &mut HeadActs<B>,
         down: &mut GradActs<B>,
         grads: &mut B::F32,
         scratch: &mut B::Workspace,
     ) {
         let (b, c, layer) = (&self.backend, &self.config, &self.layers[l]);
         let (heads, tokens) = (c.attention(), run.tokens.count);
-        let (hidden, inner) = ([tokens, c.hidden_size], [tokens, c.intermediate_size]);
         let lora = run.lora.expect("training has an adapter");
         // Whether anything before group `g` of this layer is trained.
         let trained_below = |g: usize| lora.layout.trains_below(l, g);
-        let mut linear = |g: usize, x: &B::Act, dout: &B::Act, dx: &mut B::Act, scratch: &mut _| {
+        let mut linear = |g: usize,
+                          (x, span): (&B::Act, Span),
+                          dout: &B::Act,
+                          dx: &mut B::Act,
+                          scratch: &mut _| {
             let members = self.members(l, g, run.lora);
             let group = Group {
                 layer: l as u32,
@@ -585,12 +654,11 @@ impl<B: Backend> Model<B> {
                 dx: trained_below(g).then_some(dx),
                 grads: Some(&mut *grads),
             };
-            let input = (x, tokens);
             b.linear_backward(
                 &group,
                 Some(lora.params),
-                run.dropout,
-                input,
+                run.dropout(span),
+                (x, span.count),
                 &acts.xa[g],
                 dout,
                 want,
@@ -598,27 +666,41 @@ impl<B: Backend> Model<B> {
             );
         };
 
-        linear(DOWN, &acts.inner, &down.stream, &mut down.inner, scratch);
+        let wanted = self.wanted(l, run);
+        let (span, attended, dstream, dattended) = match wanted {
+            None => {
+                let (dstream, dattended) = (&mut down.stream, &mut down.attended);
+                (run.all(), &acts.attended, dstream, dattended)
+            }
+            Some((_, span)) => {
+                let (dstream, dattended) = (&mut head.dstream, &mut head.dattended);
+                (span, &head.attended, dstream, dattended)
+            }
+        };
+        let of = |width| [span.count, width];
+        let input = (&acts.inner, span);
+        linear(DOWN, input, dstream, &mut down.inner, scratch);
         if !trained_below(DOWN) {
             return;
         }
-        b.swiglu_backward(&acts.gate_up, &down.inner, inner, &mut down.gate_up);
-        linear(
-            GATE_UP,
-            &acts.norm2,
-            &down.gate_up,
-            &mut down.normed,
-            scratch,
-        );
+        let size = of(c.intermediate_size);
+        b.swiglu_backward(&acts.gate_up, &down.inner, size, &mut down.gate_up);
+        let input = (&acts.norm2, span);
+        linear(GATE_UP, input, &down.gate_up, &mut down.normed, scratch);
         if !trained_below(GATE_UP) {
             return;
         }
         let saved = (&acts.middle, &layer.norm2, &acts.rstd2);
-        b.rms_norm_backward(&down.normed, saved, hidden, &mut down.stream);
+        b.rms_norm_backward(&down.normed, saved, of(c.hidden_size), dstream);
 
-        linear(O, &acts.attended, &down.stream, &mut down.attended, scratch);
+        linear(O, (attended, span), dstream, dattended, scratch);
         if !trained_below(O) {
             return;
+        }
+        if let Some((index, Span { count, .. })) = wanted {
+            let size = |width| [count, tokens, width];
+            b.scatter(&head.dattended, index, size(heads.q()), &mut down.attended);
+            b.scatter(&head.dstream, index, size(c.hidden_size), &mut down.stream);
         }
         b.attention_backward(
             heads,
@@ -638,24 +720,23 @@ impl<B: Backend> Model<B> {
             saved,
             &mut down.qkv,
         );
-        linear(QKV, &acts.norm1, &down.qkv, &mut down.normed, scratch);
+        let input = (&acts.norm1, run.all());
+        linear(QKV, input, &down.qkv, &mut down.normed, scratch);
         if !trained_below(QKV) {
             return;
         }
-        let saved = (x, &layer.norm1, &acts.rstd1);
-        b.rms_norm_backward(&down.normed, saved, hidden, &mut down.stream);
+        let (saved, size) = ((x, &layer.norm1, &acts.rstd1), [tokens, c.hidden_size]);
+        b.rms_norm_backward(&down.normed, saved, size, &mut down.stream);
     }
 
-    /// The loss of the labelled rows and, with a scale, its gradient by the
-    /// residual stream.
+    /// The loss of the tokens that predict and, with a scale, its gradient by the
+    /// residual stream behind the last layer.
     fn head_loss(&self, batch: &Batch<B>, scale: Option<f32>, buffers: &mut Buffers<B>) {
         let (b, c) = (&self.backend, &self.config);
+        self.final_hidden(batch.labelled(), buffers);
         let size = [batch.labelled(), c.hidden_size];
         let last = &buffers.stream[self.last_stream(buffers.stream.len())];
         let head = &mut buffers.head;
-        b.gather(last, &batch.sources, size, &mut head.picked);
-        let norm = (&self.final_norm, c.rms_eps);
-        b.rms_norm(&head.picked, norm, size, &mut head.normed, &mut head.rstd);
         let inputs = (&head.normed, &batch.targets, size[0]);
         let dnormed = scale.map(|scale| (&mut head.dnormed, scale));
         b.head_loss(
@@ -665,25 +746,20 @@ impl<B: Backend> Model<B> {
             dnormed,
             &mut buffers.scratch,
         );
-        let Some(down) = buffers.grads.as_mut().filter(|_| scale.is_some()) else {
-            return;
-        };
-        b.zero_act(&mut head.dpicked, size[0] * size[1]);
-        let saved = (&head.picked, &self.final_norm, &head.rstd);
-        b.rms_norm_backward(&head.dnormed, saved, size, &mut head.dpicked);
-        let size = [size[0], batch.tokens(), size[1]];
-        b.scatter(&head.dpicked, &batch.sources, size, &mut down.stream);
+        if scale.is_some() {
+            b.zero_act(&mut head.dstream, size[0] * size[1]);
+            let saved = (last, &self.final_norm, &head.rstd);
+            b.rms_norm_backward(&head.dnormed, saved, size, &mut head.dstream);
+        }
     }
 
-    /// The final norm of picked rows, ready for the head: `picked[i] = stream[index[i]]`.
-    pub(crate) fn final_hidden(&self, index: &B::Ids, count: usize, buffers: &mut Buffers<B>) {
-        let (b, c) = (&self.backend, &self.config);
-        let size = [count, c.hidden_size];
+    /// The final norm of the `count` wanted tokens, ready for the head.
+    pub(crate) fn final_hidden(&self, count: usize, buffers: &mut Buffers<B>) {
+        let size = [count, self.config.hidden_size];
         let last = &buffers.stream[self.last_stream(buffers.stream.len())];
-        let head = &mut buffers.head;
-        b.gather(last, index, size, &mut head.picked);
-        let norm = (&self.final_norm, c.rms_eps);
-        b.rms_norm(&head.picked, norm, size, &mut head.normed, &mut head.rstd);
+        let norm = (&self.final_norm, self.config.rms_eps);
+        let HeadActs { normed, rstd, .. } = &mut buffers.head;
+        self.backend.rms_norm(last, norm, size, normed, rstd);
     }
 
     /// A group's weights with their adapters.

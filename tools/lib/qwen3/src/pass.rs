@@ -95,14 +95,20 @@ impl<B: Backend> LayerActs<B> {
     }
 }
 
-/// The rows that predict, from the last layer to the loss.
+/// The tokens that predict, from the last layer's attention, behind which it goes on
+/// with them alone, to the loss.
 pub(crate) struct HeadActs<B: Backend> {
-    /// `[labelled, hidden]` each: picked, normed, and their gradients.
-    pub picked: B::Act,
+    /// `[labelled, q]` each: what they attended to, and the gradient by it.
+    pub attended: B::Act,
+    pub dattended: B::Act,
+    /// `[labelled, hidden]` each: the last layer's input, and the gradient by the
+    /// residual stream.
+    pub x: B::Act,
+    pub dstream: B::Act,
+    /// `[labelled, hidden]` each: the final norm of its output, and the gradient by it.
     pub rstd: B::F32,
     pub normed: B::Act,
     pub dnormed: B::Act,
-    pub dpicked: B::Act,
     /// `[labelled]`
     pub nll: B::F32,
 }
@@ -270,16 +276,18 @@ impl<B: Backend> Buffers<B> {
                 LayerActs::new(account, part, c, tokens, ranks)
             })
             .collect::<Result<_>>()?;
+        let heads = c.attention();
         let mut of = account.rows(Part::Predictions, labelled);
         let head = HeadActs {
-            picked: of.act(c.hidden_size)?,
+            attended: of.act(heads.q())?,
+            dattended: of.act(heads.q())?,
+            x: of.act(c.hidden_size)?,
+            dstream: of.act(c.hidden_size)?,
             rstd: of.f32(1)?,
             normed: of.act(c.hidden_size)?,
             dnormed: of.act(c.hidden_size)?,
-            dpicked: of.act(c.hidden_size)?,
             nll: of.f32(1)?,
         };
-        let heads = c.attention();
         let grads = match keep {
             Keep::Nothing => None,
             Keep::Layers(_) | Keep::All => {

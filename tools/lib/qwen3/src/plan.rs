@@ -205,9 +205,9 @@ impl Extent {
 
     /// Bytes of the indices that such a [`Batch`](crate::Batch) brings to the device:
     /// id, position and row of each token, the rows' bounds, and for each prediction
-    /// its place and its target.
+    /// its place, its row, its position and its target.
     fn indices(&self) -> usize {
-        (3 * self.tokens + self.rows + 1 + 2 * self.labelled) * size_of::<u32>()
+        (3 * self.tokens + self.rows + 1 + 4 * self.labelled) * size_of::<u32>()
     }
 }
 

@@ -143,7 +143,7 @@ fn apply_dropout(
         module,
     };
     let (threshold, scale) = (rng::drop_threshold(dropout.p), 1.0 / (1.0 - dropout.p));
-    let (rows, positions) = (&dropout.rows.rows, &dropout.rows.positions);
+    let (rows, positions) = (dropout.rows, dropout.positions);
     out[..tokens * width]
         .par_chunks_mut(width)
         .zip(x.par_chunks(width))

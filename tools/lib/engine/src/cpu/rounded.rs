@@ -147,7 +147,7 @@ impl<'a> Products<'a> {
         let how = (rng::drop_threshold(dropout.p), 1.0 / (1.0 - dropout.p));
         let mut factors = vec![0.0; self.tokens * self.inputs];
         for (t, factors) in factors.chunks_exact_mut(self.inputs).enumerate() {
-            let (row, position) = (dropout.rows.rows[t], dropout.rows.positions[t]);
+            let (row, position) = (dropout.rows[t], dropout.positions[t]);
             rng::dropout_factors(&stream, [row, dropout.step, position], 0, how, factors);
         }
         Some(factors)

@@ -299,8 +299,8 @@ impl<'a> Run<'a> {
         };
         let args = args![
             x,
-            dropout.rows.rows.first(self.tokens),
-            dropout.rows.positions.first(self.tokens),
+            dropout.rows.first(self.tokens),
+            dropout.positions.first(self.tokens),
             self.tokens,
             self.inputs,
             Arg::U64(stream.seed),
