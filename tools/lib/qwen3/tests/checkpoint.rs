@@ -411,15 +411,29 @@ fn sizes_that_no_model_has_are_refused_by_key_and_value() {
         refused(draft.set(key, most.clone()), key, &most);
     }
     // At the bounds, it is the tensors that do not fit.
-    for (key, value) in keys.map(|key| (key, 1 << 20)).into_iter().chain([
-        ("num_hidden_layers", 1 << 12),
-        ("num_attention_heads", 1 << 19),
-        ("head_dim", 1 << 18),
-    ]) {
-        let draft = Draft::new().set(key, json!(value)).write();
-        let opened = Checkpoint::open(draft.path());
-        assert_eq!(opened.is_ok(), key == "max_position_embeddings", "{key}");
+    for (key, value, said) in [
+        ("vocab_size", 1 << 20, "[10, 6], not [1048576, 6]"),
+        ("hidden_size", 1 << 20, "[10, 6], not [10, 1048576]"),
+        ("intermediate_size", 1 << 20, "[5, 6], not [1048576, 6]"),
+        (
+            "num_hidden_layers",
+            1 << 12,
+            "`model.layers.1.self_attn.q_proj.weight` is missing",
+        ),
+        ("num_attention_heads", 1 << 19, "[8, 6], not [1048576, 6]"),
+        ("head_dim", 1 << 18, "[2], not [262144]"),
+    ] {
+        Draft::new().set(key, json!(value)).refused(&[said]);
     }
+    // As many heads of keys as no heads of queries could be.
+    Draft::new()
+        .set("num_key_value_heads", json!(1 << 20))
+        .refused(&[
+            "`num_key_value_heads`",
+            "does not divide the 4 attention heads",
+        ]);
+    let draft = Draft::new().set("max_position_embeddings", most.clone());
+    Checkpoint::open(draft.write().path()).unwrap();
     let all = [
         ("vocab_size", 1 << 20),
         ("hidden_size", 1 << 20),
@@ -433,6 +447,53 @@ fn sizes_that_no_model_has_are_refused_by_key_and_value() {
         draft.set(key, json!(size))
     });
     draft.refused(&["model.safetensors", "[10, 6], not [1048576, 1048576]"]);
+}
+
+/// The shapes that are published: hidden, inner, layers, query heads, key and value
+/// heads; all have heads of 128 and 151,936 rows. The bounds must leave room for them.
+#[test]
+fn every_published_config_is_taken() {
+    for (sizes, tied, positions, theta) in [
+        ([1024, 3072, 28, 16, 8], true, 40_960, 1e6),
+        ([2048, 6144, 28, 16, 8], true, 40_960, 1e6),
+        ([2560, 9728, 36, 32, 8], true, 40_960, 1e6),
+        ([4096, 12_288, 36, 32, 8], false, 40_960, 1e6),
+        ([5120, 17_408, 40, 40, 8], false, 40_960, 1e6),
+        ([5120, 25_600, 64, 64, 8], false, 40_960, 1e6),
+        // 4B-Instruct-2507, and the longest context that any Qwen3 is published with.
+        ([2560, 9728, 36, 32, 8], true, 262_144, 5e6),
+        ([2560, 9728, 36, 32, 8], true, 1_010_000, 5e6),
+    ] {
+        let [hidden_size, intermediate_size, layers, heads, kv_heads] = sizes;
+        let config = json!({
+            "architectures": ["Qwen3ForCausalLM"], "attention_bias": false,
+            "attention_dropout": 0.0, "bos_token_id": 151_643, "eos_token_id": 151_645,
+            "head_dim": 128, "hidden_act": "silu", "hidden_size": hidden_size,
+            "initializer_range": 0.02, "intermediate_size": intermediate_size,
+            "max_position_embeddings": positions, "max_window_layers": layers,
+            "model_type": "qwen3", "num_attention_heads": heads, "num_hidden_layers": layers,
+            "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-6, "rope_scaling": null,
+            "rope_theta": theta, "sliding_window": null, "tie_word_embeddings": tied,
+            "torch_dtype": "bfloat16", "use_cache": true, "use_sliding_window": false,
+            "vocab_size": 151_936,
+        });
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        let expected = Config {
+            vocab_size: 151_936,
+            hidden_size,
+            intermediate_size,
+            layers,
+            heads,
+            kv_heads,
+            head_dim: 128,
+            max_positions: positions,
+            rms_eps: 1e-6,
+            rope_theta: theta,
+            tied,
+        };
+        assert_eq!(Config::load(folder.path()).unwrap(), expected);
+    }
 }
 
 #[test]
