@@ -841,7 +841,7 @@ fn a_signal_ends_it_with_the_block_in_hand_kept() {
         "--batch-size=1",
     ];
     let whole = fixture.tool.run(&plain, &rows).exits(0).stdout;
-    for signal in ["-INT", "-TERM", "-USR1"] {
+    for signal in ["-INT", "-TERM", "-HUP", "-USR1"] {
         let state = format!("state{signal}");
         let arguments = [&plain[..], &["--state", &state]].concat();
         let journal = fixture.folder(&state).join("answers.jsonl");

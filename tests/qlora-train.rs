@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use harness::{Run, Tool, check_examples};
+use harness::{Run, Tool, behind, check_examples};
 use serde_json::Value;
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/demo/model");
@@ -257,20 +257,6 @@ fn a_signal_saves_and_leaves_with_130() {
     }
 }
 
-/// A command behind another program, in the same surroundings.
-fn behind(program: &str, more: &[&str], command: &Command) -> Command {
-    let mut all = Command::new(program);
-    all.args(more)
-        .arg(command.get_program())
-        .args(command.get_args())
-        .env_clear()
-        .envs(command.get_envs().filter_map(|(k, v)| Some((k, v?))));
-    if let Some(folder) = command.get_current_dir() {
-        all.current_dir(folder);
-    }
-    all
-}
-
 /// The tests themselves may run under nohup: env(1) says what holds.
 #[test]
 fn a_hangup_saves_unless_hangups_are_ignored() {
@@ -385,6 +371,77 @@ fn accumulation_is_the_same_step() {
         figures(&tool, "accumulated", "loss"),
         figures(&tool, "whole", "loss")
     );
+}
+
+/// `⌈epochs · rows / rows a step⌉`, one at least.
+#[test]
+fn epochs_are_so_many_steps() {
+    let tool = tool();
+    let with = |epochs: &str| {
+        let config = CONFIG.replace("max_steps: 12", &format!("num_epochs: {epochs}"));
+        tool.file("train.yaml", &config);
+    };
+    // 25 rows, six a step.
+    for (epochs, steps) in [("0.01", 1), ("0.5", 3), ("1", 5), ("1.44", 6), ("2", 9)] {
+        with(epochs);
+        train(&tool, "dry", &["--dry-run"])
+            .exits(0)
+            .says("25 rows to train on")
+            .says(&format!("{steps} steps of 6 rows"));
+    }
+    with("1");
+    train(&tool, "out", &[]).exits(0);
+    assert_eq!(figures(&tool, "out", "loss").len(), 5);
+    let rows: f64 = figures(&tool, "out", "epoch")[4];
+    assert_eq!(rows, 30.0 / 25.0, "the last step is whole");
+}
+
+#[test]
+fn the_newest_checkpoints_are_kept_as_many_as_asked() {
+    let tool = tool();
+    for (limit, kept) in [(1, 6..=6), (3, 4..=6), (0, 1..=6)] {
+        let saves = format!("save_steps: 1, save_total_limit: {limit}");
+        tool.file("train.yaml", &CONFIG.replace("save_steps: 3", &saves));
+        let out = format!("out{limit}");
+        train(&tool, &out, &["--steps", "6"]).exits(0);
+        let folder = fs::read_dir(tool.folder().join(out).join("checkpoints")).unwrap();
+        let mut found: Vec<String> = folder
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        found.sort();
+        let expected: Vec<String> = kept.map(|step| format!("step-{step}")).collect();
+        assert_eq!(found, expected, "save_total_limit: {limit}");
+    }
+}
+
+/// Qwen's base models end a text, not a turn.
+#[test]
+fn a_base_model_is_refused_before_anything_is_written() {
+    let tool = tool();
+    let model = tool.folder().join("base");
+    copy_model(&model);
+    fs::remove_file(model.join("generation_config.json")).unwrap();
+    let config = fs::read_to_string(model.join("config.json")).unwrap();
+    let ends = config.replace("\"eos_token_id\": 1512", "\"eos_token_id\": 1510");
+    assert_ne!(ends, config);
+    fs::remove_file(model.join("config.json")).unwrap();
+    fs::write(model.join("config.json"), ends).unwrap();
+    let run = ["--model", "base", "--data", "pairs.jsonl", "--out", "out"];
+    tool.run(&run, "")
+        .exits(4)
+        .says("base/tokenizer.json: has <|im_end|> as id 1512")
+        .says("not among the model's `eos_token_id`s [1510]: a base model")
+        .says("use the instruct model");
+    assert!(!tool.folder().join("out").exists());
+    // Nor without a template, which some have not.
+    fs::remove_file(model.join("chat_template.jinja")).unwrap();
+    let settings = fs::read(model.join("tokenizer_config.json")).unwrap();
+    let mut settings: Value = serde_json::from_slice(&settings).unwrap();
+    settings.as_object_mut().unwrap().remove("chat_template");
+    fs::remove_file(model.join("tokenizer_config.json")).unwrap();
+    tool.file("base/tokenizer_config.json", &settings.to_string());
+    tool.run(&run, "").exits(4).says("not a chat model");
+    assert!(!tool.folder().join("out").exists());
 }
 
 #[test]
@@ -543,6 +600,15 @@ fn an_adapter_that_is_no_number_is_not_published() {
     }
 }
 
+/// The demo's model in a folder of its own, to be spoilt.
+fn copy_model(to: &Path) {
+    fs::create_dir(to).unwrap();
+    for entry in fs::read_dir(MODEL).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
 /// Makes a tensor's first value NaN, in BF16 or F32, as long as the file was before.
 fn put_nan(path: &Path, name: &str) {
     let mut bytes = fs::read(path).unwrap();
@@ -565,11 +631,7 @@ fn put_nan(path: &Path, name: &str) {
 fn weights_that_are_no_numbers_are_told_as_such() {
     let tool = tool();
     let model = tool.folder().join("damaged");
-    fs::create_dir(&model).unwrap();
-    for entry in fs::read_dir(MODEL).unwrap() {
-        let entry = entry.unwrap();
-        fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
-    }
+    copy_model(&model);
     put_nan(&model.join("model.safetensors"), "model.norm.weight");
     let with = |out| ["--model", "damaged", "--data", "pairs.jsonl", "--out", out];
     for (out, rows, said) in [
@@ -884,7 +946,8 @@ fn settings_that_cannot_work_are_refused_by_key() {
     .exits(2)
     .says("no model in nowhere");
     tool.run(&["--model", MODEL], "").exits(2).says("--data");
-    train(&tool, "hot", &["--learning-rate", "2e4", "--steps", "1"]).says("usual is");
+    train(&tool, "hot", &["--learning-rate", "2e4", "--steps", "1"])
+        .says("warning: training.learning_rate is 20000: usual is 1e-5 to 1e-3");
 }
 
 #[test]
@@ -1732,11 +1795,54 @@ fn killed_at_random_moments_a_run_leaves_the_same_bytes() {
     }
 }
 
-/// Whether a process has a handler for SIGTERM (15), as Linux tells.
-fn heeds_termination(pid: u32) -> bool {
+const SIGHUP: u32 = 1;
+const SIGTERM: u32 = 15;
+
+/// Whether a process has a handler for a signal, as Linux tells.
+fn heeds(pid: u32, signal: u32) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
-    caught.is_some_and(|mask| u64::from_str_radix(mask.trim(), 16).unwrap() >> 14 & 1 == 1)
+    let mask = caught.map(|mask| u64::from_str_radix(mask.trim(), 16).unwrap());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
+}
+
+/// While the evaluation before the first step is under way. Who asks twice means it; a
+/// closed terminal sends what it sends.
+#[test]
+fn a_second_signal_ends_it_at_once_but_a_second_hangup_does_not() {
+    let tool = tool();
+    let held_out = pairs(700).replace("\"train\"", "\"eval\"");
+    tool.file("pairs.jsonl", &(pairs(6) + &held_out.replace("\"p", "\"e")));
+    for (signals, saved) in [
+        (["-INT", "-INT"], false),
+        (["-TERM", "-TERM"], false),
+        (["-TERM", "-INT"], false),
+        (["-HUP", "-HUP"], true),
+        (["-HUP", "-TERM"], true),
+        (["-TERM", "-HUP"], true),
+    ] {
+        let out = signals.concat().replace('-', "");
+        let command = tool.command(&arguments(&out, &[]));
+        let mut child = behind("env", &["--default-signal=HUP"], &command)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        // The last of them that gets a handler.
+        while !heeds(child.id(), SIGHUP) && child.try_wait().unwrap().is_none() {
+            std::thread::yield_now();
+        }
+        for signal in signals {
+            let pid = child.id().to_string();
+            let sent = Command::new("kill").args([signal, &pid]).status();
+            assert!(sent.unwrap().success(), "{out}: ended before {signal}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(child.wait().unwrap().code(), Some(130), "{out}");
+        let zero = tool.folder().join(&out).join("checkpoints/step-0");
+        assert_eq!(zero.exists(), saved, "{out}");
+    }
 }
 
 #[test]
@@ -1773,7 +1879,7 @@ fn a_run_saved_before_its_first_step_goes_on_to_the_same_bytes() {
                 std::thread::yield_now();
             }
         }
-        while !heeds_termination(child.id()) && child.try_wait().unwrap().is_none() {
+        while !heeds(child.id(), SIGTERM) && child.try_wait().unwrap().is_none() {
             std::thread::yield_now();
         }
         let _ = Command::new("kill")

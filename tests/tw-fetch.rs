@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use harness::server::{Reply, Request, Server};
-use harness::{Conventions, Run, Tool, check_examples};
+use harness::{Conventions, Run, Tool, behind, check_examples};
 use serde_json::{Value, json};
 
 const TOKEN: &str = "apify_api_0123456789abcdef";
@@ -1141,7 +1141,7 @@ fn every_retry_is_told() {
 /// While requests fail, and while the service is asked whether the run has ended.
 #[test]
 fn a_signal_ends_retries_at_once() {
-    for signal in ["-INT", "-TERM"] {
+    for signal in ["-INT", "-TERM", "-HUP"] {
         // The service asks for a minute's rest, so that only the signal can end the wait.
         let busy = || Reply::text(429, "slow down").header("retry-after", "60");
         for path in ["/acts/apidojo~tweet-scraper/runs", "/actor-runs/run0"] {
@@ -1150,8 +1150,8 @@ fn a_signal_ends_retries_at_once() {
             });
             let tool = with_token();
             let config = tool.file("data.yaml", CONFIG);
-            let mut command = tool.command(&collecting(&server, &config));
-            let child = command
+            let command = tool.command(&collecting(&server, &config));
+            let child = behind("env", &["--default-signal=HUP"], &command)
                 .stdout(std::process::Stdio::piped())
                 .stderr(std::process::Stdio::piped())
                 .spawn()

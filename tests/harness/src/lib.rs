@@ -7,4 +7,4 @@ mod run;
 pub mod server;
 
 pub use conventions::{Conventions, check_examples};
-pub use run::{Run, Tool};
+pub use run::{Run, Tool, behind};

@@ -127,7 +127,8 @@ impl Tool {
         input: &str,
         ready: impl Fn() -> bool,
     ) -> Run {
-        let mut command = self.command(arguments);
+        // The tests themselves may run under nohup, where a child ignores hangups.
+        let mut command = behind("env", &["--default-signal=HUP"], &self.command(arguments));
         command.stdout(Stdio::piped());
         Run::until_end(&mut command, input.as_bytes(), |pid| {
             let started = Instant::now();
@@ -142,6 +143,20 @@ impl Tool {
     pub(crate) fn binary(&self) -> &Path {
         &self.binary
     }
+}
+
+/// A command as another program's arguments, in the same surroundings.
+pub fn behind(program: &str, more: &[&str], command: &Command) -> Command {
+    let mut all = Command::new(program);
+    all.args(more)
+        .arg(command.get_program())
+        .args(command.get_args())
+        .env_clear()
+        .envs(command.get_envs().filter_map(|(k, v)| Some((k, v?))));
+    if let Some(folder) = command.get_current_dir() {
+        all.current_dir(folder);
+    }
+    all
 }
 
 /// What a run left behind. Its assertions show all of it when they fail.
