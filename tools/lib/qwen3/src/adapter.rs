@@ -25,7 +25,7 @@ use crate::weights::{bf16s, f16s, f32s};
 
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
-const SUMS: &str = "SHA256SUMS";
+pub(crate) const SUMS: &str = "SHA256SUMS";
 const PREFIX: &str = "base_model.model.";
 /// PEFT takes the `.weight` off when it saves.
 const MAGNITUDE: &str = "lora_magnitude_vector";
@@ -122,19 +122,24 @@ pub struct Adapter {
 /// is: peft takes a flipped bit, or a scale changed by hand, as it comes.
 ///
 /// # Errors
-/// If one is not as it was written, or cannot be read.
+/// If one is not as it was written, or cannot be read; or, with the path of
+/// `SHA256SUMS`, if that has no sum of one.
 pub fn check_sums(folder: &Path) -> Result<()> {
     let sums = folder.join(SUMS);
     if !sums.exists() {
         return Ok(());
     }
     let text = String::from_utf8_lossy(&read(&sums)?).into_owned();
-    for (sum, name) in text.lines().filter_map(|line| line.split_once("  ")) {
-        if ![CONFIG, TENSORS].contains(&name) {
-            continue;
-        }
+    // As sha256sum writes them: sum, space, space or `*`, name.
+    let lines: Vec<_> = (text.lines())
+        .filter_map(|line| line.split_once("  ").or(line.split_once(" *")))
+        .collect();
+    for name in [CONFIG, TENSORS] {
+        let Some((sum, _)) = lines.iter().find(|(_, of)| *of == name) else {
+            return Err(Error::file(&sums, format!("has no sum of {name}")));
+        };
         let path = folder.join(name);
-        if hex(&Sha256::digest(read(&path)?)) != sum {
+        if hex(&Sha256::digest(read(&path)?)) != *sum {
             let reason = format!("is not as it was written ({SUMS}): damaged, or changed by hand");
             return Err(Error::file(&path, reason));
         }
@@ -149,7 +154,8 @@ impl Adapter {
     /// # Errors
     /// If a file is missing or malformed, a setting is missing or not
     /// supported, a target or pattern matches nothing, or a tensor is missing,
-    /// unexpected or of another shape; or if a file is not what its sum says.
+    /// unexpected, of another shape, or holds what is no number; or if a file is not
+    /// what its sum says.
     pub fn load(folder: &Path, model: &Config) -> Result<Self> {
         check_sums(folder)?;
         let keys = Keys::read(folder.join(CONFIG))?;
@@ -175,15 +181,21 @@ impl Adapter {
                 );
                 return Err(Error::tensor(&path, &name, reason));
             }
-            match tensor.dtype() {
-                Dtype::F32 => Ok(f32s(tensor.data())),
-                Dtype::BF16 => Ok(bf16s(tensor.data()).iter().map(|v| v.to_f32()).collect()),
-                Dtype::F16 => Ok(f16s(tensor.data()).iter().map(|v| v.to_f32()).collect()),
-                other => Err(Error::tensor(
-                    &path,
-                    &name,
-                    format!("is {other:?}, not F32, BF16 or F16"),
-                )),
+            let values: Vec<f32> = match tensor.dtype() {
+                Dtype::F32 => f32s(tensor.data()),
+                Dtype::BF16 => bf16s(tensor.data()).iter().map(|v| v.to_f32()).collect(),
+                Dtype::F16 => f16s(tensor.data()).iter().map(|v| v.to_f32()).collect(),
+                other => {
+                    let reason = format!("is {other:?}, not F32, BF16 or F16");
+                    return Err(Error::tensor(&path, &name, reason));
+                }
+            };
+            match values.iter().all(|value| value.is_finite()) {
+                true => Ok(values),
+                false => {
+                    let reason = "holds values that are no numbers: it is damaged, or its training went wrong";
+                    Err(Error::tensor(&path, &name, reason))
+                }
             }
         };
         let mut pairs = BTreeMap::new();
@@ -387,22 +399,18 @@ const READ: [&str; 11] = [
     "alpha_pattern",
 ];
 
-fn read_config(keys: &Keys) -> Result<AdapterConfig> {
-    keys.must_be("peft_type", "LORA")?;
-    if let Some(task) = keys
-        .optional::<String>("task_type")?
-        .filter(|task| task != "CAUSAL_LM")
-    {
-        return Err(keys.wrong("task_type", format!("is \"{task}\", not \"CAUSAL_LM\"")));
-    }
+/// Every setting of an `adapter_config.json` that changes what the adapter computes, or
+/// which products it is on, and that is not supported here; what is wrong with each.
+pub fn unsupported(settings: &Map<String, Value>) -> Vec<(String, String)> {
+    let mut found = Vec::new();
     // PEFT initialises these from the base's own weights, and changes the base.
-    if let Some(Value::String(how)) = keys.map.get("init_lora_weights")
+    if let Some(Value::String(how)) = settings.get("init_lora_weights")
         && !["gaussian", "orthogonal", "eva"].contains(&how.as_str())
     {
         let reason = format!(
             "is \"{how}\", which goes with a changed base: convert the adapter to plain LoRA with PEFT"
         );
-        return Err(keys.wrong("init_lora_weights", reason));
+        found.push(("init_lora_weights".to_owned(), reason));
     }
     // Whatever else a key turns on, it is at rest when null, false or empty.
     let at_rest = |key: &str, value: &Value| match value {
@@ -412,13 +420,25 @@ fn read_config(keys: &Keys) -> Result<AdapterConfig> {
         Value::String(text) => key == "bias" && text == "none",
         _ => false,
     };
-    let mut others = keys.map.iter().filter(|(key, _)| {
-        ![&WITHOUT_EFFECT[..], &READ]
-            .concat()
-            .contains(&key.as_str())
-    });
-    if let Some((key, value)) = others.find(|(key, value)| !at_rest(key, value)) {
-        return Err(keys.wrong(key, format!("is {value}, which is not supported")));
+    for (key, value) in settings {
+        let known = WITHOUT_EFFECT.contains(&key.as_str()) || READ.contains(&key.as_str());
+        if !known && !at_rest(key, value) {
+            found.push((key.clone(), format!("is {value}, which is not supported")));
+        }
+    }
+    found
+}
+
+fn read_config(keys: &Keys) -> Result<AdapterConfig> {
+    keys.must_be("peft_type", "LORA")?;
+    if let Some(task) = keys
+        .optional::<String>("task_type")?
+        .filter(|task| task != "CAUSAL_LM")
+    {
+        return Err(keys.wrong("task_type", format!("is \"{task}\", not \"CAUSAL_LM\"")));
+    }
+    if let Some((key, reason)) = unsupported(&keys.map).into_iter().next() {
+        return Err(keys.wrong(&key, reason));
     }
 
     let alpha = keys.required::<f64>("lora_alpha")?;

@@ -6,8 +6,12 @@
 //! that it does not know, and calls and tools of another shape.
 
 use record::{Error, Record};
+use serde::Serialize;
+use serde::de::IgnoredAny;
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
+use crate::fingerprint::hex;
 use crate::prompt::PromptTemplate;
 use crate::template::Message;
 
@@ -52,6 +56,9 @@ pub enum Form {
 pub struct Conversation {
     /// What it was made from.
     pub form: Form,
+    /// Which row it is, by its texts as they stand in the record and however they are
+    /// worded: 128 bits of their SHA-256, in hex.
+    pub row: String,
     /// The line's name; only pairs must have one.
     pub id: Option<String>,
     /// The thread that it belongs to; pairs always have one.
@@ -71,17 +78,35 @@ impl Wording {
     /// If the record is of none of the forms, or something in it would not reach the
     /// model as it was meant.
     pub fn read(&self, record: &Record) -> Result<Conversation, Error> {
-        if record.contains("messages") {
+        // What is null, as in the rows of a table with columns for every form, is not there.
+        let mut answers = Vec::new();
+        for key in ["messages", "completion", "reply"] {
+            if record.get::<IgnoredAny>(key)?.is_some() {
+                answers.push(key);
+            }
+        }
+        if let [first, second, ..] = answers[..] {
+            let cause =
+                format!("`{second}` is there as well: leave out the one that is not to be learnt");
+            return Err(wrong(first, cause));
+        }
+        let is = |key| match answers[..] {
+            [answer] => answer == key,
+            _ => record.contains(key),
+        };
+        if is("messages") {
+            let (tools, messages) = (tools(record)?, messages(record)?);
             return Ok(Conversation {
                 form: Form::Messages,
+                row: name(&(&messages, &tools)),
                 id: record.id("id")?,
                 thread: record.id("conversation_id")?,
                 tweet: None,
-                messages: messages(record)?,
-                tools: tools(record)?,
+                messages,
+                tools,
             });
         }
-        if record.contains("prompt") || record.contains("completion") {
+        if is("completion") || (answers.is_empty() && record.contains("prompt")) {
             let text = |key: &str| match record.get(key)? {
                 Some(Value::String(text)) => Ok(text),
                 Some(Value::Array(_)) => {
@@ -101,19 +126,23 @@ impl Wording {
             if !record.contains("completion") {
                 return Err(Error::Missing("completion".into()));
             }
+            let tools = tools(record)?;
             return Ok(Conversation {
                 form: Form::Prompt,
+                row: name(&(&prompt, &completion, &tools)),
                 id: record.id("id")?,
                 thread: record.id("conversation_id")?,
                 tweet: None,
                 messages: self.exchange(prompt, completion),
-                tools: tools(record)?,
+                tools,
             });
         }
         if !["tweet", "reply"].iter().any(|key| record.contains(key)) {
             return Err(Error::NoForm);
         }
         let pair = record.pair()?;
+        let tools = tools(record)?;
+        let row = name(&(&pair.tweet, &pair.reply, &tools));
         let normalized = |key: &str| -> Result<String, Error> {
             let remedy = "missing: run pair-dedup, or set data.text: raw (gen-eval: --text raw)";
             record.get(key)?.ok_or_else(|| wrong(key, remedy))
@@ -133,11 +162,12 @@ impl Wording {
             .map_err(|error| wrong(error.key(), error.to_string()))?;
         Ok(Conversation {
             form: Form::Pair,
+            row,
             id: Some(pair.id),
             thread: Some(pair.conversation_id),
             tweet: Some(tweet),
             messages: self.exchange(asked, reply),
-            tools: tools(record)?,
+            tools,
         })
     }
 
@@ -157,9 +187,21 @@ fn wrong(key: &str, cause: impl Into<String>) -> Error {
     }
 }
 
+/// See [`Conversation::row`].
+fn name(texts: &impl Serialize) -> String {
+    let texts = serde_json::to_vec(texts).expect("texts and JSON values are serialisable");
+    hex(&Sha256::digest(texts)[..16])
+}
+
 /// The turns under `messages`.
 fn messages(record: &Record) -> Result<Vec<Message>, Error> {
     let turns: Vec<Value> = record.require("messages")?;
+    if turns.is_empty() {
+        return Err(wrong(
+            "messages",
+            "has no turns: nothing to learn or to answer",
+        ));
+    }
     let number = |turn: Value, i: usize| {
         message(turn).map_err(|cause| wrong("messages", format!("turn {i}: {cause}")))
     };
@@ -199,7 +241,11 @@ fn message(turn: Value) -> Result<Message, String> {
         ));
     }
     match turn.get("content") {
-        Some(Value::String(_) | Value::Null) => {}
+        Some(Value::String(_)) => {}
+        Some(Value::Null) if role == "assistant" => {}
+        Some(Value::Null) => {
+            return Err("`content` is null: give it a text, or leave the turn out".into());
+        }
         // Some write a turn that is nothing but calls without it.
         None if calls => {
             turn.insert("content".into(), Value::Null);
@@ -299,10 +345,41 @@ mod tests {
             roles(line),
             (Form::Messages, "user assistant tool assistant".into())
         );
+        // Columns of other forms, and an assistant that only calls.
+        assert_eq!(
+            roles(r#"{"messages":null,"reply":null,"prompt":"p","completion":"c"}"#).0,
+            Form::Prompt
+        );
+        assert_eq!(
+            roles(r#"{"id":"1","tweet":"t","reply":"r","prompt":"p","completion":null}"#).0,
+            Form::Pair
+        );
         let read = read(line).unwrap();
         assert_eq!((read.id.as_deref(), read.tools.len()), (Some("7"), 2));
         assert!(!read.messages[1].is_empty(), "a call says something");
         assert!(Message::assistant(" \n").is_empty());
+    }
+
+    #[test]
+    fn a_row_is_named_by_its_texts_alone() {
+        let row = |line: &str| read(line).unwrap().row;
+        let pair = row(r#"{"id":"1","tweet":"t","reply":"r"}"#);
+        assert_eq!(
+            pair,
+            row(r#"{"reply":"r", "tweet":"t", "id":"2", "split":"eval"}"#)
+        );
+        assert_ne!(pair, row(r#"{"id":"1","tweet":"t","reply":"q"}"#));
+        assert_ne!(pair, row(r#"{"id":"1","tweet":"tr","reply":""}"#));
+        let prompt = row(r#"{"prompt":"p","completion":"c"}"#);
+        assert_ne!(
+            prompt,
+            row(r#"{"prompt":"p","completion":"c","tools":[{"name":"f"}]}"#)
+        );
+        let turns = r#"[{"role":"user","content":"p"},{"role":"assistant","content":"c"}]"#;
+        let other = r#"[{"content":"p","role":"user"}, {"role":"assistant","content":"c"}]"#;
+        let [turns, other] = [turns, other].map(|turns| row(&format!(r#"{{"messages":{turns}}}"#)));
+        assert_eq!(turns, other);
+        assert_eq!(turns.len(), 32);
     }
 
     #[test]
@@ -346,6 +423,19 @@ mod tests {
                 "only the assistant",
             ),
             (turn("3"), "turn 2: not an object"),
+            (r#"{"messages":[]}"#.into(), "key `messages`: has no turns"),
+            (
+                r#"{"messages":[],"completion":"x","prompt":"p"}"#.into(),
+                "key `messages`: `completion` is there as well",
+            ),
+            (
+                r#"{"id":"1","tweet":"t","reply":"r","prompt":"p","completion":"c"}"#.into(),
+                "key `completion`: `reply` is there as well",
+            ),
+            (
+                turn(r#"{"role":"user","content":null}"#),
+                "turn 2: `content` is null",
+            ),
             (
                 r#"{"messages":[],"tools":[{}]}"#.into(),
                 "key `tools`: tool 1: not a schema",
