@@ -8,6 +8,7 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::de::IgnoredAny;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
@@ -48,6 +49,7 @@ pub struct Chat {
     path: PathBuf,
     tokenizer: Tokenizer,
     template: Template,
+    template_path: PathBuf,
     /// Every text that becomes one token wherever it stands.
     added: Vec<String>,
     turn_end: u32,
@@ -65,6 +67,11 @@ impl Chat {
     pub fn load(folder: &Path) -> Result<Self> {
         let path = folder.join("tokenizer.json");
         let bytes = read(&path)?;
+        // The library panics at a file that ends inside its `decoder`.
+        serde_json::from_slice::<IgnoredAny>(&bytes).map_err(|source| Error::Json {
+            path: path.clone(),
+            source,
+        })?;
         let mut tokenizer = Tokenizer::from_bytes(&bytes)
             .map_err(|error| Error::file(&path, format!("is not a tokenizer: {error}")))?;
         // A file may ask for either; a training row is neither cut nor filled.
@@ -74,15 +81,14 @@ impl Chat {
             .map_err(|error| Error::Tokenizer(error.to_string()))?;
 
         let settings = Keys::read(folder.join("tokenizer_config.json"))?;
-        let source = template_source(folder, &settings)?;
+        let (template_path, source) = template_source(folder, &settings)?;
         let mut hash = Sha256::new();
         hash.update(Sha256::digest(&bytes));
         hash.update(&source);
         let template = Template::new(source, named_tokens(&settings)).map_err(|error| {
-            Error::key(
-                &settings.path,
-                "chat_template",
-                format!("does not compile: {error:#}"),
+            Error::file(
+                &template_path,
+                format!("the chat template does not compile: {error:#}"),
             )
         })?;
 
@@ -102,18 +108,21 @@ impl Chat {
             path,
             tokenizer,
             template,
+            template_path,
             added,
             turn_end,
             fingerprint: crate::fingerprint::hex(&hash.finalize()),
         })
     }
 
-    /// Checks that tokenizer and model belong together.
+    /// Checks that tokenizer and model belong together, and that the template writes
+    /// what is said.
     ///
     /// # Errors
     /// If a token has no row in the embedding table, or the model does not stop
     /// at `<|im_end|>`: a base model has never seen that token, and with its
-    /// lm_head frozen an adapter cannot learn it.
+    /// lm_head frozen an adapter cannot learn it. Or if a question and its reply do
+    /// not go through the template, or not all of them comes out.
     pub fn check(&self, model: &Config, generation: &GenerationConfig) -> Result<()> {
         let (tokens, rows) = (self.tokens(), model.vocab_size);
         if tokens > rows {
@@ -131,7 +140,32 @@ impl Chat {
             );
             return Err(Error::file(&self.path, reason));
         }
-        Ok(())
+        self.check_template()
+    }
+
+    /// Puts a question and its reply through the template.
+    fn check_template(&self) -> Result<()> {
+        const SAID: [&str; 2] = ["Tea?", "Always."];
+        let refused =
+            |cause: String| Error::file(&self.template_path, format!("the chat template {cause}"));
+        let failed = |error: Error| match error {
+            Error::Template(why) => refused(format!("refuses a question and its reply: {why:#}")),
+            Error::Turns { expected, found } => refused(format!(
+                "writes {found} assistant turns where there is {expected}"
+            )),
+            other => other,
+        };
+        let [user, assistant] = [Message::user(SAID[0]), Message::assistant(SAID[1])];
+        self.encode_prompt(std::slice::from_ref(&user), &[])
+            .map_err(failed)?;
+        let messages = [user, assistant];
+        self.encode_training(&messages, &[], LossOn::Reply)
+            .map_err(failed)?;
+        let text = self.render(&messages, &RenderOptions::default())?;
+        match SAID.iter().find(|said| !text.contains(**said)) {
+            Some(_) => Err(refused("leaves out what is said in a turn".into())),
+            None => Ok(()),
+        }
     }
 
     /// The conversation as the text that is tokenised.
@@ -290,9 +324,11 @@ fn replies(text: &str) -> Vec<std::ops::Range<usize>> {
     found
 }
 
-fn template_source(folder: &Path, settings: &Keys) -> Result<String> {
-    if let Some(source) = read_text_if_there(&folder.join("chat_template.jinja"))? {
-        return Ok(source);
+/// The template, and the file that it is in.
+fn template_source(folder: &Path, settings: &Keys) -> Result<(PathBuf, String)> {
+    let path = folder.join("chat_template.jinja");
+    if let Some(source) = read_text_if_there(&path)? {
+        return Ok((path, source));
     }
     let from = |keys: &Keys| match keys.map.get("chat_template") {
         Some(Value::String(source)) => Some(source.clone()),
@@ -304,13 +340,13 @@ fn template_source(folder: &Path, settings: &Keys) -> Result<String> {
         _ => None,
     };
     if let Some(source) = from(settings) {
-        return Ok(source);
+        return Ok((settings.path.clone(), source));
     }
     let path = folder.join("chat_template.json");
     if path.exists()
-        && let Some(source) = from(&Keys::read(path)?)
+        && let Some(source) = from(&Keys::read(path.clone())?)
     {
-        return Ok(source);
+        return Ok((path, source));
     }
     Err(settings.wrong(
         "chat_template",

@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::adapter::{Adapter, Pair};
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::weight::Weight;
 use crate::weights::Checkpoint;
 use crate::writer::{SHARD, Spec, Writer, copy_companions, whole_folder};
@@ -42,7 +42,8 @@ impl<'a> Merged<'a> {
     /// Gives the merged values of a weight to `each`, whole rows at a time.
     ///
     /// # Errors
-    /// Those of `each`, or of a malformed 4-bit base.
+    /// Those of `each`, or of a malformed 4-bit base; or if a value is no number, or one
+    /// that bfloat16 cannot hold.
     pub fn pieces<E: From<crate::Error>>(
         &self,
         weight: Weight,
@@ -60,6 +61,15 @@ impl<'a> Merged<'a> {
             values.read(from..rows.min(from + step), &mut piece);
             if let Some(pair) = pair {
                 update(pair, from, cols, &mut piece);
+            }
+            if !piece.iter().all(|&value| bf16::from_f32(value).is_finite()) {
+                let whose = match pair {
+                    Some(_) => "with the adapter merged into it",
+                    None => "as the base has it",
+                };
+                let reason =
+                    format!("{whose}, holds values that are no numbers, or too large for bfloat16");
+                return Err(Error::tensor(self.base.folder(), &weight.name(), reason).into());
             }
             each(&piece)?;
         }

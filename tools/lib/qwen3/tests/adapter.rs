@@ -9,6 +9,7 @@ use qwen3::{Adapter, Config, Module, Targets};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
 
 fn parity(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -270,6 +271,50 @@ fn tensors_that_do_not_match_the_settings_are_named() {
     refused(&parity("adapter"), &deeper, &["layers.2.", "is missing"]);
     let shallower = Config { layers: 1, ..model };
     refused(&parity("adapter"), &shallower, &["layers.1.", "unexpected"]);
+}
+
+#[test]
+fn values_that_are_no_numbers_are_refused_by_their_tensor() {
+    let model = model();
+    let folder = changed(|_| (), |name| Some(name.into()), Dtype::F32);
+    let path = folder.path().join("adapter_model.safetensors");
+    let whole = fs::read(&path).unwrap();
+    for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut bytes = whole.clone();
+        let end = bytes.len();
+        bytes[end - 4..].copy_from_slice(&wrong.to_le_bytes());
+        fs::write(&path, bytes).unwrap();
+        let last = "layers.1.self_attn.q_proj.lora_B.weight";
+        refused(
+            folder.path(),
+            &model,
+            &["adapter_model.safetensors", last, "no numbers"],
+        );
+    }
+}
+
+#[test]
+fn sums_that_say_nothing_are_no_sums() {
+    let model = model();
+    let folder = changed(|_| (), |name| Some(name.into()), Dtype::F32);
+    let sums = folder.path().join("SHA256SUMS");
+    let names = ["adapter_config.json", "adapter_model.safetensors"];
+    let line = |name: &str, between: &str| {
+        let bytes = fs::read(folder.path().join(name)).unwrap();
+        let sum = Sha256::digest(bytes);
+        let sum: String = sum.iter().map(|byte| format!("{byte:02x}")).collect();
+        format!("{sum}{between}{name}\n")
+    };
+    // As `sha256sum` and `sha256sum --binary` write them, of other files too.
+    for between in ["  ", " *"] {
+        let lines: String = names.iter().map(|name| line(name, between)).collect();
+        fs::write(&sums, format!("0{between}README.md\n{lines}")).unwrap();
+        Adapter::load(folder.path(), &model).unwrap();
+    }
+    for text in ["", "what is this\n", &line(names[0], "  ")] {
+        fs::write(&sums, text).unwrap();
+        refused(folder.path(), &model, &["SHA256SUMS", "has no sum of"]);
+    }
 }
 
 #[test]

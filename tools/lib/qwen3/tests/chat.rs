@@ -290,8 +290,52 @@ fn what_is_missing_is_named() {
     );
     says(
         |f| std::fs::write(f.join("chat_template.jinja"), "{% if %}").unwrap(),
-        &["chat_template", "does not compile"],
+        &["chat_template.jinja", "does not compile"],
     );
+}
+
+#[test]
+fn a_tokenizer_that_was_cut_anywhere_is_told_by_its_file() {
+    let whole = std::fs::read(folder().join("model/tokenizer.json")).unwrap();
+    let text = String::from_utf8_lossy(&whole);
+    let decoder = text.find("\"decoder\"").unwrap();
+    // Inside the decoder the tokenizers crate panics by itself.
+    let cuts = (decoder..decoder + 100)
+        .step_by(7)
+        .chain([0, 1, decoder / 2, whole.len() - 2]);
+    for length in cuts {
+        let folder = copy(|f| std::fs::write(f.join("tokenizer.json"), &whole[..length]).unwrap());
+        let error = Chat::load(folder.path()).unwrap_err();
+        assert!(matches!(error, Error::Json { .. }), "{length}: {error}");
+        assert!(error.to_string().contains("tokenizer.json"), "{error}");
+    }
+}
+
+#[test]
+fn a_template_that_does_not_write_what_is_said_is_refused() {
+    let (config, stop_ids) = (model(1 << 18), stops(&[chat().turn_end()]));
+    chat().check(&config, &stop_ids).unwrap();
+    let turn = |text: &str| format!("<|im_start|>assistant\n{text}<|im_end|>\n");
+    for (source, words) in [
+        ("always the same".to_owned(), "writes 0 assistant turns"),
+        (turn("always the same"), "leaves out what is said"),
+        (
+            turn("{{ messages[-1].content }}"),
+            "leaves out what is said",
+        ),
+        (
+            "{{ raise_exception('only ' + 'parrots') }}".into(),
+            "only parrots",
+        ),
+    ] {
+        let folder = copy(|f| std::fs::write(f.join("chat_template.jinja"), &source).unwrap());
+        let chat = Chat::load(folder.path()).unwrap();
+        let error = chat.check(&config, &stop_ids).unwrap_err().to_string();
+        assert!(
+            error.contains("chat_template.jinja: the chat template") && error.contains(words),
+            "{error}"
+        );
+    }
 }
 
 #[test]
