@@ -291,6 +291,13 @@ impl App {
     }
 }
 
+/// From here on a write past the limit on a file's size (`ulimit -f`) fails like one to a
+/// full disk, and is told. By default SIGXFSZ ends the process without a word.
+pub(crate) fn outlive_full_files() {
+    // Where a handler cannot be installed, the default is left.
+    let _ = flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
+}
+
 /// Whether this process was started with a signal ignored; also where the system does
 /// not tell, so that it keeps its way.
 fn is_ignored(signal: i32) -> bool {

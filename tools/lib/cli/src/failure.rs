@@ -75,3 +75,31 @@ pub(crate) fn exit_of(error: &anyhow::Error) -> Exit {
     };
     error.chain().filter_map(of).last().unwrap_or(Exit::World)
 }
+
+/// An error with its causes, outermost first. Some errors name their cause already, and it
+/// is not said twice.
+pub(crate) fn in_a_line(error: &anyhow::Error) -> String {
+    let mut line = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !line.ends_with(&cause) {
+            line.push_str(": ");
+            line.push_str(&cause);
+        }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let causes = ["No such file", "data: No such file", "reading"];
+        let error = causes.into_iter().skip(1);
+        let error = error.fold(anyhow::anyhow!(causes[0]), |e, said| e.context(said));
+        assert_eq!(in_a_line(&error), "reading: data: No such file");
+        let error = anyhow::anyhow!("full").context("writing out");
+        assert_eq!(in_a_line(&error), "writing out: full");
+    }
+}

@@ -67,6 +67,12 @@ pub enum PrintConfig {
     Key,
 }
 
+/// A number with its noun: `1 row`, `2 rows`.
+pub fn counted(count: usize, noun: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {noun}{plural}")
+}
+
 /// The end of a tool's `--help`: its examples, then what holds for all tools.
 /// Lines of `examples` that begin with `$ ` are commands; tests run each.
 pub fn after_help(examples: &str) -> String {
@@ -100,6 +106,7 @@ Exit status:
 pub fn main<T: Tool>() -> ExitCode {
     let mut command = T::command();
     let name = command.get_name().to_owned();
+    app::outlive_full_files();
     if let Some(code) = print_about(&mut command, &name) {
         return code;
     }
@@ -108,7 +115,7 @@ pub fn main<T: Tool>() -> ExitCode {
     let app = match App::new(name.clone(), common) {
         Ok(app) => app,
         Err(error) => {
-            eprintln!("{name}: {error:#}");
+            eprintln!("{name}: {}", failure::in_a_line(&error));
             return failure::exit_of(&error).into();
         }
     };
@@ -118,7 +125,7 @@ pub fn main<T: Tool>() -> ExitCode {
         Err(error) => failure::exit_of(error),
     };
     match (&result, exit) {
-        (Err(error), exit) if exit != Exit::Done => app.error(format_args!("{error:#}")),
+        (Err(error), exit) if exit != Exit::Done => app.error(failure::in_a_line(error)),
         (Ok(()), _) => app.print_summary(),
         _ => {}
     }
@@ -158,7 +165,7 @@ fn print_about(command: &mut clap::Command, name: &str) -> Option<ExitCode> {
             let error = anyhow::Error::from(error);
             let exit = failure::exit_of(&error);
             if exit != Exit::Done {
-                eprintln!("{name}: {error:#}");
+                eprintln!("{name}: {}", failure::in_a_line(&error));
             }
             exit.into()
         }
