@@ -289,6 +289,113 @@ fn the_comparison_says_how_far_the_merged_model_is() {
     );
 }
 
+/// Writes `value` over the first value of a safetensors file's tensor.
+fn damage(path: &Path, name: &str, value: &[u8]) {
+    let mut bytes = fs::read(path).unwrap();
+    let start = {
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let data = file.tensor(name).unwrap().data();
+        data.as_ptr() as usize - bytes.as_ptr() as usize
+    };
+    bytes[start..start + value.len()].copy_from_slice(value);
+    fs::write(path, bytes).unwrap();
+}
+
+/// A copy of a model's folder to be changed.
+fn copy_of(tool: &Tool, model: &Path, name: &str) -> PathBuf {
+    let folder = tool.folder().join(name);
+    fs::create_dir(&folder).unwrap();
+    for entry in fs::read_dir(model).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, folder.join(path.file_name().unwrap())).unwrap();
+    }
+    folder
+}
+
+#[test]
+fn what_is_no_number_is_not_merged() {
+    let tool = tool();
+    let merge = |adapter: &str, model: &str| {
+        let arguments = [
+            "merge",
+            "--model",
+            model,
+            "--adapter",
+            adapter,
+            "--out",
+            "m",
+            "--gguf",
+            "m.gguf",
+        ];
+        let run = tool.run(&arguments, "").exits(4);
+        for written in ["m", "m.gguf", "m.tmp"] {
+            assert!(!tool.folder().join(written).exists(), "{written}");
+        }
+        run
+    };
+    adapter(&tool, "nan", 0.1);
+    let name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight";
+    let file = tool.folder().join("nan/adapter_model.safetensors");
+    damage(&file, name, &f32::NAN.to_le_bytes());
+    merge("nan", &model()).says(name).says("no numbers");
+    // Numbers, whose product is none.
+    damage(&file, name, &f32::MAX.to_le_bytes());
+    damage(&file, &name.replace("_B", "_A"), &1e9f32.to_le_bytes());
+    merge("nan", &model())
+        .says("model.layers.1.mlp.down_proj.weight")
+        .says("with the adapter merged into it");
+
+    adapter(&tool, "lora", 0.1);
+    let base = copy_of(&tool, &tests("demo/model"), "base");
+    let norm = "model.layers.2.self_attn.q_norm.weight";
+    let infinity = bf16::INFINITY.to_le_bytes();
+    damage(&base.join("model.safetensors"), norm, &infinity);
+    merge("lora", "base").says(norm).says("as the base has it");
+
+    // Numbers all, of which a pass makes none: the comparison sees it.
+    let large = bf16::from_f32(3e38).to_le_bytes().repeat(128);
+    let base = copy_of(&tool, &tests("demo/model"), "large");
+    damage(&base.join("model.safetensors"), "model.norm.weight", &large);
+    let arguments = [
+        "merge",
+        "--model",
+        "large",
+        "--adapter",
+        "lora",
+        "--out",
+        "m",
+    ];
+    let run = tool.run(&arguments, "").exits(4);
+    run.says("no numbers").says("not to be used");
+}
+
+#[test]
+fn a_gguf_file_alone_is_said_not_to_be_compared() {
+    let tool = tool();
+    adapter(&tool, "lora", 0.1);
+    let merge = |more: &[&str]| {
+        let arguments = [&["merge", "--adapter", "lora"], more].concat();
+        let run = tool.run(&arguments, "").exits(0);
+        assert_eq!(run.records()[0]["checks"], json!([]));
+        run
+    };
+    merge(&["--gguf", "a.gguf"])
+        .says("not compared")
+        .says("with --out");
+    merge(&["--gguf", "b.gguf", "--no-check"]).never_says("not compared");
+}
+
+#[test]
+fn a_limit_on_the_size_of_files_is_told() {
+    let tool = tool();
+    adapter(&tool, "lora", 0.1);
+    let command = tool.command(&["merge", "--adapter", "lora", "--out", "m"]);
+    let limited = ["-c", "ulimit -f 100; exec \"$0\" \"$@\""];
+    let run = Run::of(&mut harness::behind("bash", &limited, &command), b"");
+    run.exits(4).says("File too large");
+    assert!(!tool.folder().join("m").exists());
+}
+
 #[test]
 fn merging_without_a_base_or_with_another_one_is_refused() {
     let tool = tool();
@@ -608,6 +715,32 @@ fn what_peft_would_get_wrong_is_named() {
             assert!(problem.contains(word), "{word} not in {problem}");
         }
     };
+    // Settings that peft 0.21 heeds, each with another value than its default.
+    for (key, value) in [
+        ("layers_to_transform", json!([0])),
+        ("layers_pattern", json!("layers")),
+        ("layer_replication", json!([[0, 2]])),
+        ("exclude_modules", json!(["v_proj"])),
+        ("modules_to_save", json!(["lm_head"])),
+        ("target_parameters", json!(["mlp.up_proj.weight"])),
+        ("trainable_token_indices", json!([1])),
+        ("bias", json!("all")),
+        ("lora_bias", json!(true)),
+        ("fan_in_fan_out", json!(true)),
+        ("use_qalora", json!(true)),
+        ("use_bdlora", json!({"nblocks": 2})),
+        ("alora_invocation_tokens", json!([7])),
+        ("arrow_config", json!({"top_k": 2})),
+        ("kasa_config", json!({"beta": 1e-4})),
+        ("velora_config", json!({"scale": 1.0})),
+        ("monteclora_config", json!({"num_samples": 2})),
+        ("ensure_weight_tying", json!(true)),
+        ("init_lora_weights", json!("pissa")),
+        ("a_key_of_a_later_version", json!(1)),
+    ] {
+        let found = inspect_changed(|map| drop(map.insert(key.into(), value)), keep, asis);
+        only(found, &["adapter_config.json", &format!("`{key}`")]);
+    }
     let drop_key =
         |key: &'static str| inspect_changed(move |map| drop(map.shift_remove(key)), keep, asis);
     only(
@@ -930,6 +1063,92 @@ fn a_model_that_cannot_be_trained_on_is_told() {
         .says("2 problems");
 }
 
+/// What training refuses, inspecting finds.
+#[test]
+fn templates_and_tokenizers_that_are_of_no_use_are_told() {
+    let tool = tool();
+    let folder = copy_of(&tool, &tests("demo/model"), "base");
+    let row = json!({"prompt": "Tea?", "completion": "Always."});
+    tool.file("rows.jsonl", &format!("{row}\n"));
+    let refused = |words: &[&str]| {
+        let inspect = ["inspect", "base", "--strict"];
+        let found = tool.run(&inspect, "").exits(1).stdout;
+        let train = ["--model", "base", "--data", "rows.jsonl", "--out", "o"];
+        let run = tool.run(&train, "").exits(4);
+        for word in words {
+            assert!(found.contains(word), "{word}: {found}");
+            assert!(run.stderr.contains(word), "{word}: {run}");
+        }
+    };
+    tool.file("base/chat_template.jinja", "hello");
+    refused(&["chat_template.jinja", "writes 0 assistant turns"]);
+    tool.file(
+        "base/chat_template.jinja",
+        "{{ raise_exception('no ' ~ 'way') }}",
+    );
+    refused(&["chat_template.jinja", "no way"]);
+
+    let whole = fs::read(tests("demo/model/tokenizer.json")).unwrap();
+    let text = String::from_utf8_lossy(&whole);
+    let inside = text.find("\"decoder\"").unwrap() + 30;
+    fs::write(folder.join("tokenizer.json"), &whole[..inside]).unwrap();
+    refused(&["tokenizer.json", "not valid JSON"]);
+}
+
+#[test]
+fn values_that_are_no_numbers_are_found_wherever_they_are() {
+    let tool = tool();
+    let found = |folder: &str, weight: &str| {
+        let report = tool.run(&["inspect", folder, "--json"], "").exits(0);
+        let report = report.records().remove(0);
+        let problems = report["problems"].as_array().unwrap().iter();
+        let causes: Vec<_> = problems.map(|p| p["cause"].as_str().unwrap()).collect();
+        assert!(
+            causes.iter().any(|c| c.starts_with(weight)),
+            "{weight}: {causes:?}"
+        );
+    };
+    let base = copy_of(&tool, &tests("demo/model"), "base");
+    let norm = "model.layers.4.post_attention_layernorm.weight";
+    damage(
+        &base.join("model.safetensors"),
+        norm,
+        &bf16::NAN.to_le_bytes(),
+    );
+    found("base", norm);
+
+    adapter(&tool, "lora", 0.1);
+    let merge = [
+        "merge",
+        "--adapter",
+        "lora",
+        "--out",
+        "merged",
+        "--no-check",
+    ];
+    tool.run(&merge, "").exits(0);
+    let head = "model.embed_tokens.weight";
+    let merged = tool.folder().join("merged/model.safetensors");
+    damage(&merged, head, &bf16::NEG_INFINITY.to_le_bytes());
+    found("merged", head);
+
+    // In 4 bits it is in the scales, or in the scales of those.
+    let up = "model.layers.1.mlp.up_proj.weight";
+    for part in ["absmax", "nested_absmax"] {
+        let model = tests(match part {
+            "absmax" => "parity/files/nf4-plain",
+            _ => "parity/files/nf4",
+        });
+        let four = copy_of(&tool, &model, part);
+        damage(
+            &four.join("model.safetensors"),
+            &format!("{up}.{part}"),
+            &f32::NAN.to_le_bytes(),
+        );
+        found(part, up);
+    }
+}
+
 /// The script's side is tested live (tests/parity/merge/live.py); here is what is made of
 /// its answers.
 #[test]
@@ -958,6 +1177,15 @@ fn what_transformers_answers_is_compared() {
     verify("echo 'OSError: no such model' >&2; exit 1")
         .exits(4)
         .says("OSError: no such model");
+    // The exception, not a bar drawn over itself.
+    let run = verify(
+        r"printf 'Loading weights:   0%%|  | 0/3\rLoading weights: 33%%|# | 1/3' >&2
+          printf '\nRuntimeError: out of luck\nsee below\n' >&2
+          printf 'Loading weights:   0%%|  | 0/3' >&2; exit 1",
+    );
+    run.exits(4)
+        .says("RuntimeError: out of luck")
+        .never_says("Loading");
     let row = r#"{"prompt": [1], "row": [1, 2], "nll": [0.5], "greedy": [3]}"#;
     let answer = format!(
         r#"{{"dtype": "float32", "versions": {{"transformers": "9.9"}}, "rows": [{row},{row},{row},{row}]}}"#

@@ -23,8 +23,9 @@ use crate::gguf::{self, GgufType};
 /// Writes a model that needs no adapter: bfloat16 safetensors with the base's
 /// tokenizer and settings (--out), one GGUF file for llama.cpp and Ollama
 /// (--gguf), or both. Works a few rows at a time. Then compares the logits of
-/// base + adapter with the merged model's on a few prompts, which needs memory
-/// for the whole base, and writes the result to standard output as JSON.
+/// base + adapter with the merged model's in --out on a few prompts, which needs
+/// memory for the whole base, and writes the result to standard output as JSON. A
+/// GGUF file is not read back: --gguf alone is not compared.
 #[derive(Args)]
 #[command(after_long_help = crate::commands::after_help(EXAMPLES))]
 pub struct Merge {
@@ -80,13 +81,22 @@ struct Check {
     same_top: f64,
 }
 
+impl Check {
+    /// Whether all that was compared was numbers.
+    fn is_of_numbers(&self) -> bool {
+        [self.max_abs, self.mean_abs, self.kl]
+            .iter()
+            .all(|v| v.is_finite())
+    }
+}
+
 #[derive(Serialize)]
 struct Report<'a> {
     v: u64,
     out: Option<&'a Path>,
     gguf: Option<&'a Path>,
     parameters: u64,
-    /// Empty where the comparison was left out.
+    /// Empty where nothing was compared.
     checks: Vec<Check>,
     signature: String,
 }
@@ -136,8 +146,15 @@ impl Merge {
             app.info(format_args!("the GGUF file is {}", file.display()));
         }
         let checks = match &self.out {
-            Some(folder) if !self.no_check => check(app, &base, &adapter, folder)?,
-            _ => Vec::new(),
+            _ if self.no_check => Vec::new(),
+            Some(folder) => check(app, &base, &adapter, folder)?,
+            None => {
+                app.info(
+                    "not compared with base and adapter: nothing here reads a GGUF file; \
+                     with --out the merged model that it is made of is compared",
+                );
+                Vec::new()
+            }
         };
         let report = Report {
             v: 1,
@@ -201,6 +218,15 @@ fn check(app: &App, base: &Checkpoint, adapter: &Adapter, folder: &Path) -> Resu
             100.0 * check.same_top,
             check.tokens
         ));
+        if !check.is_of_numbers() {
+            let cause = format!(
+                "logits of {against} or of the merged model are no numbers, so {} is not to be used: \
+                 `qlora-train inspect` of {} says whether the base is damaged",
+                folder.display(),
+                base.folder().display()
+            );
+            return Err(Failure::World(cause).into());
+        }
         checks.push(check);
     }
     Ok(checks)
@@ -226,7 +252,11 @@ fn compare(against: &'static str, a: &[f32], b: &[f32], vocab: usize) -> Check {
         let (log_a, log_b) = (log_sum_exp(a), log_sum_exp(b));
         for (&a, &b) in a.iter().zip(b) {
             let (a, b) = (f64::from(a), f64::from(b));
-            max_abs = max_abs.max((a - b).abs());
+            let apart = (a - b).abs();
+            // Of NaN and a number, `max` takes the number.
+            if apart.is_nan() || apart > max_abs {
+                max_abs = apart;
+            }
             sum_abs += (a - b).abs();
             kl += (a - log_a).exp() * ((a - log_a) - (b - log_b));
         }
@@ -251,4 +281,23 @@ fn log_sum_exp(logits: &[f32]) -> f64 {
 /// The first of the largest.
 fn top(logits: &[f32]) -> usize {
     (1..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_number_is_no_agreement() {
+        let fine = [0.5, -1.0, 2.0, 0.0];
+        let check = compare("", &fine, &fine, 2);
+        assert!(check.is_of_numbers() && check.max_abs == 0.0 && check.same_top == 1.0);
+        for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let other = [0.5, wrong, 2.0, 0.0];
+            for (a, b) in [(fine, other), (other, fine), (other, other)] {
+                let check = compare("", &a, &b, 2);
+                assert!(!check.is_of_numbers(), "{a:?} {b:?}");
+            }
+        }
+    }
 }

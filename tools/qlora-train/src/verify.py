@@ -4,6 +4,7 @@ qlora-train inspect --verify runs this with a request in JSON on standard input 
 compares the answer, JSON on standard output, with its own.
 """
 import json
+import math
 import os
 import sys
 
@@ -48,7 +49,8 @@ for prompt, reply in request["rows"]:
         made = model.generate(
             input_ids=torch.tensor([head]), attention_mask=torch.ones(1, len(head), dtype=torch.long),
             max_new_tokens=request["max_new_tokens"], do_sample=False)[0, len(head):].tolist()
-    rows.append({"prompt": head, "row": ids, "nll": losses.tolist(), "greedy": made})
+    losses = [loss if math.isfinite(loss) else None for loss in losses.tolist()]
+    rows.append({"prompt": head, "row": ids, "nll": losses, "greedy": made})
 versions = {"torch": torch.__version__, "transformers": transformers.__version__}
 if request["adapter"]:
     versions["peft"] = peft.__version__

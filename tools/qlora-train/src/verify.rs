@@ -56,7 +56,8 @@ pub struct Verdict {
     agrees: bool,
     rows: usize,
     ids_equal: usize,
-    /// Largest difference of a row's mean negative log-likelihood, in nats.
+    /// Largest difference of a row's mean negative log-likelihood, in nats; NaN (in JSON
+    /// null) if one is no number.
     nll_difference: f64,
     nll_tolerance: f64,
     greedy_equal: usize,
@@ -109,8 +110,8 @@ enum Answer {
 struct Theirs {
     prompt: Vec<u32>,
     row: Vec<u32>,
-    /// Of each token after the first.
-    nll: Vec<f64>,
+    /// Of each token after the first; none: no number.
+    nll: Vec<Option<f64>>,
     greedy: Vec<u32>,
 }
 
@@ -183,10 +184,27 @@ pub fn run(
         }
         verdict.ids_equal += 1;
         let labelled = ours.labelled.iter().skip(1).zip(&theirs.nll);
-        let nll: Vec<f64> = labelled.filter(|(l, _)| **l).map(|(_, &nll)| nll).collect();
-        let difference = (mean(&nll) - mean(&ours.nll)).abs();
-        verdict.nll_difference = verdict.nll_difference.max(difference);
-        if difference.is_nan() || difference > nll_tolerance {
+        let nll: Vec<f64> = labelled
+            .filter(|(labelled, _)| **labelled)
+            .map(|(_, nll)| nll.unwrap_or(f64::NAN))
+            .collect();
+        let [theirs_mean, ours_mean] = [mean(&nll), mean(&ours.nll)];
+        let difference = (theirs_mean - ours_mean).abs();
+        // Of NaN and a number, `max` would take the number.
+        if difference.is_nan() || difference > verdict.nll_difference {
+            verdict.nll_difference = difference;
+        }
+        if difference.is_nan() {
+            let whose = match (theirs_mean.is_finite(), ours_mean.is_finite()) {
+                (false, false) => "transformers and here",
+                (false, true) => "transformers",
+                _ => "here",
+            };
+            differ(format!(
+                "row {number}: the likelihood is no number ({whose})"
+            ));
+            verdict.agrees = false;
+        } else if difference > nll_tolerance {
             differ(format!(
                 "row {number}: the likelihood differs by {difference:.2e} nats a token"
             ));
@@ -243,14 +261,23 @@ fn ask(checkpoint: &Checkpoint, adapter: Option<&Path>, python: &Path) -> Result
         .unwrap_or_default();
     serde_json::from_slice(last).map_err(|_| {
         let stderr = String::from_utf8_lossy(&output.stderr);
-        let why = stderr
-            .trim()
-            .lines()
-            .last()
-            .unwrap_or("it said nothing")
-            .to_owned();
-        Failure::World(format!("--verify: {program} failed: {why}")).into()
+        Failure::World(format!("--verify: {program} failed: {}", reason(&stderr))).into()
     })
+}
+
+/// Why a Python program ended: the line of its exception, else its last one that is no
+/// progress bar's.
+fn reason(stderr: &str) -> &str {
+    let is_exception = |line: &&str| {
+        let name = line.split(':').next().unwrap_or_default();
+        (name.ends_with("Error") || name.ends_with("Exception")) && !name.contains(' ')
+    };
+    let lines = stderr.split(['\n', '\r']).map(str::trim);
+    let lines: Vec<&str> = lines
+        .filter(|line| !line.is_empty() && !line.contains("%|"))
+        .collect();
+    let exception = lines.iter().rev().find(|line| is_exception(line));
+    exception.or(lines.last()).unwrap_or(&"it said nothing")
 }
 
 /// What we make of a row.

@@ -161,6 +161,13 @@ pub fn inspect(
         ),
         Some(_) => {}
     }
+    for (key, reason) in qwen3::unsupported(&settings) {
+        say(
+            CONFIG,
+            format!("`{key}` {reason}"),
+            "what peft runs is another adapter than is described here; this tool does not load it",
+        );
+    }
     let targets: Vec<String> = match settings.get("target_modules") {
         Some(Value::String(pattern)) => vec![pattern.clone()],
         Some(Value::Array(names)) => names
@@ -237,10 +244,18 @@ pub fn inspect(
         }
     }
     if let Some(config) = &config {
-        adapter.loads_here = Some(match qwen3::Adapter::load(folder, config) {
-            Ok(_) => "yes".into(),
-            Err(error) => format!("no: {error}"),
+        let refused = qwen3::Adapter::load(folder, config).err();
+        adapter.loads_here = Some(match &refused {
+            None => "yes".into(),
+            Some(error) => format!("no: {error}"),
         });
+        if let Some(error) = refused.filter(|_| problems.is_empty()) {
+            problems.push(Problem {
+                file: ".".into(),
+                cause: error.to_string(),
+                effect: "this tool does not load it; what peft makes of it is not known".into(),
+            });
+        }
     }
     Ok((adapter, base))
 }

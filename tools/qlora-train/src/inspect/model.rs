@@ -117,7 +117,11 @@ pub fn inspect(app: &App, folder: &Path, problems: &mut Vec<Problem>) -> Model {
             Ok((storage, found)) => {
                 model.parameters = Some(storage.values().sum());
                 model.storage = storage;
-                damaged = no_numbers(app, &found);
+                let (no_numbers, unread) = no_numbers(app, &found);
+                damaged = no_numbers;
+                if let Some(error) = unread {
+                    say(&error, not_used);
+                }
             }
             Err(error) => say(&error, not_used),
         }
@@ -160,45 +164,50 @@ pub fn inspect(app: &App, folder: &Path, problems: &mut Vec<Problem>) -> Model {
     model
 }
 
-/// The names of the weights that hold NaN or an infinity; those that cannot be read are
-/// of another kind.
-fn no_numbers(app: &App, checkpoint: &Checkpoint) -> Vec<String> {
+/// The names of the weights that hold NaN, an infinity, or what bfloat16 makes one of;
+/// and what is wrong with the first that cannot be read.
+fn no_numbers(app: &App, checkpoint: &Checkpoint) -> (Vec<String>, Option<qwen3::Error>) {
     const ROWS: usize = 256;
     let weights = Weight::all(checkpoint.config());
     let is_damaged = |weight: Weight, buffer: &mut Vec<f32>| {
-        let Ok(values) = checkpoint.values(weight) else {
-            return false;
-        };
+        let values = checkpoint.values(weight)?;
         let [rows, _] = values.shape();
-        (0..rows).step_by(ROWS).any(|from| {
+        Ok((0..rows).step_by(ROWS).any(|from| {
             values.read(from..rows.min(from + ROWS), buffer);
-            !buffer.iter().all(|value| value.is_finite())
-        })
+            let is_number = |&value: &f32| half::bf16::from_f32(value).is_finite();
+            !buffer.iter().all(is_number)
+        }))
     };
     let progress = app.progress("reading weights", Some(weights.len() as u64));
     let (next, (found, told)) = (AtomicUsize::new(0), mpsc::channel());
-    let mut damaged = Vec::new();
+    let (mut damaged, mut unread) = (Vec::new(), None);
     thread::scope(|scope| {
         for _ in 0..thread::available_parallelism().map_or(1, |threads| threads.get()) {
             let (found, weights, next, is_damaged) = (found.clone(), &weights, &next, &is_damaged);
             scope.spawn(move || {
                 let mut buffer = Vec::new();
                 while let Some(&weight) = weights.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let place = is_damaged(weight, &mut buffer).then_some(weight);
-                    if found.send(place).is_err() {
+                    if found
+                        .send((weight, is_damaged(weight, &mut buffer)))
+                        .is_err()
+                    {
                         break;
                     }
                 }
             });
         }
         drop(found);
-        for place in told {
-            damaged.extend(place.map(Weight::name));
+        for (weight, is_damaged) in told {
+            match is_damaged {
+                Ok(true) => damaged.push(weight.name()),
+                Ok(false) => {}
+                Err(error) => unread = unread.take().or(Some(error)),
+            }
             progress.add(1);
         }
     });
     damaged.sort();
-    damaged
+    (damaged, unread)
 }
 
 /// The file that a weight is in.
