@@ -142,9 +142,10 @@ pub fn write_items<'a, B: Backend>(
     mut journal: Option<&mut Journal>,
     out: &mut Output,
 ) -> Result<Vec<(&'a str, SystemScores)>> {
-    let mut systems = vec![System::base()];
+    let base = setup.checkpoint.folder();
+    let mut systems = vec![System::base(base)];
     for (name, adapter) in &setup.adapters {
-        systems.push(System::adapted(name, adapter, model)?);
+        systems.push(System::adapted(name, adapter, model, base)?);
     }
     let named = setup.adapters.iter().map(|(name, _)| name.as_str());
     let names: Vec<&str> = std::iter::once(systems::BASE).chain(named).collect();

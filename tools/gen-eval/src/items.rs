@@ -3,7 +3,7 @@
 use anyhow::Result;
 use cli::{App, Failure};
 use jsonl::Position;
-use qwen3::{Chat, Config, Conversation, Form, LossOn, Wording};
+use qwen3::{Chat, Config, Conversation, Form, LossOn, Seen, Wording};
 use record::{Record, Split};
 
 /// A row as it was read: what is asked, and how it was answered.
@@ -135,16 +135,23 @@ impl Item {
     }
 }
 
-/// Of the rows read, those held out; all of them where none says which side it is on.
-pub fn held_out(app: &App, sources: Vec<(Position, Source)>) -> Vec<(Position, Source)> {
+/// What an adapter tells of the rows that it was trained on, if it does.
+pub type SeenBy<'a> = (&'a str, Option<Seen>);
+
+/// Of the rows read, those held out: of `split: eval`, or, where none says which side it
+/// is on, those that no adapter was trained on.
+pub fn held_out(
+    app: &App,
+    sources: Vec<(Position, Source)>,
+    seen: &[SeenBy],
+) -> Vec<(Position, Source)> {
     let read = sources.len();
     if read == 0 {
         app.warn("no rows on standard input: nothing is generated, and there are no figures");
         return sources;
     }
     if sources.iter().all(|(_, source)| source.split.is_none()) {
-        app.info(format_args!("no row has `split`: all {read} are taken"));
-        return sources;
+        return untrained(app, sources, seen);
     }
     let unsplit = sources
         .iter()
@@ -152,7 +159,8 @@ pub fn held_out(app: &App, sources: Vec<(Position, Source)>) -> Vec<(Position, S
         .count();
     if unsplit > 0 {
         app.warn(format_args!(
-            "{unsplit} rows have no `split` while others do; they are left out"
+            "{} without `split` left out, since others have one",
+            cli::counted(unsplit, "row")
         ));
     }
     let kept: Vec<_> = sources
@@ -167,7 +175,97 @@ pub fn held_out(app: &App, sources: Vec<(Position, Source)>) -> Vec<(Position, S
              (deduplication.eval_fraction above 0); rows without `split` are all taken"
         )),
         kept => app.info(format_args!(
-            "{kept} rows of `split: eval` kept, {trained_on} of `split: train` left out"
+            "{} of `split: eval` kept, {trained_on} of `split: train` left out",
+            cli::counted(kept, "row")
+        )),
+    }
+    for (name, seen) in seen {
+        let known = count_trained_on(&kept, seen.as_ref());
+        if known > 0 {
+            app.warn(format_args!(
+                "adapter {name} was trained on {known} of the {} of `split: eval`: its figures are too good",
+                cli::counted(kept.len(), "row")
+            ));
+        }
+    }
+    kept
+}
+
+/// How many of the rows an adapter was trained on, as far as it tells.
+fn count_trained_on(sources: &[(Position, Source)], seen: Option<&Seen>) -> usize {
+    let was = |(_, source): &&(Position, Source)| {
+        seen.is_some_and(|seen| seen.side(&source.conversation.row) == Some(Split::Train))
+    };
+    sources.iter().filter(was).count()
+}
+
+/// Of rows that say no side, those that no adapter was trained on; with what is not known.
+fn untrained(
+    app: &App,
+    sources: Vec<(Position, Source)>,
+    adapters: &[SeenBy],
+) -> Vec<(Position, Source)> {
+    let read = cli::counted(sources.len(), "row");
+    let mut known = Vec::new();
+    for (name, seen) in adapters {
+        let Some(seen) = seen else {
+            app.warn(format_args!(
+                "no row has `split`, and adapter {name} has no {} beside it: whether it was trained on some of \
+                 the {read} is not known",
+                qwen3::ROWS
+            ));
+            continue;
+        };
+        if !sources
+            .iter()
+            .any(|(_, source)| seen.side(&source.conversation.row).is_some())
+        {
+            app.info(format_args!(
+                "adapter {name} was trained on other data: it has seen none of the {read}"
+            ));
+            continue;
+        }
+        known.push(seen);
+    }
+    let all = sources.len();
+    let side = |source: &Source| {
+        let mut sides = known
+            .iter()
+            .filter_map(|seen| seen.side(&source.conversation.row));
+        sides.try_fold(None, |_, side| match side {
+            Split::Train => Err(Split::Train),
+            Split::Eval => Ok(Some(side)),
+        })
+    };
+    let mut unknown = 0;
+    let kept: Vec<_> = sources
+        .into_iter()
+        .filter(|(_, source)| match side(source) {
+            Err(_) => false,
+            Ok(None) => {
+                unknown += 1;
+                true
+            }
+            Ok(Some(_)) => true,
+        })
+        .collect();
+    if known.is_empty() {
+        app.info(format_args!("no row has `split`: all {all} are taken"));
+        return kept;
+    }
+    let left_out = all - kept.len();
+    let new = match unknown {
+        0 => String::new(),
+        new => format!(" ({new} of them not in the data that was trained with)"),
+    };
+    match kept.len() {
+        0 => app.warn(format_args!(
+            "no row has `split`, and each of the {read} was trained on, so nothing is generated and there are no \
+             figures: hold rows out in training (data.eval_fraction above 0, or `split: eval`)"
+        )),
+        kept => app.info(format_args!(
+            "no row has `split`: of {read}, {kept} that were not trained on are taken{new}, {left_out} that were are \
+             left out"
         )),
     }
     kept
@@ -178,7 +276,7 @@ pub fn warn_of_empty_references(app: &App, items: &[Item]) {
     let mut empty = items.iter().filter(|item| item.reference.trim().is_empty());
     if let Some(first) = empty.next() {
         app.warn(format_args!(
-            "{} of {} held-out rows have an empty reply, to which nothing can be near (the first: {}): \
+            "{} of {} held-out rows with an empty reply, to which nothing can be near (the first: {}): \
              leave them out",
             1 + empty.count(),
             items.len(),

@@ -88,6 +88,7 @@ impl Journal {
         std::fs::create_dir_all(folder).with_context(|| format!("--state {}", folder.display()))?;
         let path = folder.join("answers.jsonl");
         let shown = path.display();
+        let anew = format!("delete {shown} to begin anew");
         let mut file = File::options()
             .create(true)
             .truncate(false)
@@ -116,10 +117,12 @@ impl Journal {
                 .map_or(0, |at| at + 1),
         );
         let text = String::from_utf8(bytes)
-            .map_err(|e| Failure::Input(format!("{shown}: no kept answers: {e}")))?;
+            .map_err(|e| Failure::Input(format!("{shown}: no kept answers: {e}; {anew}")))?;
         let mut lines = text.lines().zip(1..);
         let bad = |line: usize, error: serde_json::Error| {
-            Failure::Input(format!("{shown}:{line}: no kept answers: {error}"))
+            Failure::Input(format!(
+                "{shown}:{line}: no kept answers: {error}; {anew}, or that line and those after it"
+            ))
         };
         let mut blocks = HashMap::new();
         let header = match lines.next() {

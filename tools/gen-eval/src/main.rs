@@ -36,7 +36,8 @@ use crate::systems::Named;
 /// Generate replies to held-out tweets and score them
 ///
 /// Reads pairs, or rows with `messages` or `prompt` and `completion`, on standard input,
-/// keeps those of `split: eval`, and for the base model and the base with each adapter
+/// keeps those of `split: eval` (where no row has `split`: those that the adapters were not
+/// trained on, by the rows.jsonl beside them), and for the base model and the base with each adapter
 /// writes a reply (to what is before the last assistant turn), its ROUGE, BLEU and chrF against
 /// the reply that people liked, and that reply's negative log-likelihood (`nll`, per
 /// token). A last line has the figures of each system over all pairs. With
@@ -224,10 +225,10 @@ impl GenEval {
 
     fn generate(&self, app: &App, resolved: &Resolved<EvalSettings>) -> Result<()> {
         let settings = &resolved.settings.generation;
-        setup::check(settings)?;
+        setup::check(resolved)?;
         let setup = Setup::new(app, settings, &self.adapters, self.any_base)?;
         let (device, which) = Device::open(self.device)?;
-        app.info(format_args!("computing on {which}"));
+        app.detail(format_args!("computing on {which}"));
 
         let mut sources = Vec::new();
         let mut counts = self.each_record(
@@ -239,7 +240,7 @@ impl GenEval {
             },
         )?;
         let (mut items, mut unworded) = (Vec::new(), 0);
-        for (position, source) in items::held_out(app, sources) {
+        for (position, source) in items::held_out(app, sources, &setup.seen(&self.adapters)?) {
             unworded += usize::from(!source.is_pair());
             let config = setup.checkpoint.config();
             items.push(Item::new(source, &position, &setup.chat, config)?);

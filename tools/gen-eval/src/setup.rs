@@ -3,16 +3,19 @@
 
 use anyhow::{Context, Result};
 use cli::{App, Failure, PrintConfig, Resolved, Signature};
-use qwen3::{Adapter, Chat, Checkpoint, GenerationConfig, Held, PromptTemplate, Storage, Wording};
+use qwen3::{
+    Adapter, Chat, Checkpoint, GenerationConfig, Held, PromptTemplate, Seen, Storage, Wording,
+};
 use settings::{EvalSettings, Generation, LmHead, Quantization, TextChoice, TrainSettings};
 
-use crate::items::Item;
+use crate::items::{Item, SeenBy};
 use crate::journal::Identity;
 use crate::systems::Named;
 
 /// Settings that parse and cannot work.
-pub fn check(settings: &Generation) -> Result<(), Failure> {
-    let wrong = |key: &str, what: String| Err(Failure::Usage(format!("generation.{key} {what}")));
+pub fn check(resolved: &Resolved<EvalSettings>) -> Result<(), Failure> {
+    let settings = &resolved.settings.generation;
+    let wrong = |key: &str, what: String| Err(resolved.wrong(&format!("generation.{key}"), what));
     if settings.max_new_tokens == 0 {
         return wrong("max_new_tokens", "is 0: a reply needs a token".into());
     }
@@ -175,6 +178,15 @@ impl Setup {
             wording,
             held,
         })
+    }
+
+    /// What each adapter tells of the rows that it has seen.
+    ///
+    /// # Errors
+    /// If a list of them is damaged.
+    pub fn seen<'a>(&self, named: &'a [Named]) -> Result<Vec<SeenBy<'a>>> {
+        let seen = |n: &'a Named| Ok((n.name.as_str(), Seen::read(&n.folder)?));
+        named.iter().map(seen).collect()
     }
 
     /// What the answers depend on; `device` is the kind of it.

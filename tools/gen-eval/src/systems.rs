@@ -122,6 +122,10 @@ impl Named {
                     "--adapter {name}={folder} is damaged; train it again in another folder \
                      (make: RUN=new), or delete this one first"
                 ),
+                qwen3::Error::Tensor { .. } => format!(
+                    "--adapter {name}={folder} is damaged, or does not go with the base {}",
+                    base.display()
+                ),
                 _ => format!(
                     "--adapter {name}={folder} does not go with the base {}",
                     base.display()
@@ -135,6 +139,8 @@ impl Named {
 /// A system on the device.
 pub struct System<B: Backend> {
     pub name: String,
+    /// Where the base is.
+    base: PathBuf,
     adapter: Option<OwnedLora<B>>,
 }
 
@@ -155,23 +161,42 @@ pub struct Decoding {
 
 impl<B: Backend> System<B> {
     /// The base alone.
-    pub fn base() -> Self {
+    pub fn base(base: &Path) -> Self {
         Self {
             name: BASE.into(),
+            base: base.into(),
             adapter: None,
         }
     }
 
     /// The base with an adapter.
-    pub fn adapted(name: &str, adapter: &Adapter, model: &Model<B>) -> Result<Self> {
+    pub fn adapted(name: &str, adapter: &Adapter, model: &Model<B>, base: &Path) -> Result<Self> {
         Ok(Self {
             name: name.into(),
+            base: base.into(),
             adapter: Some(model.load_adapter(adapter)?),
         })
     }
 
     fn lora(&self) -> Option<Lora<'_, B>> {
         self.adapter.as_ref().map(OwnedLora::lora)
+    }
+
+    /// A model whose loss is none says nothing but one token again and again, and every
+    /// figure of it would look like a measurement.
+    fn no_number(&self, item: &Item) -> Failure {
+        let (name, id, base) = (&self.name, &item.id, self.base.display());
+        let cause = match self.adapter {
+            None => format!(
+                "values in the base model's folder are no numbers: `qlora-train inspect {base}` says which"
+            ),
+            Some(_) => "the base with this adapter computes beyond what 32 bits hold: its values or its scale \
+                 (lora_alpha / r) are too large; train it again with a lower learning rate"
+                .into(),
+        };
+        Failure::World(format!(
+            "system {name}: the loss of {id} is no number: {cause}"
+        ))
     }
 
     /// Scores the references of items and replies to them. `first` is the number of
@@ -187,6 +212,9 @@ impl<B: Backend> System<B> {
         progress: impl FnMut(usize),
     ) -> Result<Vec<Answer>> {
         let losses = self.losses(model, pass, items)?;
+        if let Some(at) = losses.iter().position(|nll| !nll.is_finite()) {
+            return Err(self.no_number(&items[at]).into());
+        }
         let prompts: Vec<Prompt> = items
             .iter()
             .zip(first..)

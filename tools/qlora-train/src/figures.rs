@@ -45,6 +45,8 @@ pub struct TimeLine {
 pub struct Lines {
     pub folder: Folder,
     pub stdout: Option<Output>,
+    /// Lines that went to it.
+    pub written: u64,
     /// Whether that is a terminal.
     terminal: bool,
 }
@@ -55,6 +57,7 @@ impl Lines {
         Self {
             folder,
             stdout: Some(Output::stdout()),
+            written: 0,
             terminal: std::io::stdout().is_terminal(),
         }
     }
@@ -70,7 +73,10 @@ impl Lines {
             match written {
                 // Training is worth more than its audience.
                 Err(error) if self.is_reader_gone(&error) => self.stdout = None,
-                other => other?,
+                other => {
+                    other?;
+                    self.written += 1;
+                }
             }
         }
         Ok(())

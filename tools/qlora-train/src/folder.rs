@@ -5,6 +5,7 @@
 //!     checkpoints/step-N/          adapter, moments, and how long the files were
 //!     checkpoints/best.safetensors the parameters of the best held-out loss, if asked for
 //!     save-now                     put there by hand: save a checkpoint at the next step
+//!     rows.jsonl                   which rows were trained on and held out: hashes, for gen-eval
 //!     SHA256SUMS                   of the adapter's files, for `sha256sum --check`
 //!     adapter_model.safetensors    last: with it the run is finished
 //!
@@ -143,12 +144,13 @@ const CHECKPOINTS: &str = "checkpoints";
 const SUMS: &str = "SHA256SUMS";
 
 /// What a run writes, beside run.json, which comes first.
-const OURS: [&str; 8] = [
+const OURS: [&str; 9] = [
     "metrics.jsonl",
     "timing.jsonl",
     CHECKPOINTS,
     "README.md",
     "train.yaml",
+    qwen3::ROWS,
     SUMS,
     SUMMED[0],
     SUMMED[1],
@@ -157,7 +159,7 @@ const OURS: [&str; 8] = [
 /// The files of a finished adapter that make what it computes.
 const SUMMED: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
-/// Notes the sums of the adapter's files, which lie in `part` still.
+/// Notes the sums of the adapter's files, which lie in `part` still, and of its rows.
 pub fn write_sums(folder: &Path, part: &Path) -> Result<()> {
     let mut text = String::new();
     for name in SUMMED {
@@ -165,6 +167,9 @@ pub fn write_sums(folder: &Path, part: &Path) -> Result<()> {
         let sum = cli::sha256_file(&file).with_context(|| file.display().to_string())?;
         text.push_str(&format!("{sum}  {name}\n"));
     }
+    let rows = folder.join(qwen3::ROWS);
+    let sum = cli::sha256_file(&rows).with_context(|| rows.display().to_string())?;
+    text.push_str(&format!("{sum}  {}\n", qwen3::ROWS));
     Ok(jsonl::write_atomically(
         &folder.join(SUMS),
         text.as_bytes(),
@@ -210,15 +215,15 @@ impl Doubt {
 /// are gone, or one of them is, nobody can tell.
 fn check_whole(folder: &Path) -> Result<(), Doubt> {
     let sums = folder.join(SUMS);
-    let named = |cause: String| Doubt::Unknown(format!("{}: {cause}", sums.display()));
-    let text = fs::read_to_string(&sums).map_err(|error| named(error.to_string()))?;
-    for name in SUMMED {
-        let has = |line: &str| line.split_once("  ").is_some_and(|(_, file)| file == name);
-        if !text.lines().any(has) {
-            return Err(named(format!("has no sum of {name}")));
-        }
+    if !sums.exists() {
+        return Err(Doubt::Unknown(format!("{} is missing", sums.display())));
     }
-    qwen3::check_sums(folder).map_err(|damage| Doubt::Damaged(damage.to_string()))
+    qwen3::check_sums(folder).map_err(|error| match &error {
+        qwen3::Error::File { path, .. } | qwen3::Error::Read { path, .. } if *path == sums => {
+            Doubt::Unknown(error.to_string())
+        }
+        _ => Doubt::Damaged(error.to_string()),
+    })
 }
 
 /// Every finished checkpoint of a run's folder, oldest first.
@@ -401,9 +406,16 @@ impl Folder {
     }
 
     /// Whether someone put a file `save-now` into the folder; it is taken away.
+    ///
+    /// # Errors
+    /// If it cannot be taken away; no reason to end a run.
     pub fn asked_to_save(&self) -> Result<bool> {
         let path = self.path.join("save-now");
-        match fs::remove_file(&path) {
+        let removed = match path.is_dir() {
+            true => fs::remove_dir(&path),
+            false => fs::remove_file(&path),
+        };
+        match removed {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(error).with_context(|| path.display().to_string()),

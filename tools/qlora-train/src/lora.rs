@@ -5,6 +5,9 @@ use cli::Failure;
 use qwen3::{Adapter, AdapterConfig, Config, LoraLayout, Targets, Unfit};
 use settings::{TargetModules, TrainSettings};
 
+/// The largest alpha: far beyond what is of use.
+pub const MOST_ALPHA: f64 = 1e6;
+
 fn usage(cause: String) -> anyhow::Error {
     Failure::Usage(cause).into()
 }
@@ -22,9 +25,9 @@ pub fn layout(settings: &TrainSettings, config: &Config) -> Result<(AdapterConfi
         }
     }
     for (name, &alpha) in &lora.alpha_pattern {
-        if !(alpha.is_finite() && alpha > 0.0) {
+        if !(alpha > 0.0 && alpha <= MOST_ALPHA) {
             return Err(usage(format!(
-                "lora.alpha_pattern is {alpha} for `{name}`; it must be above 0"
+                "lora.alpha_pattern is {alpha} for `{name}`; it must be above 0 and at most {MOST_ALPHA}"
             )));
         }
     }

@@ -32,9 +32,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
-use cli::{App, Common, Failure, Flags, PrintConfig, Tool};
+use cli::{App, Common, Failure, Flags, PrintConfig, Resolved, Tool};
 use engine::{Choice, Device};
-use qwen3::{Adapter, Chat, Checkpoint, Config, GenerationConfig, Held, Model, Storage};
+use qwen3::{Adapter, Chat, Checkpoint, Config, GenerationConfig, Held, Model, Seen, Storage};
 use settings::{LmHead, Quantization, TrainSettings};
 
 use crate::folder::{Folder, Found, Identity};
@@ -188,7 +188,7 @@ impl Tool for QloraTrain {
         {
             app.reads(flag, path)?;
         }
-        check(app, settings)?;
+        check(app, &resolved)?;
         // The first call takes SIGUSR1 over, which would end the process while it loads.
         app.asked_to_save()?;
         let to_train = match (&self.data, &self.out) {
@@ -242,7 +242,7 @@ impl Tool for QloraTrain {
             true => rows::Rejected::Dropped,
             false => rows::Rejected::Kept(self.rejects.as_deref()),
         };
-        let rows = rows::load(app, data, rejects, settings, &chat)?;
+        let mut rows = rows::load(app, data, rejects, settings, &chat)?;
         if let Some(last) = origin.steps.last()
             && last.written != rows.read() as u64
         {
@@ -259,14 +259,15 @@ impl Tool for QloraTrain {
             .as_deref()
             .map(|folder| Adapter::load(folder, config))
             .transpose()?;
+        if let Some(folder) = &self.init_adapter
+            && let Some(before) = Seen::read(folder)?
+        {
+            rows.seen.add_trained(&before);
+        }
         let plan = plan::Plan::new(settings, config, &rows, initial.as_ref())?;
         let t = &settings.training;
-        if schedule::warmup(t, plan.steps) >= plan.steps {
-            app.warn(format_args!(
-                "the warm-up is as long as the whole run of {} steps: the learning rate never reaches {}; lower \
-                 training.warmup_steps, or set training.warmup_ratio",
-                plan.steps, t.learning_rate
-            ));
+        for doubt in plan.doubts(settings, &rows) {
+            app.warn(doubt);
         }
         if rows.eval.is_empty() && (t.early_stopping_patience > 0 || t.load_best_model_at_end) {
             let cause = "no row is held out, so there is no best: set data.eval_fraction, or give rows `split: eval`";
@@ -274,7 +275,7 @@ impl Tool for QloraTrain {
         }
 
         let identity = |pass_tokens| -> Result<Identity> {
-            app.info(format_args!(
+            app.detail(format_args!(
                 "hashing the base model {}",
                 model_path.display()
             ));
@@ -422,62 +423,88 @@ impl Tool for QloraTrain {
 }
 
 /// Settings that parse and cannot work.
-fn check(app: &App, settings: &TrainSettings) -> Result<()> {
+fn check(app: &App, resolved: &Resolved<TrainSettings>) -> Result<()> {
+    let settings = &resolved.settings;
     rows::wording(settings)?;
-    let t = &settings.training;
+    let (l, t) = (&settings.lora, &settings.training);
     t.max_memory.as_deref().map(memory::parse).transpose()?;
-    let positive = [
-        ("lora.rank", settings.lora.rank as f64),
-        ("lora.alpha", settings.lora.alpha),
-        ("lora.lr_ratio", settings.lora.lr_ratio),
-        ("training.learning_rate", t.learning_rate),
-        ("training.batch_size", t.batch_size as f64),
-        (
-            "training.gradient_accumulation_steps",
-            t.gradient_accumulation_steps as f64,
-        ),
-        ("training.num_epochs", t.num_epochs),
-        ("training.max_grad_norm", t.max_grad_norm),
-        ("training.max_seq_length", t.max_seq_length as f64),
-        ("training.max_steps", t.max_steps.map_or(1.0, |n| n as f64)),
-    ];
     let watched = t.early_stopping_patience > 0 || t.load_best_model_at_end;
     if watched && t.eval_steps == 0 {
         let cause =
             "training.early_stopping_patience and load_best_model_at_end need eval_steps above 0";
         return Err(Failure::Usage(cause.into()).into());
     }
-    for (key, value) in positive {
-        if !(value.is_finite() && value > 0.0) {
-            return Err(Failure::Usage(format!("{key} is {value}; it must be above 0")).into());
-        }
-    }
-    for (key, value, below) in [
-        ("lora.dropout", settings.lora.dropout, 1.0),
-        ("data.eval_fraction", settings.data.eval_fraction, 1.0),
-        ("training.warmup_ratio", t.warmup_ratio.unwrap_or(0.0), 1.0),
-        ("training.weight_decay", t.weight_decay, f64::INFINITY),
-        ("training.spike_factor", t.spike_factor, f64::INFINITY),
+    // Bounds are far beyond what is of use, and where 32-bit figures still hold.
+    for (key, value, most) in [
+        ("lora.rank", l.rank as f64, f64::INFINITY),
+        ("lora.alpha", l.alpha, lora::MOST_ALPHA),
+        ("lora.lr_ratio", l.lr_ratio, 1e6),
+        ("training.learning_rate", t.learning_rate, 1e38),
+        ("training.batch_size", t.batch_size as f64, f64::INFINITY),
         (
-            "training.neftune_noise_alpha",
-            t.neftune_noise_alpha.unwrap_or(0.0),
+            "training.gradient_accumulation_steps",
+            t.gradient_accumulation_steps as f64,
+            f64::INFINITY,
+        ),
+        ("training.num_epochs", t.num_epochs, 1e6),
+        (
+            "training.max_seq_length",
+            t.max_seq_length as f64,
+            f64::INFINITY,
+        ),
+        (
+            "training.max_steps",
+            t.max_steps.map_or(1.0, |n| n as f64),
             f64::INFINITY,
         ),
     ] {
-        if !(0.0..below).contains(&value) {
-            return Err(Failure::Usage(format!(
-                "{key} is {value}; it must be at least 0 and below {below}"
-            ))
-            .into());
+        if !(value > 0.0 && value <= most) {
+            let most = match most.is_finite() {
+                true => format!(" and at most {}", shown(most)),
+                false => String::new(),
+            };
+            let cause = format!("is {}; it must be above 0{most}", shown(value));
+            return Err(resolved.wrong(key, cause).into());
         }
     }
-    if t.learning_rate > 0.1 {
+    for (key, value, most) in [
+        ("lora.dropout", l.dropout, 0.99),
+        ("training.warmup_ratio", t.warmup_ratio.unwrap_or(0.0), 1.0),
+        ("training.weight_decay", t.weight_decay, 1e3),
+        ("training.max_grad_norm", t.max_grad_norm, 1e30),
+        ("training.spike_factor", t.spike_factor, 1e30),
+        (
+            "training.neftune_noise_alpha",
+            t.neftune_noise_alpha.unwrap_or(0.0),
+            1e6,
+        ),
+    ] {
+        if !(0.0..=most).contains(&value) {
+            let (is, most) = (shown(value), shown(most));
+            let cause = format!("is {is}; it must be at least 0 and at most {most}");
+            return Err(resolved.wrong(key, cause).into());
+        }
+    }
+    let fraction = settings.data.eval_fraction;
+    if !(0.0..1.0).contains(&fraction) {
+        let cause = format!("is {fraction}; it must be at least 0 and below 1");
+        return Err(resolved.wrong("data.eval_fraction", cause).into());
+    }
+    if !(1e-8..=0.1).contains(&t.learning_rate) {
         app.warn(format_args!(
             "training.learning_rate is {}: usual is 1e-5 to 1e-3",
-            t.learning_rate
+            shown(t.learning_rate)
         ));
     }
     Ok(())
+}
+
+/// A number without a row of zeros.
+fn shown(value: f64) -> String {
+    match value == 0.0 || (1e-3..1e10).contains(&value.abs()) {
+        true => value.to_string(),
+        false => format!("{value:e}"),
+    }
 }
 
 /// Settings that no row and no memory would show to be wrong for this model.

@@ -7,6 +7,7 @@ use settings::TrainSettings;
 
 use crate::lora;
 use crate::rows::{Row, Rows};
+use crate::schedule;
 use crate::stream::Survey;
 
 /// What a run will do, before it does it.
@@ -55,6 +56,46 @@ impl Plan {
         })
     }
 
+    /// What is probably not meant.
+    pub fn doubts(&self, settings: &TrainSettings, rows: &Rows) -> Vec<String> {
+        let (t, steps) = (&settings.training, self.steps);
+        let mut doubts = Vec::new();
+        let warmup = schedule::warmup(t, steps);
+        if warmup >= steps {
+            let highest = schedule::learning_rate(t, steps, steps);
+            let learns = match highest > 0.0 {
+                true => format!(
+                    "it ends at {highest:.1e} and never reaches {}",
+                    t.learning_rate
+                ),
+                false => "it is 0 throughout, and nothing is learnt".into(),
+            };
+            let key = match t.warmup_ratio {
+                Some(_) => "warmup_ratio",
+                None => "warmup_steps",
+            };
+            doubts.push(format!(
+                "the learning rate climbs from 0 for {}, and the run has {}: {learns}; lower training.{key}, to 0 \
+                 for none",
+                cli::counted(warmup as usize, "step"),
+                cli::counted(steps as usize, "step"),
+            ));
+        }
+        let (train, per_step) = (rows.train.len(), self.rows_per_step);
+        if t.max_steps.is_none() && per_step as f64 > t.num_epochs * train as f64 {
+            doubts.push(format!(
+                "a step is {} (training.batch_size {} × gradient_accumulation_steps {}), and there are {train} to \
+                 train on: each is seen {} times, not {} (training.num_epochs); lower one of the two",
+                cli::counted(per_step, "row"),
+                t.batch_size,
+                t.gradient_accumulation_steps,
+                (100.0 * per_step as f64 / train as f64).round() / 100.0,
+                t.num_epochs,
+            ));
+        }
+        doubts
+    }
+
     /// The plan in lines.
     pub fn describe(&self, rows: &Rows, survey: &Survey) -> Vec<String> {
         let tokens: usize = rows.train.iter().map(|row| row.ids.len()).sum();
@@ -64,14 +105,15 @@ impl Plan {
         let decimals = usize::from(!survey.passes.is_multiple_of(survey.steps));
         vec![
             format!(
-                "{} rows to train on ({tokens} tokens, {labelled} to learn), {} held out",
-                rows.train.len(),
+                "{} to train on ({}, {labelled} to learn), {} held out",
+                cli::counted(rows.train.len(), "row"),
+                cli::counted(tokens, "token"),
                 rows.eval.len(),
             ),
             format!(
-                "{} steps of {} rows; {} trained parameters",
-                self.steps,
-                self.rows_per_step,
+                "{} of {}; {} trained parameters",
+                cli::counted(self.steps as usize, "step"),
+                cli::counted(self.rows_per_step, "row"),
                 self.layout.len(),
             ),
             format!(

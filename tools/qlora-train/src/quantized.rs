@@ -83,7 +83,7 @@ fn find_or_make(
         });
         match as_made {
             Ok(kept) => {
-                app.info(format_args!(
+                app.detail(format_args!(
                     "the base in 4 bits comes from {}",
                     folder.display()
                 ));
@@ -98,7 +98,7 @@ fn find_or_make(
     write(app, base, &folder, device, beside)?;
     let kept = Checkpoint::open(&folder)?;
     jsonl::write_atomically(&sum_path, format!("{}\n", kept.fingerprint()?).as_bytes())?;
-    app.info(format_args!(
+    app.detail(format_args!(
         "the base in 4 bits is kept in {}",
         folder.display()
     ));

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use cli::{App, Failure};
 use engine::rng::{Purpose, Stream};
 use jsonl::{Lines, Position, Records, Rejects};
-use qwen3::{Chat, Form, Message, PromptTemplate, Wording};
+use qwen3::{Chat, Form, Message, PromptTemplate, Seen, Wording};
 use record::{Reason, Record, Split};
 use settings::{LongRows, LossOn, TextChoice, TrainSettings};
 
@@ -75,6 +75,8 @@ pub struct Rows {
     pub cut: usize,
     /// SHA-256 over what the run depends on: every row's ids, labels and side.
     pub sha256: String,
+    /// The names of all of them and their sides, for who evaluates the adapter.
+    pub seen: Seen,
 }
 
 impl Rows {
@@ -87,6 +89,8 @@ impl Rows {
 /// A line before it is put into tokens.
 struct Source {
     position: String,
+    /// Its name by its texts.
+    name: String,
     form: Form,
     split: Option<Split>,
     /// Its side where no row says one.
@@ -171,6 +175,7 @@ fn source(record: Record, wording: &Wording) -> Result<Unplaced, record::Error> 
         group: conversation.thread,
         source: Source {
             position: String::new(),
+            name: conversation.row,
             form: conversation.form,
             split: record.get("split")?,
             drawn: Split::Train,
@@ -183,16 +188,16 @@ fn source(record: Record, wording: &Wording) -> Result<Unplaced, record::Error> 
 
 /// A source that does not know yet on which line it stands.
 struct Unplaced {
-    /// What stays on one side together with it; by default it is alone.
+    /// The conversation that stays on one side; without one, rows of the same texts do.
     group: Option<String>,
     source: Source,
 }
 
 impl Unplaced {
     /// Draws the side that it is on if no row says one: all are trained on, unless
-    /// `eval_fraction` asks for a part. Rows of one conversation stay together.
+    /// `eval_fraction` asks for a part. Neither the order nor the other rows matter.
     fn at(self, position: &Position, settings: &TrainSettings) -> Source {
-        let group = self.group.unwrap_or_else(|| position.line.to_string());
+        let group = self.group.as_ref().unwrap_or(&self.source.name);
         let hash = cli::sha256_hex(format!("{}:{group}", settings.training.seed).as_bytes());
         let draw = u64::from_str_radix(&hash[..13], 16).unwrap_or(0) as f64 / (1u64 << 52) as f64;
         Source {
@@ -269,8 +274,8 @@ pub fn permutation(n: usize, seed: u64, epoch: u32) -> Vec<usize> {
 struct Encoder<'a> {
     settings: &'a TrainSettings,
     chat: &'a Chat,
-    /// Each with its own side and the drawn one.
-    rows: Vec<(Row, Option<Split>, Split)>,
+    /// Each with its name, its own side and the drawn one.
+    rows: Vec<(Row, String, Option<Split>, Split)>,
     kinds: Kinds,
     cut: usize,
     left_out: usize,
@@ -333,7 +338,7 @@ impl<'a> Encoder<'a> {
             }
         };
         *self.kinds.of(source.form) += 1;
-        self.rows.push((row, source.split, source.drawn));
+        (self.rows).push((row, source.name, source.split, source.drawn));
         Ok(())
     }
 
@@ -343,12 +348,14 @@ impl<'a> Encoder<'a> {
         // read as markup, or taught as such.
         if let (count, Some((position, token))) = &self.special {
             app.warn(format_args!(
-                "{count} rows spell out a special token, which the model reads as such; the first is {position}, {token}"
+                "a special token, which the model reads as such, is spelled out in {}; the first is {position}, {token}",
+                cli::counted(*count, "row")
             ));
         }
         if let (count, Some(position)) = &self.empty {
             app.warn(format_args!(
-                "{count} rows have an empty reply, from which the model learns to say nothing; the first is {position}"
+                "an empty reply, from which the model learns to say nothing, is in {}; the first is {position}",
+                cli::counted(*count, "row")
             ));
         }
         let unworded = self.kinds.prompts + self.kinds.conversations;
@@ -367,8 +374,8 @@ impl<'a> Encoder<'a> {
         }
         if self.cut > 0 {
             app.warn(format_args!(
-                "{} rows are cut to training.max_seq_length",
-                self.cut
+                "{} cut to training.max_seq_length",
+                cli::counted(self.cut, "row")
             ));
         }
         if self.left_out > 0 {
@@ -378,11 +385,13 @@ impl<'a> Encoder<'a> {
                 "; --rejects FILE keeps them"
             };
             app.warn(format_args!(
-                "{} rows longer than training.max_seq_length are left out{hint}",
-                self.left_out
+                "{} longer than training.max_seq_length left out{hint}",
+                cli::counted(self.left_out, "row")
             ));
         }
         let read = self.rows.len();
+        let fraction = self.settings.data.eval_fraction;
+        let drawn = fraction > 0.0 && !self.any_split;
         let mut rows = Rows {
             train: Vec::new(),
             eval: Vec::new(),
@@ -390,10 +399,12 @@ impl<'a> Encoder<'a> {
             left_out: self.left_out,
             cut: self.cut,
             sha256: String::new(),
+            seen: Seen::default(),
         };
         let mut fingerprint = Vec::new();
-        for (mut row, own, drawn) in self.rows {
+        for (mut row, name, own, drawn) in self.rows {
             let side = side(own, drawn, self.any_split);
+            rows.seen.add(&name, side);
             let set = match side {
                 Split::Train => &mut rows.train,
                 Split::Eval => &mut rows.eval,
@@ -412,9 +423,28 @@ impl<'a> Encoder<'a> {
                 (0, _) => {
                     "every row is longer than training.max_seq_length: there is nothing to train on"
                 }
+                _ if drawn => {
+                    let cause = format!(
+                        "data.eval_fraction {fraction} happens to hold out {}: there is nothing to train on. \
+                         Rows of one `conversation_id`, or of the same texts, stay together; give rows a `split` \
+                         instead, or take another training.seed",
+                        match read {
+                            1 => "the only row".into(),
+                            _ => format!("all {read} rows"),
+                        }
+                    );
+                    return Err(Failure::Input(format!("{}: {cause}", data.display())).into());
+                }
                 _ => "every row is held out (`split: eval`): there is nothing to train on",
             };
             return Err(Failure::Input(format!("{}: {cause}", data.display())).into());
+        }
+        if drawn && rows.eval.is_empty() {
+            app.warn(format_args!(
+                "data.eval_fraction {fraction} of {} holds out none: there is no held-out loss, and gen-eval \
+                 will have no row that was not trained on; raise it, or give rows `split: eval`",
+                cli::counted(read, "row")
+            ));
         }
         rows.sha256 = cli::sha256_hex(&fingerprint);
         Ok(rows)

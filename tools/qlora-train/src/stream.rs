@@ -170,6 +170,7 @@ mod tests {
             left_out: 0,
             cut: 0,
             sha256: String::new(),
+            seen: qwen3::Seen::default(),
         };
         let training = Training {
             batch_size: 2,

@@ -14,8 +14,8 @@ use cli::{App, Counts, Failure, Progress};
 use engine::{Backend, Reading};
 use jsonl::{Output, WriteError};
 use qwen3::{
-    Adapter, Batch, Config, Keep, Lora, Losses, Model, Optimiser, OptimiserKind, Pass, StepNoise,
-    Update,
+    Adapter, Batch, Config, Keep, Lora, Losses, Model, Optimiser, OptimiserKind, Pass, ROWS, Seen,
+    StepNoise, Update,
 };
 use settings::{Optim, TrainSettings};
 
@@ -122,6 +122,8 @@ struct Trainer<'a, B: Backend> {
     ready: Instant,
     watch: Watch,
     spikes: Spikes,
+    /// Whether a `save-now` that does not go away has been told of.
+    stuck: bool,
     /// Step and held-out loss of this process's last evaluation.
     last_eval: Option<(u64, f64)>,
 }
@@ -175,6 +177,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
             estimated: Duration::ZERO,
             ready: Instant::now(),
             last_eval: None,
+            stuck: false,
             job,
             model,
             progress,
@@ -244,7 +247,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         let with = Update {
             lr: learning_rate(t, self.step, plan.steps),
             weight_decay: t.weight_decay,
-            max_norm: Some(t.max_grad_norm as f32),
+            max_norm: Some(t.max_grad_norm as f32).filter(|&norm| norm > 0.0),
         };
         let backend = self.model.backend();
         let norm = self
@@ -352,7 +355,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
     /// A checkpoint that someone asked for, and the end where a signal did.
     fn heed_requests(&mut self) -> Result<()> {
         let (app, step) = (self.job.app, self.step);
-        if app.asked_to_save()? || self.lines.folder.asked_to_save()? {
+        if app.asked_to_save()? || self.asked_by_file() {
             self.save()?;
             app.info(format_args!("step {step} is saved"));
         }
@@ -362,6 +365,18 @@ impl<'a, B: Backend> Trainer<'a, B> {
             return Err(Failure::Interrupted(cause).into());
         }
         Ok(())
+    }
+
+    /// Whether someone asked by a file. One that cannot be taken away would ask for ever,
+    /// and is told of once instead.
+    fn asked_by_file(&mut self) -> bool {
+        self.lines.folder.asked_to_save().unwrap_or_else(|error| {
+            if !std::mem::replace(&mut self.stuck, true) {
+                let cause = "no checkpoint for it: it cannot be taken away; put an empty file there, or send SIGUSR1";
+                self.job.app.warn(format_args!("{error:#}: {cause}"));
+            }
+            false
+        })
     }
 
     fn save(&mut self) -> Result<()> {
@@ -450,7 +465,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         let remedy = match updates {
             0 => {
                 let adapter = match job.identity.init_adapter {
-                    Some(_) => ", or in that of --init-adapter,",
+                    Some(_) => " (or those of --init-adapter are too large)",
                     None => "",
                 };
                 let again = match job.base == Path::new(&job.settings.model.path) {
@@ -458,8 +473,8 @@ impl<'a, B: Backend> Trainer<'a, B> {
                     false => format!("delete the folder {base}, to have it downloaded again"),
                 };
                 format!(
-                    "nothing was learnt yet, so values in the base model's folder{adapter} are no \
-                     numbers: `qlora-train inspect {base}` says which; {again}, and train in another \
+                    "nothing was learnt yet, so values in the base model's folder are no numbers{adapter}: \
+                     `qlora-train inspect {base}` says which; {again}, and train in another \
                      folder (make: RUN=new)"
                 )
             }
@@ -526,11 +541,20 @@ impl<'a, B: Backend> Trainer<'a, B> {
             spikes: &self.spikes.seen,
         })?;
         let folder = self.lines.folder.path();
-        put_into(folder, settings, &adapter, self.model.config(), &card)?;
+        put_into(
+            folder,
+            settings,
+            &adapter,
+            self.model.config(),
+            (&card, &rows.seen),
+        )?;
+        // What was asked for in the last moments has come of itself.
+        self.asked_by_file();
+        let folder = self.lines.folder.path();
         app.info(format_args!("the adapter is in {}", folder.display()));
         app.count(Counts {
             read: (rows.train.len() + rows.eval.len()) as u64,
-            written: self.step,
+            written: self.lines.written,
             rejected: 0,
         });
         match self.lines.stdout.take().map(Output::finish) {
@@ -547,7 +571,7 @@ fn put_into(
     settings: &TrainSettings,
     adapter: &Adapter,
     config: &Config,
-    card: &str,
+    (card, seen): (&str, &Seen),
 ) -> Result<()> {
     let part = folder.join("adapter.tmp");
     if part.exists() {
@@ -558,6 +582,7 @@ fn put_into(
     jsonl::write_atomically(&folder.join("README.md"), card.as_bytes())?;
     let snapshot = serde_saphyr::to_string(settings).context("writing the settings")?;
     jsonl::write_atomically(&folder.join("train.yaml"), snapshot.as_bytes())?;
+    jsonl::write_atomically(&folder.join(ROWS), seen.to_lines().as_bytes())?;
     write_sums(folder, &part)?;
     for name in ["adapter_config.json", "adapter_model.safetensors"] {
         std::fs::rename(part.join(name), folder.join(name))

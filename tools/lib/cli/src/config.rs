@@ -5,6 +5,7 @@
 //! canonical keys before anything is laid over them.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::Path;
 
 use serde::Serialize;
@@ -15,6 +16,9 @@ use settings::{DataSettings, EvalSettings, TrainSettings};
 use crate::{Failure, PrintConfig};
 
 const ENV_PREFIX: &str = "PAIRS__";
+
+/// Where a value comes from that nobody gave.
+const DEFAULT: &str = "default";
 
 /// Settings given on the command line, by dotted path.
 #[derive(Default)]
@@ -71,6 +75,16 @@ impl<T> Resolved<T> {
         text
     }
 
+    /// The error for a value that parses and cannot be, with where it was given: `cause`
+    /// goes on from the key, as in `is 0; it must be above 0`.
+    pub fn wrong(&self, key: &str, cause: impl fmt::Display) -> Failure {
+        let given = self.leaves.iter().find(|(path, ..)| path == key);
+        Failure::Usage(match given {
+            Some((.., source)) if source != DEFAULT => format!("{source}: {key} {cause}"),
+            _ => format!("{key} {cause}"),
+        })
+    }
+
     /// SHA-256 of this tool's settings, wherever they came from.
     pub fn sha256(&self) -> String {
         crate::sha256_hex(self.show(PrintConfig::Key).as_bytes())
@@ -87,8 +101,8 @@ where
     T: Default + Serialize + DeserializeOwned,
 {
     let tree_of_defaults = to_tree(&T::default());
-    let (from_file, written) = match file {
-        None => (T::default(), Value::Null),
+    let (from_file, written, text) = match file {
+        None => (T::default(), Value::Null, String::new()),
         Some(path) => read_yaml(path)?,
     };
     let mut tree = to_tree(&from_file);
@@ -97,7 +111,11 @@ where
     let mut sources: BTreeMap<String, String> = leaves(&tree)
         .into_iter()
         .filter(|(path, value)| written.contains_key(path) || defaults.get(path) != Some(value))
-        .filter_map(|(path, _)| Some((path, file?.display().to_string())))
+        .filter_map(|(path, _)| {
+            let line = (line_of(&text, &path)).map_or_else(String::new, |line| format!(":{line}"));
+            let source = format!("{}{line}", file?.display());
+            Some((path, source))
+        })
         .collect();
 
     let mut overlay = |path: &str, value: Value, source: String| -> Result<(), Failure> {
@@ -143,7 +161,7 @@ where
             let source = sources
                 .get(&path)
                 .cloned()
-                .unwrap_or_else(|| "default".into());
+                .unwrap_or_else(|| DEFAULT.into());
             (path, value, source)
         })
         .collect();
@@ -183,10 +201,10 @@ fn nearest<'a>(unknown: &str, known: impl Iterator<Item = &'a str>) -> String {
         .unwrap_or_default()
 }
 
-/// The settings of a YAML file, and the tree as it was written.
+/// The settings of a YAML file, the tree as it was written, and its text.
 fn read_yaml<T: Default + Serialize + DeserializeOwned>(
     path: &Path,
-) -> Result<(T, Value), Failure> {
+) -> Result<(T, Value, String), Failure> {
     let name = path.display();
     let text = std::fs::read_to_string(path)
         .map_err(|e| Failure::Usage(format!("--config {name}: {e}")))?;
@@ -195,25 +213,50 @@ fn read_yaml<T: Default + Serialize + DeserializeOwned>(
         Failure::Usage(format!("{name}{line}: {}", yaml_error(&error)))
     })?;
     if tree.is_null() {
-        return Ok((T::default(), tree));
+        return Ok((T::default(), tree, text));
     }
     drop_empty_sections(&mut tree, &to_tree(&T::default()));
     match from_tree(&tree) {
-        Ok(settings) => Ok((settings, tree)),
+        Ok(settings) => Ok((settings, tree, text)),
         Err((key, cause)) => {
-            let last = key.rsplit('.').next().unwrap_or(&key);
-            let line = text
-                .lines()
-                .position(|line| {
-                    line.trim_start()
-                        .strip_prefix(last)
-                        .is_some_and(|rest| rest.trim_start().starts_with(':'))
-                })
-                .map(|at| format!(":{}", at + 1))
-                .unwrap_or_default();
+            let line = line_of(&text, &key).map_or_else(String::new, |line| format!(":{line}"));
             Err(Failure::Usage(format!("{name}{line}: {key}: {cause}")))
         }
     }
+}
+
+/// The line of a YAML, counted from 1, on which the key at a dotted path stands, as far
+/// as that can be told without parsing: an alias is another key.
+fn line_of(text: &str, path: &str) -> Option<usize> {
+    let uncommented = |line: &'_ str| match line.trim_start().starts_with('#') {
+        true => 0,
+        false => line.find(" #").unwrap_or(line.len()),
+    };
+    let mut lines = text.lines().map(|line| &line[..uncommented(line)]).zip(1..);
+    let (mut rest, mut at) = ("", 0);
+    for key in path.split('.') {
+        rest = loop {
+            match behind_key(rest, key) {
+                Some(behind) => break behind,
+                None => (rest, at) = lines.next()?,
+            }
+        };
+    }
+    Some(at)
+}
+
+/// What stands behind `key:` in a line, which may be the inside of braces.
+fn behind_key<'a>(line: &'a str, key: &str) -> Option<&'a str> {
+    let found = line.match_indices(key).map(|(at, _)| line.split_at(at));
+    found
+        .filter(|_| !key.is_empty())
+        .find_map(|(before, from)| {
+            let begins = before.is_empty() || before.ends_with([' ', '{', ',', '"', '\'']);
+            let behind = from[key.len()..]
+                .trim_start_matches(['"', '\''])
+                .trim_start();
+            behind.strip_prefix(':').filter(|_| begins)
+        })
 }
 
 /// What is wrong with a YAML, for someone who writes YAML and not programs: the library
@@ -290,7 +333,16 @@ fn in_words(message: &str) -> String {
         (None, Some(value)) => format!("is {value}"),
         (None, None) => return format!("{found}, expected {expected}"),
     };
-    format!("{is}; it must be {expected}")
+    // `010` and `4.0` are read as fractional numbers, and so shown.
+    let whole = is
+        .strip_prefix("is ")
+        .and_then(|text| text.strip_suffix(".0"));
+    match whole.filter(|_| expected.starts_with("a whole number")) {
+        Some(whole) => {
+            format!("{is}; it must be {expected}: write {whole}, no point and no 0 in front")
+        }
+        None => format!("{is}; it must be {expected}"),
+    }
 }
 
 /// Reads settings from a tree; the error names the key and, for one that does
@@ -468,6 +520,38 @@ mod tests {
     }
 
     #[test]
+    fn a_wrong_value_names_where_it_was_given() {
+        let yaml = "# rank: 1\nmodel: {path: rank:x}\nlora:\n  alpha: 3 # rank: 2\n  rank: 0\ntraining: {seed: 1, batch_size: 5}\n";
+        let env = [("PAIRS__LORA__DROPOUT", "3")];
+        let flags = Flags::new().set("training.learning_rate", &Some(7.0));
+        let resolved = resolve_train(yaml, flags, &env).unwrap();
+        for (key, said) in [
+            ("lora.rank", ":5: lora.rank is wrong"),
+            ("lora.alpha", ":4: lora.alpha is wrong"),
+            ("training.batch_size", ":6: training.batch_size is wrong"),
+            (
+                "lora.dropout",
+                "environment variable PAIRS__LORA__DROPOUT: lora.dropout is wrong",
+            ),
+            (
+                "training.learning_rate",
+                "flag for learning-rate: training.learning_rate is wrong",
+            ),
+            ("training.num_epochs", "training.num_epochs is wrong"),
+        ] {
+            let error = resolved.wrong(key, "is wrong").to_string();
+            assert!(error.ends_with(said), "{error}");
+            assert!(said.starts_with(':') != error.starts_with(said), "{error}");
+        }
+        // An alias has no line, but has its file.
+        let resolved = resolve_train("lora: {r: 0}\nmodel: {rank: 3}\n", Flags::new(), &[]);
+        assert!(resolved.is_err());
+        let resolved = resolve_train("lora: {r: 0}\n", Flags::new(), &[]).unwrap();
+        let error = resolved.wrong("lora.rank", "is wrong").to_string();
+        assert!(error.starts_with('/') && error.ends_with(": lora.rank is wrong"));
+    }
+
+    #[test]
     fn the_same_settings_have_the_same_key_wherever_they_came_from() {
         let a = resolve_train("lora: {rank: 8}", Flags::new(), &[]).unwrap();
         let b = resolve_train(
@@ -499,6 +583,10 @@ mod tests {
             (
                 "lora: {rank: -1}\n",
                 "lora.rank: is -1; it must be a whole number, 0 or more",
+            ),
+            (
+                "training: {max_steps: 010}\n",
+                "training.max_steps: is 10.0; it must be a whole number, 0 or more: write 10, no point",
             ),
             ("lora: 3\n", ":1: lora: is 3; it must be a section of keys"),
             (
