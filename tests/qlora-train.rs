@@ -925,7 +925,11 @@ fn settings_that_cannot_work_are_refused_by_key() {
         ("lora: {rank: 0}", "lora.rank is 0"),
         (
             "training: {batch_size: 9000000000000000000, gradient_accumulation_steps: 9}",
-            "more than 4 billion rows a step",
+            "more than 1048576 rows a step",
+        ),
+        (
+            "training: {batch_size: 262145}",
+            "batch_size × training.gradient_accumulation_steps is 262145 × 4",
         ),
         ("lora: {dropout: 1.0}", "lora.dropout is 1"),
         (

@@ -57,20 +57,32 @@ impl Need {
     /// # Errors
     /// If there is none, or the disk does not tell.
     pub fn check(&self, out: &Path) -> Result<()> {
-        let (needed, free) = (self.total().saturating_sub(size_of_folder(out)), free(out)?);
-        if needed <= free {
-            return Ok(());
+        let (there, free) = (size_of_folder(out), free(out)?);
+        match self.total().saturating_sub(there) <= free {
+            true => Ok(()),
+            false => Err(Failure::World(self.refusal(out, there, free)).into()),
         }
-        Err(Failure::World(format!(
-            "--out {}: the disk has {} free, and {} are needed: the adapter, and {} for checkpoints, {} at a time; make room, \
-             lower training.save_total_limit, or name a folder on another disk",
+    }
+
+    /// What is needed by part, and what helps.
+    fn refusal(&self, out: &Path, there: u64, free: u64) -> String {
+        let size = |bytes: u64| Size(bytes as usize);
+        let already = match there {
+            0 => String::new(),
+            _ => format!(", {} of that being there already", size(there)),
+        };
+        format!(
+            "--out {}: the disk has {} free, and {} are needed: {} for checkpoints, {} at a time, {} for the \
+             adapter, {} for figures and the like{already}; make room, lower training.save_total_limit, or name a \
+             folder on another disk",
             out.display(),
-            Size(free as usize),
-            Size(needed as usize),
-            Size(self.of_checkpoints() as usize),
+            size(free),
+            size(self.total().saturating_sub(there)),
+            size(self.of_checkpoints()),
             self.checkpoints,
-        ))
-        .into())
+            size(self.adapters),
+            size(BESIDE),
+        )
     }
 }
 
@@ -138,5 +150,24 @@ mod tests {
         assert_eq!(need(25, 10, 3, false), 3 * 3 + 1);
         assert_eq!(need(25, 0, 3, false), 3 + 1);
         assert_eq!(need(u64::MAX, 1, 0, false), (u64::MAX - BESIDE) / values);
+    }
+
+    #[test]
+    fn the_parts_make_up_what_is_needed() {
+        let need = Need {
+            checkpoint: 2_000_000,
+            checkpoints: 2,
+            adapters: 300_000,
+        };
+        let said = need.refusal(Path::new("o"), 0, 1000);
+        let parts = [
+            "8.5 MB are needed",
+            "4.0 MB for checkpoints, 2 at",
+            "300.0 kB for the",
+            "4.2 MB for figures",
+        ];
+        assert!(parts.iter().all(|part| said.contains(part)), "{said}");
+        let said = need.refusal(Path::new("o"), 500_000, 1000);
+        assert!(said.contains("8.0 MB are needed") && said.contains("500.0 kB of that being"));
     }
 }

@@ -428,6 +428,7 @@ fn check(app: &App, resolved: &Resolved<TrainSettings>) -> Result<()> {
     rows::wording(settings)?;
     let (l, t) = (&settings.lora, &settings.training);
     t.max_memory.as_deref().map(memory::parse).transpose()?;
+    plan::rows_per_step(t)?;
     let watched = t.early_stopping_patience > 0 || t.load_best_model_at_end;
     if watched && t.eval_steps == 0 {
         let cause =

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use cli::Failure;
 use qwen3::{Adapter, AdapterConfig, Config, LoraLayout};
-use settings::TrainSettings;
+use settings::{TrainSettings, Training};
 
 use crate::lora;
 use crate::rows::{Row, Rows};
@@ -26,6 +26,25 @@ pub struct Plan {
     pub initial: Option<Vec<f32>>,
 }
 
+/// Most rows of a step, which are listed at once: some thousands are the most that helped
+/// anyone.
+const MOST_ROWS: usize = 1 << 20;
+
+/// Rows of an optimiser step.
+///
+/// # Errors
+/// If there are more than any run could be meant to have.
+pub fn rows_per_step(training: &Training) -> Result<usize, Failure> {
+    let (batch, accumulated) = (training.batch_size, training.gradient_accumulation_steps);
+    let rows = batch.checked_mul(accumulated);
+    rows.filter(|&rows| rows <= MOST_ROWS).ok_or_else(|| {
+        Failure::Usage(format!(
+            "training.batch_size × training.gradient_accumulation_steps is {batch} × {accumulated}: more than \
+             {MOST_ROWS} rows a step"
+        ))
+    })
+}
+
 impl Plan {
     /// Works out steps and adapter; refuses what cannot be.
     pub fn new(
@@ -35,14 +54,7 @@ impl Plan {
         initial: Option<&Adapter>,
     ) -> Result<Self> {
         let t = &settings.training;
-        let rows_per_step = (t.batch_size.checked_mul(t.gradient_accumulation_steps))
-            .filter(|&rows| u32::try_from(rows).is_ok())
-            .ok_or_else(|| {
-                Failure::Usage(format!(
-                    "training.batch_size × training.gradient_accumulation_steps is {} × {}: more than 4 billion rows a step",
-                    t.batch_size, t.gradient_accumulation_steps
-                ))
-            })?;
+        let rows_per_step = rows_per_step(t)?;
         let epochs = (t.num_epochs * rows.train.len() as f64 / rows_per_step as f64).ceil() as u64;
         let (adapter, layout) = lora::layout(settings, config)?;
         let given = initial.map(|given| lora::values_of(given, &layout, config));
