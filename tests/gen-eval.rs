@@ -10,7 +10,8 @@ use std::time::Duration;
 use candle_core::{DType, IndexOp};
 use harness::server::{Reply, Server};
 use harness::{Conventions, Run, Tool};
-use qwen3::{Chat, Checkpoint, LossOn, Message};
+use qwen3::{Chat, Checkpoint, LossOn, Message, PromptTemplate, Seen, Wording};
+use record::{Record, Split};
 use serde_json::{Value, json};
 use tiny_model::autograd::{Batch, Config, Lora, Model, TARGETS};
 
@@ -888,7 +889,7 @@ fn nothing_held_out_is_told_with_the_remedy() {
 
     let row = |said: &str| json!({"prompt": "Tea?", "completion": said}).to_string() + "\n";
     run(&(row("Always.") + &row(" ") + &row("")))
-        .says("warning: 2 of 3 held-out rows have an empty reply")
+        .says("warning: an empty reply, to which nothing can be near, is in 2 of 3 held-out rows")
         .says("(the first: line 2)");
     run(&row("Always.")).never_says("empty reply");
 }
@@ -1094,6 +1095,129 @@ fn a_damaged_adapter_says_what_to_do() {
             .says("RUN=new")
             .says("run1/adapter_model.safetensors");
     }
+}
+
+/// Without sides in the rows, what an adapter saw in training decides.
+#[test]
+fn rows_that_were_trained_on_are_left_out() {
+    let fixture = Fixture::new();
+    let unsplit = (fixture.pairs())
+        .replace(r#""split":"train","#, "")
+        .replace(r#""split":"eval","#, "");
+    let wording = Wording {
+        normalized: true,
+        system_prompt: String::new(),
+        prompt: PromptTemplate::new("{{ tweet }}").unwrap(),
+    };
+    let rows: Vec<String> = (unsplit.lines())
+        .map(|line| wording.read(&Record::parse(line).unwrap()).unwrap().row)
+        .collect();
+    let saw = |folder: &str, train: &[usize], eval: &[usize]| {
+        let mut seen = Seen::default();
+        for (side, rows_of) in [(Split::Train, train), (Split::Eval, eval)] {
+            rows_of.iter().for_each(|&i| seen.add(&rows[i], side));
+        }
+        fixture
+            .tool
+            .file(&format!("{folder}/rows.jsonl"), &seen.to_lines());
+    };
+    let ids = |run: &Run| -> Vec<String> {
+        let records = run.records();
+        let ids = records.iter().filter_map(|line| line["id"].as_str());
+        ids.map(str::to_owned).collect()
+    };
+    let run = |adapters: &[&str], input: &str| {
+        let base = ["--model=model", "--max-new-tokens=2"];
+        fixture.tool.run(&[&base[..], adapters].concat(), input)
+    };
+
+    let unknown = run(&["--adapter=run1"], &unsplit).exits(0);
+    let unknown = unknown.says("adapter lora has no rows.jsonl beside it: whether it was trained on some of the 7 rows is not known");
+    assert_eq!(ids(&unknown).len(), 7);
+
+    saw("run1", &[0, 1, 2, 3], &[4, 5]);
+    let one = run(&["--adapter=run1"], &unsplit).exits(0).says(
+        "of 7 rows, 3 that were not trained on are taken (1 of them not in the data that was trained with), \
+         4 that were are left out",
+    );
+    assert_eq!(ids(&one), ["p4", "p5", "p6"]);
+
+    saw("run2", &[4, 6], &[5, 0]);
+    let both = ["--adapter=a=run1", "--adapter=b=run2"];
+    let held_out = run(&both, &unsplit).exits(0);
+    assert_eq!(ids(&held_out), ["p5"]);
+
+    // Sides in the rows hold; that one of them is wrong is said.
+    let sided = unsplit.replace("\"v\":1", "\"split\":\"eval\",\"v\":1");
+    let sided = run(&["--adapter=run1"], &sided).exits(0);
+    assert_eq!(ids(&sided).len(), 7);
+    sided.says(
+        "adapter lora was trained on 4 of the 7 rows of `split: eval`: its figures are too good",
+    );
+
+    saw("run1", &[0, 1, 2, 3, 4, 5, 6], &[]);
+    let none = run(&["--adapter=run1"], &unsplit).exits(0);
+    assert_eq!(none.stdout, "");
+    none.says("each of the 7 rows was trained on")
+        .says("data.eval_fraction");
+
+    fixture.tool.file("run1/rows.jsonl", "");
+    let other = run(&["--adapter=run1"], &unsplit).exits(0);
+    let other = other.says("trained on other data: it has seen none of the 7 rows");
+    assert_eq!(ids(&other).len(), 7);
+    let sums = format!("{:064}  rows.jsonl\n", 0);
+    let mut lines = String::new();
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        let sum = cli::sha256_file(&fixture.folder("run1").join(name)).unwrap();
+        lines += &format!("{sum}  {name}\n");
+    }
+    fixture.tool.file("run1/SHA256SUMS", &(lines + &sums));
+    run(&["--adapter=run1"], &unsplit)
+        .exits(4)
+        .says("run1/rows.jsonl: is not as it was written");
+}
+
+/// A model that computes no numbers replies all the same, and its figures would be null.
+#[test]
+fn what_is_no_number_is_no_figure() {
+    let fixture = Fixture::new();
+    let spoil = |file: &str, name: &str, value: f32| {
+        let path = fixture.folder(file);
+        let mut tensors = candle_core::safetensors::load(&path, &candle_core::Device::Cpu).unwrap();
+        let tensor = &tensors[name];
+        let spoilt = tensor.ones_like().unwrap().to_dtype(DType::F32).unwrap();
+        let spoilt = (spoilt * f64::from(value)).unwrap();
+        let spoilt = spoilt.to_dtype(tensor.dtype()).unwrap();
+        tensors.insert(name.into(), spoilt);
+        candle_core::safetensors::save(&tensors, &path).unwrap();
+    };
+    let weights = "adapter_model.safetensors";
+    let b = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight";
+    spoil(&format!("run1/{weights}"), b, f32::NAN);
+    let nan = fixture.run(&["--adapter=run1"]).exits(4);
+    assert_eq!(nan.stdout, "");
+    nan.says("--adapter lora=run1 is damaged").says(b);
+
+    // Numbers, but beyond what the product can hold.
+    spoil(&format!("run2/{weights}"), b, 3e38);
+    let much = fixture.run(&["--adapter=run2"]).exits(4);
+    much.says("system lora: the loss of ")
+        .says("its values or its scale")
+        .says("too large");
+
+    spoil(
+        "model/model.safetensors",
+        "model.layers.0.self_attn.q_norm.weight",
+        f32::NAN,
+    );
+    let base = fixture
+        .tool
+        .run(&["--model=model", "--state=kept"], &fixture.pairs());
+    let base = base.exits(4);
+    assert_eq!(base.stdout, "");
+    base.says("system base: the loss of p")
+        .says("`qlora-train inspect model` says which");
+    assert_eq!(fixture.tool.read("kept/answers.jsonl").lines().count(), 1);
 }
 
 #[test]

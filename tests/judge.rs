@@ -674,3 +674,24 @@ fn retries_are_told_and_an_interruption_ends_them() {
     assert!(begun.elapsed() < Duration::from_secs(10), "{run}");
     assert_eq!(server.requests().len(), 1, "nothing is asked after it");
 }
+
+/// Replies of a model that computed no numbers are no replies.
+#[test]
+fn a_system_without_a_loss_is_refused_by_line() {
+    let good = item(1, "Rain.", "Tomato soup.");
+    let mut bad = item(2, "!!!!", "Tomato soup.");
+    bad["systems"]["base"]["nll"] = Value::Null;
+    tool()
+        .run(&["--provider=reference"], &lines(&[good.clone(), bad]))
+        .exits(3)
+        .says("-:2: key `systems`")
+        .says("`nll` is null: the model that replied computed no numbers");
+    let mut without = good;
+    without["systems"]["base"]
+        .as_object_mut()
+        .unwrap()
+        .remove("nll");
+    tool()
+        .run(&["--provider=reference"], &lines(&[without]))
+        .exits(0);
+}

@@ -408,8 +408,8 @@ fn what_cannot_be_tested_says_why() {
 #[test]
 fn rows_with_one_side_only_are_counted() {
     let rows = [
-        json!({ "a": { "x": 1, "y": 1 }, "b": { "x": 2, "y": 3 } }),
-        json!({ "a": { "x": 2, "y": null }, "b": { "x": 2.5, "y": 4 } }),
+        json!({ "a": { "x": 1, "y": 1, "w": null }, "b": { "x": 2, "y": 3, "z": null } }),
+        json!({ "a": { "x": 2 }, "b": { "x": 2.5, "y": 4 } }),
         json!({ "a": { "x": 4, "y": true }, "b": { "x": 3, "y": 0, "z": 1 } }),
         json!({ "a": { "x": 4, "t": "text" }, "b": { "x": 3 } }),
     ];
@@ -417,7 +417,9 @@ fn rows_with_one_side_only_are_counted() {
     let run = tool()
         .run(&["--a=a", "--b=b"], &input)
         .exits(0)
-        .says("1 of 4 rows have `y` on one side only");
+        .says("`y` is on one side only in 1 of 4 rows")
+        .says("`w` is null, so not measured, in 1 of 4 rows")
+        .says("`z` is null");
     let counts: Vec<_> = run
         .records()
         .iter()
@@ -529,4 +531,42 @@ fn the_table_fits_a_terminal() {
         .exits(0);
     assert!(run.stdout.contains("\u{fffd}[2Jr\u{fffd}1"), "{run}");
     assert!(!run.stdout.contains('\u{1b}'), "{run}");
+}
+
+/// gen-eval and judge write null where there is no figure; a metric must not be gone
+/// without a word.
+#[test]
+fn what_was_not_measured_is_counted() {
+    let row = |i: u32, base: Value| json!({"s": {"base": {"nll": base, "x": i}, "lora": {"nll": 2, "x": i * i}}});
+    let input = |from: u32| -> String {
+        (0..9)
+            .map(|i| match i < from {
+                true => format!("{}\n", row(i, json!(null))),
+                false => format!("{}\n", row(i, json!(1))),
+            })
+            .collect()
+    };
+    let paths = ["--a=s.base", "--b=s.lora", "--table"];
+    let some = tool().run(&paths, &input(4)).exits(0);
+    let some = some.says("`nll` is null, so not measured, in 4 of 9 rows");
+    assert!(some.stdout.contains("\nnll "), "{some}");
+    some.never_says("on one side only");
+    let none = tool().run(&paths, &input(9)).exits(0);
+    let none = none.says("`nll` is null, so not measured, in 9 of 9 rows");
+    assert!(!none.stdout.contains("\nnll "), "{none}");
+    // A path to the figure itself.
+    let paths = ["--a=s.base.nll", "--b=s.lora.nll"];
+    tool()
+        .run(&paths, &input(4))
+        .exits(0)
+        .says("`nll` is null, so not measured, in 4 of 9 rows");
+    tool()
+        .run(&paths, &input(9))
+        .exits(3)
+        .says("`nll` is null, so not measured, in 9 of 9 rows")
+        .says("none of 9 records has a number at --a");
+    tool()
+        .run(&["--a=s.base", "--b=s.lora", "--metrics=x"], &input(4))
+        .exits(0)
+        .never_says("is null");
 }

@@ -276,10 +276,9 @@ pub fn warn_of_empty_references(app: &App, items: &[Item]) {
     let mut empty = items.iter().filter(|item| item.reference.trim().is_empty());
     if let Some(first) = empty.next() {
         app.warn(format_args!(
-            "{} of {} held-out rows with an empty reply, to which nothing can be near (the first: {}): \
-             leave them out",
+            "an empty reply, to which nothing can be near, is in {} of {} (the first: {}): leave such rows out",
             1 + empty.count(),
-            items.len(),
+            cli::counted(items.len(), "held-out row"),
             first.id
         ));
     }

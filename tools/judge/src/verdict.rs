@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use indexmap::IndexMap;
 use record::Record;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// One line of gen-eval: a tweet and what several systems replied.
 #[derive(Clone, Debug)]
@@ -22,6 +22,18 @@ pub struct Item {
 #[derive(Deserialize)]
 struct System {
     prediction: String,
+    #[serde(default, rename = "nll", deserialize_with = "a_number")]
+    _nll: (),
+}
+
+/// The loss is not judged by; but a system that has none said nothing worth judging.
+fn a_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(), D::Error> {
+    match Option::<f64>::deserialize(deserializer)? {
+        Some(_) => Ok(()),
+        None => Err(serde::de::Error::custom(
+            "`nll` is null: the model that replied computed no numbers; run gen-eval again",
+        )),
+    }
 }
 
 impl Item {

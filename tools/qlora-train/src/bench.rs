@@ -58,7 +58,7 @@ const SHAPES: [(&str, [usize; 5], bool); 6] = [
 /// quantisation, LoRA of rank 16 on all seven projections, on packed rows with the
 /// lengths of tweets and replies. One JSON object per figure on standard output.
 #[derive(Args)]
-#[command(after_long_help = crate::commands::after_help(EXAMPLES))]
+#[command(after_long_help = crate::commands::after_help(EXAMPLES, None))]
 pub struct Bench {
     /// Shape: qwen3-0.6b, -1.7b, -4b, -8b, -14b, -32b, or tiny
     #[arg(long, default_value = "qwen3-8b", value_name = "NAME", value_parser = shape)]

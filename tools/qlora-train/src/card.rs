@@ -493,7 +493,7 @@ impl Card<'_> {
 /// ADAPTER/README.md, in place of what stands there or at its end. Nothing else is
 /// changed.
 #[derive(Args)]
-#[command(name = "card", after_long_help = crate::commands::after_help(EXAMPLES))]
+#[command(name = "card", after_long_help = crate::commands::after_help(EXAMPLES, None))]
 pub struct AddToCard {
     /// Lines of sigtest, as `make eval` leaves them in output/eval/RUN/tests.jsonl
     #[arg(long, value_name = "FILE")]

@@ -75,16 +75,17 @@ impl Messages {
 
 /// The end of a command's `--help`. Lines that begin with `$ ` are commands;
 /// tests run each.
-pub fn after_help(examples: &str) -> String {
+/// `gate` is what asks for the status 1, where there is such a thing.
+pub fn after_help(examples: &str, gate: Option<&str>) -> String {
     let examples: String = (examples.trim().lines())
         .map(|line| format!("  {line}\n"))
         .collect();
+    let gate = gate.map_or_else(String::new, |gate| format!("\n  1    {gate}"));
     format!(
         "Examples:
 {examples}
 Exit status:
-  0    done; also when the reader of standard output went away
-  1    --strict, and something is wrong with what was inspected
+  0    done; also when the reader of standard output went away{gate}
   2    wrong usage; nothing was read or written
   4    the world: a model's files, disk, memory; the message names the file
   130  interrupted"

@@ -25,7 +25,7 @@ use crate::verify;
 /// whether it can be trained on. Every value is read: all must be numbers. With --verify the weights are run here and in
 /// transformers, and token ids, likelihoods and greedy texts are compared.
 #[derive(Args)]
-#[command(after_long_help = crate::commands::after_help(EXAMPLES))]
+#[command(after_long_help = crate::commands::after_help(EXAMPLES, Some("--strict, and something is wrong with what was inspected")))]
 pub struct Inspect {
     /// Folder of an adapter or a model
     #[arg(value_name = "DIR")]

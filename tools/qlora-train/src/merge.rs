@@ -27,7 +27,7 @@ use crate::gguf::{self, GgufType};
 /// memory for the whole base, and writes the result to standard output as JSON. A
 /// GGUF file is not read back: --gguf alone is not compared.
 #[derive(Args)]
-#[command(after_long_help = crate::commands::after_help(EXAMPLES))]
+#[command(after_long_help = crate::commands::after_help(EXAMPLES, None))]
 pub struct Merge {
     /// Base model, a folder or a name on the hub [default: the one named in the adapter]
     #[arg(long, value_name = "MODEL")]

@@ -23,33 +23,40 @@ fn rest<'p>(path: &'p str, key: &str) -> Option<&'p str> {
     }
 }
 
-/// The value at a dotted path of a record; `None` where it is missing or `null`.
+/// The value at a dotted path of a record; `None` where it is missing. `null` is found
+/// where nothing else is.
 pub fn find(record: &Record, path: &str) -> Result<Option<Value>, Error> {
+    let mut null = None;
     for key in record.keys() {
-        if let Some(rest) = rest(path, key)
-            && let Some(value) = record.get::<Value>(key)?
-            && let Some(found) = at(&value, rest).filter(|found| !found.is_null())
-        {
-            return Ok(Some(found.clone()));
+        let Some(rest) = rest(path, key) else {
+            continue;
+        };
+        let value = record.get::<Value>(key)?.unwrap_or(Value::Null);
+        match at(&value, rest) {
+            Some(Value::Null) => null = Some(Value::Null),
+            Some(found) => return Ok(Some(found.clone())),
+            None => {}
         }
     }
-    Ok(None)
+    Ok(null)
 }
 
 /// Every number in a value with its dotted name below it: the value's own has the
-/// name "". True and false count as 1 and 0; texts, lists and null as nothing.
-pub fn numbers(value: &Value) -> Vec<(String, f64)> {
-    fn walk(name: String, value: &Value, out: &mut Vec<(String, f64)>) {
+/// name "". True and false count as 1 and 0; texts and lists as nothing. `None` is
+/// `null`: what was to be a number and was not measured.
+pub fn numbers(value: &Value) -> Vec<(String, Option<f64>)> {
+    fn walk(name: String, value: &Value, out: &mut Vec<(String, Option<f64>)>) {
         match value {
-            Value::Bool(yes) => out.push((name, f64::from(*yes))),
-            Value::Number(number) => out.extend(number.as_f64().map(|x| (name, x))),
+            Value::Bool(yes) => out.push((name, Some(f64::from(*yes)))),
+            Value::Number(number) => out.extend(number.as_f64().map(|x| (name, Some(x)))),
+            Value::Null => out.push((name, None)),
             Value::Object(fields) => {
                 for (key, value) in fields {
                     let dot = if name.is_empty() { "" } else { "." };
                     walk(format!("{name}{dot}{key}"), value, out);
                 }
             }
-            Value::Null | Value::String(_) | Value::Array(_) => {}
+            Value::String(_) | Value::Array(_) => {}
         }
     }
     let mut out = Vec::new();
@@ -101,7 +108,16 @@ mod tests {
             (None, None, None)
         );
         let all = numbers(&find(&record, "s.v1.2").unwrap().unwrap());
-        assert_eq!(all, [("x".to_owned(), 2.0), ("y.z".to_owned(), 1.0)]);
+        let named = |name: &str, number| (name.to_owned(), number);
+        assert_eq!(
+            all,
+            [
+                named("x", Some(2.0)),
+                named("n", None),
+                named("y.z", Some(1.0))
+            ]
+        );
+        assert_eq!(find(&record, "s.v1.2.n").unwrap(), Some(Value::Null));
         assert_eq!(common_name("systems.a.nll", "systems.b.nll"), "nll");
         assert_eq!(
             common_name("verdicts.score.a", "verdicts.score.b"),

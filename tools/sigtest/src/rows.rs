@@ -1,6 +1,6 @@
 //! What is asked, and the rows that can answer it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
 use clap::Args;
@@ -46,6 +46,8 @@ pub struct Row {
     pub a: HashMap<String, f64>,
     pub b: HashMap<String, f64>,
     pub cluster: Option<String>,
+    /// What is `null` on either side.
+    nulls: BTreeSet<String>,
 }
 
 impl Question {
@@ -74,18 +76,39 @@ impl Question {
             )
             .into());
         }
+        self.tell_of_nulls(app, &rows);
         let metrics = self.choose(&rows, &names)?;
         for name in &metrics {
-            let alone = |row: &&Row| row.a.contains_key(name) != row.b.contains_key(name);
+            let alone = |row: &&Row| {
+                row.a.contains_key(name) != row.b.contains_key(name) && !row.nulls.contains(name)
+            };
             let one_sided = rows.iter().filter(alone).count();
             if one_sided > 0 {
                 let all = rows.len();
                 app.warn(format_args!(
-                    "{one_sided} of {all} rows have `{name}` on one side only and are left out"
+                    "`{name}` is on one side only in {one_sided} of {}, left out",
+                    cli::counted(all, "row")
                 ));
             }
         }
         Ok((rows, metrics, counts))
+    }
+
+    /// A figure that is null was not measured: without a word its rows, or the whole
+    /// metric, would be missing.
+    fn tell_of_nulls(&self, app: &App, rows: &[Row]) {
+        let mut counts = BTreeMap::new();
+        for name in rows.iter().flat_map(|row| &row.nulls) {
+            *counts.entry(name).or_insert(0) += 1;
+        }
+        for (name, count) in counts {
+            if self.metrics.is_empty() || self.metrics.contains(name) {
+                let all = cli::counted(rows.len(), "row");
+                app.warn(format_args!(
+                    "`{name}` is null, so not measured, in {count} of {all}, left out of that metric"
+                ));
+            }
+        }
     }
 
     /// Of the names of numbers, those that some row has on both sides and that are
@@ -136,24 +159,31 @@ impl Question {
         if record.contains("corpus") && a.is_none() && b.is_none() {
             return Ok(None);
         }
+        let mut nulls = BTreeSet::new();
         let mut side = |value: Option<Value>| -> HashMap<String, f64> {
-            let mut figures = value
+            let figures = value
                 .map(|value| figures::numbers(&value))
                 .unwrap_or_default();
-            for (name, _) in &mut figures {
+            let mut numbers = HashMap::new();
+            for (mut name, figure) in figures {
                 if name.is_empty() {
-                    *name = figures::common_name(&self.a, &self.b);
+                    name = figures::common_name(&self.a, &self.b);
                 }
-                if !names.contains(name) {
+                let Some(figure) = figure else {
+                    nulls.insert(name);
+                    continue;
+                };
+                if !names.contains(&name) {
                     names.push(name.clone());
                 }
+                numbers.insert(name, figure);
             }
-            figures.into_iter().collect()
+            numbers
         };
         let (a, b) = (side(a), side(b));
         let cluster = match &self.cluster {
             None => None,
-            Some(path) => match figures::find(record, path)? {
+            Some(path) => match figures::find(record, path)?.filter(|value| !value.is_null()) {
                 Some(value) => Some(
                     value
                         .as_str()
@@ -162,6 +192,11 @@ impl Question {
                 None => return Err(record::Error::Missing(path.clone())),
             },
         };
-        Ok(Some(Row { a, b, cluster }))
+        Ok(Some(Row {
+            a,
+            b,
+            cluster,
+            nulls,
+        }))
     }
 }

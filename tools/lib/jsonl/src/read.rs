@@ -124,13 +124,19 @@ impl Lines {
             if read == 0 {
                 return Ok(None);
             }
-            if read > MAX_LINE_BYTES {
+            if read > MAX_LINE_BYTES && no_text(&self.bytes).is_none() {
                 return Err(ReadError::Bad {
                     position: self.position.clone(),
                     cause: format!("the line is longer than {} MiB", MAX_LINE_BYTES >> 20),
                 });
             }
             let mut line = self.bytes.as_slice();
+            if let Some(cause) = (self.position.line == 1).then(|| no_text(line)).flatten() {
+                return Err(ReadError::Bad {
+                    position: self.position.clone(),
+                    cause: cause.into(),
+                });
+            }
             if self.position.line == 1 {
                 line = line.strip_prefix("\u{feff}".as_bytes()).unwrap_or(line);
             }
@@ -145,6 +151,27 @@ impl Lines {
                 text,
             }));
         }
+    }
+}
+
+/// What a stream that begins so is, if it is one of those that are taken for JSON lines
+/// by mistake; each of its lines would be a bad one.
+fn no_text(begins: &[u8]) -> Option<&'static str> {
+    match begins {
+        [0x1f, 0x8b, ..] => Some("this is gzip, not text: put it through `gzip -dc` first"),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => {
+            Some("this is zstd, not text: put it through `zstd -dc` first")
+        }
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => {
+            Some("this is UTF-16, not UTF-8: put it through `iconv -f UTF-16 -t UTF-8` first")
+        }
+        [0, ..] => {
+            Some("this is UTF-16, not UTF-8: put it through `iconv -f UTF-16BE -t UTF-8` first")
+        }
+        [_, 0, ..] => {
+            Some("this is UTF-16, not UTF-8: put it through `iconv -f UTF-16LE -t UTF-8` first")
+        }
+        _ => None,
     }
 }
 
@@ -235,6 +262,30 @@ mod tests {
         assert_eq!(next().unwrap().0.line, 1);
         assert_eq!(next().unwrap().0.line, 4);
         assert!(next().is_none());
+    }
+
+    #[test]
+    fn what_is_no_text_is_told_by_name() {
+        let utf16: Vec<u8> = ("\u{feff}{}\n".encode_utf16())
+            .flat_map(u16::to_le_bytes)
+            .collect();
+        let big_end: Vec<u8> = ("{}\n".encode_utf16()).flat_map(u16::to_be_bytes).collect();
+        for (bytes, said) in [
+            (b"\x1f\x8b\x08\x00\n".to_vec(), "gzip -dc"),
+            (b"\x28\xb5\x2f\xfd\x04\n".to_vec(), "zstd -dc"),
+            (utf16.clone(), "iconv -f UTF-16"),
+            (utf16[2..].to_vec(), "iconv -f UTF-16"),
+            (big_end, "iconv -f UTF-16"),
+        ] {
+            // However many bad lines there may be: all of them would be.
+            let mut records = Records::new(Lines::new("f", io::Cursor::new(bytes)), 9);
+            let error = records.next_with(&mut io::sink(), Ok).unwrap_err();
+            let error = error.to_string();
+            assert!(
+                error.starts_with("f:1: this is ") && error.contains(said),
+                "{error}"
+            );
+        }
     }
 
     #[test]

@@ -142,7 +142,11 @@ impl Wording {
         }
         let pair = record.pair()?;
         let tools = tools(record)?;
-        let row = name(&(&pair.tweet, &pair.reply, &tools));
+        let cleaned: [Option<Value>; 2] = [
+            record.get("tweet_normalized")?,
+            record.get("reply_normalized")?,
+        ];
+        let row = name(&(&pair.tweet, &pair.reply, cleaned, &tools));
         let normalized = |key: &str| -> Result<String, Error> {
             let remedy = "missing: run pair-dedup, or set data.text: raw (gen-eval: --text raw)";
             record.get(key)?.ok_or_else(|| wrong(key, remedy))

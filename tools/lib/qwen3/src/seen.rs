@@ -4,6 +4,7 @@
 //! a row says nothing. So training leaves the names of its rows, which are hashes and no
 //! text, and whoever evaluates keeps to the others.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -25,7 +26,7 @@ pub struct Seen(BTreeMap<String, Split>);
 /// A line of the file.
 #[derive(Serialize, Deserialize)]
 struct Line<'a> {
-    row: std::borrow::Cow<'a, str>,
+    row: Cow<'a, str>,
     split: Split,
 }
 
