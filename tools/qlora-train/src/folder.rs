@@ -215,9 +215,7 @@ impl Doubt {
 /// are gone, or one of them is, nobody can tell.
 fn check_whole(folder: &Path) -> Result<(), Doubt> {
     let sums = folder.join(SUMS);
-    if !sums.exists() {
-        return Err(Doubt::Unknown(format!("{} is missing", sums.display())));
-    }
+    fs::metadata(&sums).map_err(|error| Doubt::Unknown(format!("{}: {error}", sums.display())))?;
     qwen3::check_sums(folder).map_err(|error| match &error {
         qwen3::Error::File { path, .. } | qwen3::Error::Read { path, .. } if *path == sums => {
             Doubt::Unknown(error.to_string())

@@ -175,6 +175,14 @@ impl Fit {
         }
     }
 
+    /// What was taken beside what was planned; and whether that is so much more that
+    /// whoever set training.max_memory is to be warned.
+    pub fn outcome(&self, taken: usize) -> (String, bool) {
+        let planned = self.planned();
+        let (line, is_more) = outcome(taken, planned);
+        (line, is_more && self.budget.asked)
+    }
+
     /// The plan in lines.
     pub fn describe(&self) -> Vec<String> {
         let mut head = format!("memory: {} in all", Size(self.planned()));
@@ -367,6 +375,18 @@ impl Host {
     }
 }
 
+/// See [`Fit::outcome`]; one part in twenty more is a plan that did not hold.
+fn outcome(taken: usize, planned: usize) -> (String, bool) {
+    let mut line = format!("memory taken: {}; planned: {}", Size(taken), Size(planned));
+    let over = 100.0 * (taken as f64 / planned as f64 - 1.0);
+    let is_more = over > 5.0;
+    if is_more {
+        let why = "threads (--threads) and libraries take some beside it";
+        let _ = write!(line, "; exceeded by {over:.0}%: {why}");
+    }
+    (line, is_more)
+}
+
 /// Bytes under a key of this process's status.
 fn status(key: &str) -> Option<usize> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
@@ -469,5 +489,14 @@ mod tests {
         assert_eq!(Size(1_234_567_890).to_string(), "1.23 GB");
         assert_eq!(Size(12_345_678).to_string(), "12.3 MB");
         assert_eq!(Size(12).to_string(), "0.0 kB");
+    }
+
+    #[test]
+    fn more_than_was_planned_is_said() {
+        let (line, is_more) = outcome(104_000_000, 100_000_000);
+        assert_eq!(line, "memory taken: 104.0 MB; planned: 100.0 MB");
+        assert!(!is_more && !outcome(50, 100).1);
+        let (line, is_more) = outcome(110_000_000, 100_000_000);
+        assert!(is_more && line.contains("planned: 100.0 MB; exceeded by 10%"));
     }
 }

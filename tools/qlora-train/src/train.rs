@@ -22,7 +22,7 @@ use settings::{Optim, TrainSettings};
 use crate::card::Card;
 use crate::figures::{EvalLine, Lines, StepLine, TimeLine};
 use crate::folder::{Folder, Identity, State, write_sums};
-use crate::memory::{Fit, Size};
+use crate::memory::Fit;
 use crate::origin::Origin;
 use crate::plan::Plan;
 use crate::rows::{Row, Rows};
@@ -489,8 +489,10 @@ impl<'a, B: Backend> Trainer<'a, B> {
         let (took, estimated) = (About(self.begun.elapsed()), About(self.estimated));
         app.detail(format_args!("took {took}; estimated: {estimated}"));
         if let Some(taken) = fit.taken(self.model.backend()) {
-            let (taken, planned) = (Size(taken), Size(fit.planned()));
-            app.detail(format_args!("memory taken: {taken}; planned: {planned}"));
+            match fit.outcome(taken) {
+                (line, true) => app.warn(line),
+                (line, false) => app.detail(line),
+            }
         }
     }
 
