@@ -922,7 +922,37 @@ fn settings_that_cannot_work_are_refused_by_key() {
             "training: {learning_rate: 0}",
             "training.learning_rate is 0",
         ),
-        ("lora: {rank: 0}", "lora.rank is 0"),
+        (
+            "lora:\n  dropout: 0.1\n  rank: 0",
+            "train.yaml:3: lora.rank is 0; it must be above 0",
+        ),
+        (
+            "lora: {alpha: 1.0e+308}",
+            "train.yaml:1: lora.alpha is 1e308; it must be above 0 and at most 1000000",
+        ),
+        (
+            "lora: {alpha_pattern: {q_proj: 1.0e+308}}",
+            "it must be above 0 and at most 1000000",
+        ),
+        ("lora: {lr_ratio: 1.0e+300}", "lora.lr_ratio is 1e300"),
+        ("training: {learning_rate: 1.0e+39}", "is 1e39"),
+        ("training: {num_epochs: 1.0e+300}", "is 1e300"),
+        (
+            "training: {weight_decay: 1.0e+300}",
+            "training.weight_decay is 1e300; it must be at least 0 and at most 1000",
+        ),
+        (
+            "training: {neftune_noise_alpha: 1.0e+300}",
+            "training.neftune_noise_alpha is 1e300; it must be at least 0 and at most 1000000",
+        ),
+        (
+            "training: {max_grad_norm: -1}",
+            "training.max_grad_norm is -1",
+        ),
+        (
+            "data: {eval_fraction: 1}",
+            "data.eval_fraction is 1; it must be at least 0 and below 1",
+        ),
         (
             "training: {batch_size: 9000000000000000000, gradient_accumulation_steps: 9}",
             "more than 1048576 rows a step",
@@ -963,6 +993,140 @@ fn settings_that_cannot_work_are_refused_by_key() {
     tool.run(&["--model", MODEL], "").exits(2).says("--data");
     train(&tool, "hot", &["--learning-rate", "2e4", "--steps", "1"])
         .says("warning: training.learning_rate is 20000: usual is 1e-5 to 1e-3");
+    train(&tool, "cold", &["--learning-rate", "1e-300", "--dry-run"])
+        .exits(0)
+        .says("warning: training.learning_rate is 1e-300: usual is");
+    train(&tool, "out", &["--learning-rate", "0"])
+        .exits(2)
+        .says("flag for learning-rate: training.learning_rate is 0");
+    let variable = tool.env("PAIRS__LORA__ALPHA", "1e308");
+    train(&variable, "out", &[])
+        .exits(2)
+        .says("environment variable PAIRS__LORA__ALPHA: lora.alpha is 1e308");
+}
+
+/// 0 turns it off, as in transformers.
+#[test]
+fn gradients_can_be_left_as_they_are() {
+    let tool = tool();
+    for (out, norm) in [("off", "0"), ("far", "1000000"), ("on", "0.01")] {
+        tool.file(
+            "train.yaml",
+            &CONFIG.replace("save_steps: 3", &format!("max_grad_norm: {norm}")),
+        );
+        train(&tool, out, &["--steps", "4"]).exits(0);
+    }
+    let losses = ["off", "far", "on"].map(|out| figures(&tool, out, "loss"));
+    assert_eq!(losses[0], losses[1]);
+    assert_ne!(losses[0], losses[2]);
+}
+
+/// The sides of rows that have none: by their conversation or texts, told to whoever
+/// evaluates.
+#[test]
+fn a_drawn_side_is_the_rows_own() {
+    let tool = tool();
+    let unsplit = (pairs(40).replace(r#","split":"train""#, "")).replace(r#","split":"eval""#, "");
+    let config = |fraction: &str| {
+        let data = format!("{CONFIG}data: {{eval_fraction: {fraction}}}\n");
+        tool.file("train.yaml", &data);
+    };
+    let sides = |out: &str| -> Vec<(String, String)> {
+        let text = tool.read(&format!("{out}/rows.jsonl"));
+        assert!(!text.contains("Day") && !text.contains("like"), "{text}");
+        let lines = text.lines().map(|line| {
+            let line: Value = serde_json::from_str(line).unwrap();
+            let text = |key: &str| line[key].as_str().unwrap().to_owned();
+            (text("row"), text("split"))
+        });
+        lines.collect()
+    };
+    let run = |out: &str| train(&tool, out, &["--steps", "1"]).exits(0);
+    config("0.25");
+    tool.file("pairs.jsonl", &unsplit);
+    run("one").never_says("holds out none");
+    let one = sides("one");
+    let held_out = one.iter().filter(|(_, split)| split == "eval").count();
+    assert_eq!(one.len(), 40);
+    assert!((4..=16).contains(&held_out), "{held_out}");
+
+    // Neither order nor neighbours matter, and rows of the same texts stay together.
+    let mut lines: Vec<&str> = unsplit.lines().rev().collect();
+    lines.extend(unsplit.lines());
+    tool.file("pairs.jsonl", &lines.join("\n"));
+    run("two");
+    assert_eq!(sides("two"), one);
+    // What an adapter goes on from was trained on rows as well.
+    let more = one
+        .iter()
+        .map(|(row, _)| format!("{{\"row\":\"{row}\",\"split\":\"train\"}}\n"));
+    fs::write(
+        tool.folder().join("two/rows.jsonl"),
+        more.collect::<String>(),
+    )
+    .unwrap();
+    fs::remove_file(tool.folder().join("two/SHA256SUMS")).unwrap();
+    train(&tool, "three", &["--steps", "1", "--init-adapter", "two"]).exits(0);
+    assert!(sides("three").iter().all(|(_, split)| split == "train"));
+    let sums = Command::new("sha256sum")
+        .args(["--check", "--strict", "SHA256SUMS"])
+        .current_dir(tool.folder().join("three"))
+        .output()
+        .unwrap();
+    assert!(sums.status.success(), "{sums:?}");
+    assert!(String::from_utf8_lossy(&sums.stdout).contains("rows.jsonl: OK"));
+
+    config("0.0001");
+    tool.file("pairs.jsonl", &unsplit);
+    train(&tool, "none", &["--dry-run"])
+        .exits(0)
+        .says("data.eval_fraction 0.0001 of 40 rows holds out none");
+    config("0.9999");
+    for (rows, said) in [(40, "all 40 rows"), (1, "the only row")] {
+        let some: Vec<&str> = unsplit.lines().take(rows).collect();
+        tool.file("pairs.jsonl", &some.join("\n"));
+        train(&tool, "all", &["--dry-run"])
+            .exits(3)
+            .says(&format!(
+                "data.eval_fraction 0.9999 happens to hold out {said}"
+            ))
+            .never_says("`split: eval`");
+    }
+}
+
+/// What asks for a checkpoint and cannot be taken away ends no run, and what asks for one
+/// in the last moments is not left behind.
+#[test]
+fn a_request_that_cannot_be_heeded_ends_nothing() {
+    let tool = tool();
+    train(&tool, "out", &[]).exits(0);
+    let file = |name: &str| tool.folder().join("out").join(name);
+    fs::remove_file(file("adapter_model.safetensors")).unwrap();
+    fs::write(file("save-now"), "").unwrap();
+    train(&tool, "out", &["--resume"]).exits(0);
+    assert!(!file("save-now").exists());
+
+    fs::remove_file(file("adapter_model.safetensors")).unwrap();
+    fs::remove_dir_all(file("checkpoints/step-12")).unwrap();
+    fs::create_dir_all(file("save-now/full")).unwrap();
+    let run = train(&tool, "out", &["--resume"]).exits(0);
+    assert_eq!(
+        run.stderr.matches("it cannot be taken away").count(),
+        1,
+        "{run}"
+    );
+}
+
+/// As many as there are on standard output; and little of what is no warning with -q.
+#[test]
+fn the_last_line_counts_the_lines() {
+    let tool = tool();
+    let run = train(&tool, "out", &["--quiet"]).exits(0);
+    let lines = run.stdout.lines().count();
+    assert!(lines > 12, "with the evaluations: {lines}");
+    run.says(&format!("in 31, out {lines}, rejected 0"))
+        .never_says("hashing")
+        .never_says("4 bits");
 }
 
 #[test]
@@ -2107,5 +2271,42 @@ fn the_plan_is_what_a_gpu_is_asked_for() {
     for run in [all, less] {
         let (planned, taken) = (size_after(&run, "planned: "), size_after(&run, "taken: "));
         assert!((planned / taken - 1.0).abs() < 0.05, "{run}");
+    }
+}
+
+/// README's rows and command, with the demo's model for Qwen3-8B.
+#[test]
+fn the_readmes_chat_example_learns() {
+    let readme = concat!(env!("CARGO_MANIFEST_DIR"), "/../../README.md");
+    let readme = fs::read_to_string(readme).unwrap();
+    let tool = Tool::new(env!("CARGO_BIN_EXE_qlora-train"));
+    let (variables, command) = readme
+        .lines()
+        .find_map(|line| {
+            line.split_once("qlora-train ")
+                .filter(|(_, c)| c.contains("--data chat.jsonl"))
+        })
+        .unwrap();
+    let tool = variables.split_whitespace().fold(tool, |tool, variable| {
+        let (name, value) = variable.split_once('=').unwrap();
+        tool.env(name, value)
+    });
+    let command = command.replace("Qwen/Qwen3-8B", MODEL);
+    for (form, out) in [("{\"messages\"", "turns"), ("{\"prompt\"", "prompts")] {
+        let rows = readme
+            .lines()
+            .map(str::trim)
+            .filter(|line| line.starts_with(form));
+        let rows: String = rows.map(|row| format!("{row}\n")).collect();
+        tool.file("chat.jsonl", &rows);
+        let command = command.replace("output/models/chat", out);
+        let arguments: Vec<&str> = command.split_whitespace().collect();
+        tool.run(&arguments, "")
+            .exits(0)
+            .never_says("nothing is learnt");
+        let losses = figures(&tool, out, "eval_loss");
+        assert!(losses.last() < losses.first(), "{losses:?}");
+        let losses = figures(&tool, out, "loss");
+        assert!(losses.last() < losses.first(), "{losses:?}");
     }
 }

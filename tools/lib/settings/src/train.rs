@@ -316,7 +316,7 @@ pub struct Training {
     /// How it goes afterwards.
     #[serde(alias = "lr_scheduler_type")]
     pub lr_scheduler: Scheduler,
-    /// Gradients are scaled down to this global norm.
+    /// Gradients are scaled down to this global norm; 0: never.
     pub max_grad_norm: f64,
     /// Uniform noise on the embeddings in training, scaled by this over the root of
     /// a row's length times the width (NEFTune, arXiv 2310.05914).
