@@ -990,6 +990,16 @@ fn folders_that_lack_a_file_are_told() {
     fs::rename(&path, tool.folder().join("lora/adapter_model.bin")).unwrap();
     let text = tool.run(&["inspect", "lora"], "").exits(0).stdout;
     assert!(text.contains("is a pickle"), "{text}");
+    // Sums that are none are no word that the files are whole.
+    fs::write(&path, &bytes).unwrap();
+    for sums in ["", "what is this\n"] {
+        tool.file("lora/SHA256SUMS", sums);
+        let text = tool
+            .run(&["inspect", "lora", "--strict"], "")
+            .exits(1)
+            .stdout;
+        assert!(text.contains("has no sum of adapter_config.json"), "{text}");
+    }
     tool.file("empty/readme.txt", "");
     tool.run(&["inspect", "empty"], "")
         .exits(2)
