@@ -1016,6 +1016,7 @@ fn gradients_can_be_left_as_they_are() {
         );
         train(&tool, out, &["--steps", "4"]).exits(0);
     }
+    assert!(tool.read("off/README.md").contains("gradients unclipped"));
     let losses = ["off", "far", "on"].map(|out| figures(&tool, out, "loss"));
     assert_eq!(losses[0], losses[1]);
     assert_ne!(losses[0], losses[2]);

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
-use cli::{App, Failure};
+use cli::{App, Failure, counted};
 use jsonl::{Lines, Records, write_atomically};
 use record::Record;
 use serde::Serialize;
@@ -223,8 +223,8 @@ impl Card<'_> {
         .collect();
         writeln!(
             out,
-            "\n## Data\n\n{} rows to train on, {} held out: {} (SHA-256 of the encoded rows {:.12}).\n",
-            rows.train.len(),
+            "\n## Data\n\n{} to train on, {} held out: {} (SHA-256 of the encoded rows {:.12}).\n",
+            counted(rows.train.len(), "row"),
             rows.eval.len(),
             kinds.join("; "),
             self.identity.data
@@ -298,15 +298,17 @@ impl Card<'_> {
         let (t, lora) = (&self.settings.training, &self.settings.lora);
         write!(
             out,
-            "\n## Training\n\n{} steps of {} rows, learning rate {}, {}, warm-up steps {}, weight decay {}, \
-             gradient norm at most {}, {}",
-            self.steps,
-            t.batch_size * t.gradient_accumulation_steps,
+            "\n## Training\n\n{} of {}, learning rate {}, {}, warm-up steps {}, weight decay {}, {}, {}",
+            counted(self.steps as usize, "step"),
+            counted(t.batch_size * t.gradient_accumulation_steps, "row"),
             t.learning_rate,
             spelled(&t.lr_scheduler),
             warmup(t, self.steps),
             t.weight_decay,
-            t.max_grad_norm,
+            match t.max_grad_norm {
+                0.0 => "gradients unclipped".into(),
+                most => format!("gradient norm at most {most}"),
+            },
             match t.optim {
                 Optim::AdamW => "AdamW",
                 Optim::AdamW8bit => "AdamW with moments in 8 bits",
