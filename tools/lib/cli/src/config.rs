@@ -293,12 +293,15 @@ fn drop_empty_sections(tree: &mut Value, defaults: &Value) {
     }
 }
 
+/// How serde begins where a key has no value.
+const NULL: &str = "invalid type: null";
+
 /// serde's account of a wrong value, for someone who writes YAML and not programs.
 fn in_words(message: &str) -> String {
     let Some((found, expected)) = message.split_once(", expected ") else {
         return message.to_owned();
     };
-    if found == "invalid type: null" {
+    if found == NULL {
         return "is empty: give it a value, or leave it out".into();
     }
     let expected = match expected {
@@ -377,8 +380,9 @@ fn from_tree<T: Serialize + DeserializeOwned>(tree: &Value) -> Result<T, (String
 /// What serde says of a number or a list where one of several words belongs: not which.
 const OF_A_CHOICE: [&str; 2] = ["expected string or map", "expected map with a single key"];
 
+/// A key without a value is none of the words, but empty.
 fn is_of_a_choice(message: &str) -> bool {
-    OF_A_CHOICE.iter().any(|end| message.ends_with(end))
+    OF_A_CHOICE.iter().any(|end| message.ends_with(end)) && !message.starts_with(NULL)
 }
 
 /// What such a value must be: serde names the words when it is given another one, so it
@@ -667,6 +671,14 @@ mod tests {
             (
                 "lora:\n  rank: null\n",
                 ":2: lora.rank: is empty: give it a value, or leave it out",
+            ),
+            (
+                "training: {optim: null}\n",
+                "training.optim: is empty: give it a value, or leave it out",
+            ),
+            (
+                "training:\n  lr_scheduler: \n",
+                ":2: training.lr_scheduler: is empty: give it a value, or leave it out",
             ),
             (
                 "# 5\nlora: [5, 7]\n",
