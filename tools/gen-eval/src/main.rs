@@ -247,7 +247,8 @@ impl GenEval {
         }
         if unworded > 0 && setup.has_own_template {
             app.warn(format_args!(
-                "the prompt template words tweets only: {unworded} rows with `messages` or `prompt` are as they stand"
+                "the prompt template words tweets only: {} with `messages` or `prompt` left as they stand",
+                cli::counted(unworded, "row")
             ));
         }
         counts.written = items.len() as u64;

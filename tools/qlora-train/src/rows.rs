@@ -362,14 +362,15 @@ impl<'a> Encoder<'a> {
         let template = &self.settings.data.prompt_template;
         if unworded > 0 && *template != TrainSettings::default().data.prompt_template {
             app.warn(format_args!(
-                "data.prompt_template words tweets only: {unworded} rows with `messages` or `prompt` are as they stand"
+                "data.prompt_template words tweets only: {} with `messages` or `prompt` left as they stand",
+                cli::counted(unworded, "row")
             ));
         }
         let conversations = self.kinds.conversations;
         if conversations > 0 && !self.settings.data.system_prompt.is_empty() {
             app.warn(format_args!(
-                "data.system_prompt is put before tweets and prompts only: {conversations} rows with `messages` \
-                 bring their own or none"
+                "data.system_prompt is put before tweets and prompts only, and not before {} with `messages`",
+                cli::counted(conversations, "row")
             ));
         }
         if self.cut > 0 {
