@@ -1200,6 +1200,9 @@ fn what_transformers_answers_is_compared() {
     let answer = format!(
         r#"{{"dtype": "float32", "versions": {{"transformers": "9.9"}}, "rows": [{row},{row},{row},{row}]}}"#
     );
+    // What is no number there is an answer too.
+    let none = answer.replace("0.5", "null");
+    verify(&format!("echo '{none}'")).exits(1);
     let run = verify(&format!("echo '{answer}'")).exits(1);
     assert!(
         run.stdout.contains("differs from transformers 9.9"),

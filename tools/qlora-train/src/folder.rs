@@ -180,7 +180,7 @@ pub fn write_sums(folder: &Path, part: &Path) -> Result<()> {
 enum Doubt {
     /// It is not as it was written.
     Damaged(String),
-    /// Nobody can tell.
+    /// Nobody can tell; with what helps whoever trusts it.
     Unknown(String),
 }
 
@@ -188,25 +188,17 @@ impl Doubt {
     /// The cause, and what helps in the folder as it is: an adapter that no checkpoint
     /// is left of must not be given up for nothing.
     fn with_remedy(&self, folder: &Path) -> Result<String> {
-        let (Self::Damaged(cause) | Self::Unknown(cause)) = self;
-        let [config, weights] = SUMMED;
         let again = checkpoints(folder)?.pop().map(|(step, _)| {
+            let weights = SUMMED[1];
             format!("move {weights} away, and --resume writes it again from step {step}")
         });
-        let trusted = match self {
-            Self::Damaged(_) => None,
-            Self::Unknown(_) => Some(format!(
-                "if you trust the adapter, note its sums: \
-                 `(cd '{}' && sha256sum {config} {weights} > {SUMS})`",
-                folder.display()
-            )),
-        };
-        let remedies: Vec<String> = trusted.into_iter().chain(again).collect();
-        Ok(match remedies.is_empty() {
-            true => format!(
+        Ok(match (self, again) {
+            (Self::Damaged(cause), Some(again)) => format!("{cause}; {again}"),
+            (Self::Damaged(cause), None) => format!(
                 "{cause}; no checkpoint is left to write it again from: train in another folder (make: RUN=new)"
             ),
-            false => format!("{cause}; {}", remedies.join("; else ")),
+            (Self::Unknown(cause), Some(again)) => format!("{cause}; else {again}"),
+            (Self::Unknown(cause), None) => cause.clone(),
         })
     }
 }
@@ -215,7 +207,10 @@ impl Doubt {
 /// are gone, or one of them is, nobody can tell.
 fn check_whole(folder: &Path) -> Result<(), Doubt> {
     let sums = folder.join(SUMS);
-    fs::metadata(&sums).map_err(|error| Doubt::Unknown(format!("{}: {error}", sums.display())))?;
+    fs::metadata(&sums).map_err(|error| {
+        let (sums, remedy) = (sums.display(), qwen3::note_sums(folder));
+        Doubt::Unknown(format!("{sums}: {error}; {remedy}"))
+    })?;
     qwen3::check_sums(folder).map_err(|error| match &error {
         qwen3::Error::File { path, .. } | qwen3::Error::Read { path, .. } if *path == sums => {
             Doubt::Unknown(error.to_string())

@@ -74,8 +74,12 @@ impl Verdict {
             .iter()
             .map(|(n, v)| format!("{n} {v}"))
             .collect();
+        let nll = match self.nll_difference.is_nan() {
+            true => "NLL no number".into(),
+            false => format!("NLL within {:.1e} nats", self.nll_difference),
+        };
         format!(
-            "{} {} ({}): {} of {} rows with the same ids, NLL within {:.1e} nats (limit {:.0e}), {} greedy texts the same",
+            "{} {} ({}): {} of {} rows with the same ids, {nll} (limit {:.0e}), {} greedy texts the same",
             if self.agrees {
                 "agrees with"
             } else {
@@ -85,7 +89,6 @@ impl Verdict {
             self.dtype,
             self.ids_equal,
             self.rows,
-            self.nll_difference,
             self.nll_tolerance,
             self.greedy_equal,
         )

@@ -118,6 +118,14 @@ pub struct Adapter {
     pub pairs: BTreeMap<(usize, Module), Pair>,
 }
 
+/// What helps where there is no sum of an adapter's files in `folder`.
+pub fn note_sums(folder: &Path) -> String {
+    format!(
+        "if you trust the adapter, note its sums: `(cd '{}' && sha256sum {CONFIG} {TENSORS} > {SUMS})`",
+        folder.display()
+    )
+}
+
 /// Holds an adapter's files against the sums in `SHA256SUMS` beside them, where it
 /// is: peft takes a flipped bit, or a scale changed by hand, as it comes.
 ///
@@ -136,7 +144,8 @@ pub fn check_sums(folder: &Path) -> Result<()> {
         .collect();
     for name in [CONFIG, TENSORS] {
         let Some((sum, _)) = lines.iter().find(|(_, of)| *of == name) else {
-            return Err(Error::file(&sums, format!("has no sum of {name}")));
+            let reason = format!("has no sum of {name}; {}", note_sums(folder));
+            return Err(Error::file(&sums, reason));
         };
         let path = folder.join(name);
         if hex(&Sha256::digest(read(&path)?)) != *sum {
