@@ -736,6 +736,7 @@ fn what_peft_would_get_wrong_is_named() {
         ("monteclora_config", json!({"num_samples": 2})),
         ("ensure_weight_tying", json!(true)),
         ("init_lora_weights", json!("pissa")),
+        ("task_type", json!("SEQ_CLS")),
         ("a_key_of_a_later_version", json!(1)),
     ] {
         let found = inspect_changed(|map| drop(map.insert(key.into(), value)), keep, asis);

@@ -89,6 +89,8 @@ with tempfile.TemporaryDirectory() as folder:
         odd(f"no-{key}", without(key))
     odd("other-rank", lambda s: s | {"r": 3})
     odd("fewer-targets", lambda s: s | {"target_modules": TARGETS[:3]})
+    odd("one-layer", lambda s: s | {"layers_to_transform": [0]})
+    odd("excluded", lambda s: s | {"exclude_modules": ["up_proj"]})
     odd("no-prefix", tensors=lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()})
     odd("named-default", tensors=lambda t: {k.replace(".weight", ".default.weight"): v for k, v in t.items()})
     odd("named", tensors=lambda t: {k.replace(".weight", ".replies.weight"): v for k, v in t.items()})

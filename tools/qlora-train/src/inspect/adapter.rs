@@ -249,9 +249,12 @@ pub fn inspect(
             None => "yes".into(),
             Some(error) => format!("no: {error}"),
         });
-        if let Some(error) = refused.filter(|_| problems.is_empty()) {
+        // Odd tensors are told above, where peft takes them otherwise than they were meant.
+        if let Some(error @ qwen3::Error::Key { .. }) = &refused
+            && problems.is_empty()
+        {
             problems.push(Problem {
-                file: ".".into(),
+                file: CONFIG.into(),
                 cause: error.to_string(),
                 effect: "this tool does not load it; what peft makes of it is not known".into(),
             });
