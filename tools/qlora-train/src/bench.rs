@@ -239,9 +239,10 @@ enum What {
         steps: usize,
         seconds_per_step: f64,
         tokens_per_s: f64,
-        /// Share of the product rate: 4 operations for each parameter and token, and
-        /// of the head for each labelled one; adapters, attention and what is computed
-        /// again count as nothing.
+        /// Share of the product rate: 4 operations for each parameter and token; of the
+        /// head, and of what follows attention in the last layer, for each labelled one
+        /// only, as they are computed. Adapters, attention and what is computed again count
+        /// as nothing.
         roofline: f64,
         /// How much more memory the last step left taken than the first.
         growth_bytes: Option<i64>,
@@ -374,7 +375,14 @@ impl Bench {
         let mut model = Model::random(backend, config, held).context("the random weights")?;
         if self.keep_decoded {
             let layers = model.config().layers;
-            model.keep_decoded(layers).context("the decoded weights")?;
+            match model.keep_decoded(layers) {
+                Ok(()) => {}
+                Err(error @ engine::Error::OutOfMemory { .. }) => {
+                    app.warn(format_args!("--keep-decoded: {error}"));
+                    return Ok(());
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
         finish(model.backend())?;
         app.info(format_args!(
@@ -498,7 +506,9 @@ impl Bench {
         }
         let seconds = started.elapsed().as_secs_f64() / f64::from(self.steps);
         let head = config.vocab_size * config.hidden_size;
-        let operations = 4.0 * (parameters(config) * tokens + head * labelled) as f64;
+        let wanted = head + behind_attention(config);
+        let all = parameters(config) - behind_attention(config);
+        let operations = 4.0 * (all * tokens + wanted * labelled) as f64;
         let after = free(model.backend())?;
         Ok(What::Train {
             rows: texts.len(),
@@ -597,6 +607,13 @@ impl<B: Backend> Trainer<'_, B> {
 fn parameters(config: &Config) -> usize {
     let one = |module: Module| module.shape(config).iter().product::<usize>();
     config.layers * Module::ALL.map(one).iter().sum::<usize>()
+}
+
+/// Those of one layer's products behind its attention.
+fn behind_attention(config: &Config) -> usize {
+    let behind = [Module::O, Module::Gate, Module::Up, Module::Down];
+    let one = |module: Module| module.shape(config).iter().product::<usize>();
+    behind.map(one).iter().sum()
 }
 
 /// Token ids that are spread over the vocabulary.

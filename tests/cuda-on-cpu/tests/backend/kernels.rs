@@ -325,6 +325,8 @@ struct Products<'a> {
     dora: bool,
     /// Whether the factors lie apart, not every `A` and then every `B`.
     apart: bool,
+    /// Whether quantised weights are decoded once and for all.
+    decoded: bool,
 }
 
 /// Over two short rows.
@@ -335,6 +337,7 @@ const PLAIN: Products<'_> = Products {
     residual: false,
     dora: false,
     apart: true,
+    decoded: false,
 };
 
 /// A group's forward and backward. With DoRA first come the norms of each member, and
@@ -347,6 +350,7 @@ fn group<B: Machine>(b: &B, products: &Products<'_>) -> Vec<Vec<f32>> {
         residual,
         dora,
         apart,
+        decoded,
     } = products;
     let mut draw = fresh(kinds.len() as u64 + 20);
     let inputs = 72;
@@ -392,6 +396,9 @@ fn group<B: Machine>(b: &B, products: &Products<'_>) -> Vec<Vec<f32>> {
                 dora: dora.then_some(Dora { magnitude, norm }),
             }
         }));
+    }
+    if decoded {
+        b.keep_decoded(&mut weights).unwrap();
     }
     let values: Vec<f32> = draw.vec(params).iter().map(|x| x * 0.5).collect();
     // Representable, so that rounding the factors is no difference.
@@ -544,18 +551,36 @@ fn products_with_dropout_and_residual() {
 
 #[test]
 fn products_of_a_mixed_group_with_dropout() {
-    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
-        group(
-            b,
-            &Products {
-                kinds: &[Some(true), None, Some(true)],
-                dropout: 0.1,
-                apart: false,
-                ..PLAIN
-            },
-        )
+    for decoded in [false, true] {
+        let products = Products {
+            kinds: &[Some(true), None, Some(true)],
+            dropout: 0.1,
+            apart: false,
+            decoded,
+            ..PLAIN
+        };
+        let want = group(&Rounded, &products);
+        compare("linear, mixed", &[BF16], want, |b| group(b, &products));
     }
-    compare("linear, mixed", &[BF16], run(&Rounded), run);
+}
+
+#[test]
+fn weights_decoded_once_and_for_all_give_the_same_bits() {
+    // Neighbours that are decoded lie side by side; a dense weight stands between others.
+    for kinds in [
+        [Some(true), Some(false), Some(true)],
+        [Some(true), None, Some(false)],
+        [None, Some(true), Some(true)],
+    ] {
+        let products = |decoded| Products {
+            kinds: &kinds,
+            dora: true,
+            decoded,
+            ..PLAIN
+        };
+        let device = emulated(Order::Forward);
+        assert!(group(&device, &products(false)) == group(&device, &products(true)));
+    }
 }
 
 #[test]

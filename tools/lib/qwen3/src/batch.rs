@@ -89,3 +89,30 @@ impl<B: Backend> Batch<B> {
         [self.tokens(), self.labelled(), self.rows.longest()]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use engine::Cpu;
+
+    use super::*;
+
+    #[test]
+    fn tokens_that_predict_are_keyed_like_all_tokens() {
+        let ids: Vec<u32> = (0..9).collect();
+        let labelled = [false, true, false, false, true, true, false, true, true];
+        let row = |number, len: usize| Row {
+            number,
+            ids: &ids[..len],
+            labelled: &labelled[..len],
+        };
+        let batch = Batch::new(&Cpu, &[row(7, 6), row(3, 9)]).unwrap();
+        assert_eq!(batch.sources, [0, 3, 4, 6, 9, 10, 12, 13]);
+        let of_all = |all: &[u32]| -> Vec<u32> {
+            let at = batch.sources.iter().map(|&at| all[at as usize]);
+            at.collect()
+        };
+        assert_eq!(batch.source_rows, of_all(&batch.rows.rows));
+        assert_eq!(batch.source_positions, of_all(&batch.rows.positions));
+    }
+}

@@ -103,7 +103,7 @@ pub(crate) struct Tokens<'a, B: Backend> {
     /// The slot of each token's row, where keys and values are to be kept.
     pub slots: Option<&'a B::Ids>,
     /// The tokens whose last hidden state is wanted, and how many; `None`: all. For the
-    /// others the last layer computes keys and values only, and no backward pass.
+    /// others the last layer stops behind its attention.
     pub wanted: Option<(&'a B::Ids, usize)>,
 }
 
@@ -517,8 +517,11 @@ impl<B: Backend> Model<B> {
     fn wanted<'a>(&self, l: usize, run: &Run<'a, B>) -> Option<(&'a B::Ids, Span)> {
         let last = l + 1 == self.layers.len();
         let (index, count) = run.tokens.wanted.filter(|_| last)?;
-        let wanted = true;
-        Some((index, Span { count, wanted }))
+        let span = Span {
+            count,
+            wanted: true,
+        };
+        Some((index, span))
     }
 
     /// One layer: `out` from `x`, what is inside into `acts`, and into `head` what the
@@ -621,7 +624,7 @@ impl<B: Backend> Model<B> {
     /// One layer backwards: `down.stream` from the gradient of its output to that
     /// of its input, adapters' gradients added to `grads`. In the lowest layer that is
     /// trained it goes no further than the lowest adapter. The gradient of the last
-    /// layer's output is `head.dstream`, of the wanted tokens only.
+    /// layer's output is in `head`, of the wanted tokens only.
     #[expect(clippy::too_many_arguments, reason = "every buffer is named")]
     fn layer_backward(
         &self,
@@ -667,15 +670,18 @@ impl<B: Backend> Model<B> {
         };
 
         let wanted = self.wanted(l, run);
+        let HeadActs {
+            attended,
+            grads: picked,
+            ..
+        } = head;
+        let picked = picked.as_mut().expect("a pass that keeps has gradients");
         let (span, attended, dstream, dattended) = match wanted {
             None => {
                 let (dstream, dattended) = (&mut down.stream, &mut down.attended);
                 (run.all(), &acts.attended, dstream, dattended)
             }
-            Some((_, span)) => {
-                let (dstream, dattended) = (&mut head.dstream, &mut head.dattended);
-                (span, &head.attended, dstream, dattended)
-            }
+            Some((_, span)) => (span, &*attended, &mut picked.stream, &mut picked.attended),
         };
         let of = |width| [span.count, width];
         let input = (&acts.inner, span);
@@ -699,8 +705,8 @@ impl<B: Backend> Model<B> {
         }
         if let Some((index, Span { count, .. })) = wanted {
             let size = |width| [count, tokens, width];
-            b.scatter(&head.dattended, index, size(heads.q()), &mut down.attended);
-            b.scatter(&head.dstream, index, size(c.hidden_size), &mut down.stream);
+            b.scatter(&picked.attended, index, size(heads.q()), &mut down.attended);
+            b.scatter(&picked.stream, index, size(c.hidden_size), &mut down.stream);
         }
         b.attention_backward(
             heads,
@@ -736,21 +742,16 @@ impl<B: Backend> Model<B> {
         self.final_hidden(batch.labelled(), buffers);
         let size = [batch.labelled(), c.hidden_size];
         let last = &buffers.stream[self.last_stream(buffers.stream.len())];
-        let head = &mut buffers.head;
-        let inputs = (&head.normed, &batch.targets, size[0]);
-        let dnormed = scale.map(|scale| (&mut head.dnormed, scale));
-        b.head_loss(
-            self.head(),
-            inputs,
-            &mut head.nll,
-            dnormed,
-            &mut buffers.scratch,
-        );
-        if scale.is_some() {
-            b.zero_act(&mut head.dstream, size[0] * size[1]);
-            let saved = (last, &self.final_norm, &head.rstd);
-            b.rms_norm_backward(&head.dnormed, saved, size, &mut head.dstream);
-        }
+        let (acts, scratch) = (&mut buffers.head, &mut buffers.scratch);
+        let inputs = (&acts.normed, &batch.targets, size[0]);
+        let Some((scale, grads)) = scale.zip(acts.grads.as_mut()) else {
+            return b.head_loss(self.head(), inputs, &mut acts.nll, None, scratch);
+        };
+        let want = Some((&mut grads.normed, scale));
+        b.head_loss(self.head(), inputs, &mut acts.nll, want, scratch);
+        b.zero_act(&mut grads.stream, size[0] * size[1]);
+        let saved = (last, &self.final_norm, &acts.rstd);
+        b.rms_norm_backward(&grads.normed, saved, size, &mut grads.stream);
     }
 
     /// The final norm of the `count` wanted tokens, ready for the head.

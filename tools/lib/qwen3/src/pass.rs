@@ -98,19 +98,26 @@ impl<B: Backend> LayerActs<B> {
 /// The tokens that predict, from the last layer's attention, behind which it goes on
 /// with them alone, to the loss.
 pub(crate) struct HeadActs<B: Backend> {
-    /// `[labelled, q]` each: what they attended to, and the gradient by it.
+    /// `[labelled, q]` what they attended to.
     pub attended: B::Act,
-    pub dattended: B::Act,
-    /// `[labelled, hidden]` each: the last layer's input, and the gradient by the
-    /// residual stream.
+    /// `[labelled, hidden]` the last layer's input.
     pub x: B::Act,
-    pub dstream: B::Act,
-    /// `[labelled, hidden]` each: the final norm of its output, and the gradient by it.
     pub rstd: B::F32,
+    /// `[labelled, hidden]` the final norm of its output.
     pub normed: B::Act,
-    pub dnormed: B::Act,
     /// `[labelled]`
     pub nll: B::F32,
+    pub grads: Option<HeadGrads<B>>,
+}
+
+/// Gradients of the tokens that predict.
+pub(crate) struct HeadGrads<B: Backend> {
+    /// `[labelled, hidden]` by the normed output.
+    pub normed: B::Act,
+    /// `[labelled, hidden]` by the residual stream.
+    pub stream: B::Act,
+    /// `[labelled, q]`
+    pub attended: B::Act,
 }
 
 /// Gradients on their way down.
@@ -280,13 +287,18 @@ impl<B: Backend> Buffers<B> {
         let mut of = account.rows(Part::Predictions, labelled);
         let head = HeadActs {
             attended: of.act(heads.q())?,
-            dattended: of.act(heads.q())?,
             x: of.act(c.hidden_size)?,
-            dstream: of.act(c.hidden_size)?,
             rstd: of.f32(1)?,
             normed: of.act(c.hidden_size)?,
-            dnormed: of.act(c.hidden_size)?,
             nll: of.f32(1)?,
+            grads: match keep {
+                Keep::Nothing => None,
+                Keep::Layers(_) | Keep::All => Some(HeadGrads {
+                    normed: of.act(c.hidden_size)?,
+                    stream: of.act(c.hidden_size)?,
+                    attended: of.act(heads.q())?,
+                }),
+            },
         };
         let grads = match keep {
             Keep::Nothing => None,

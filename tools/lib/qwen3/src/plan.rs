@@ -42,7 +42,7 @@ pub enum Part {
     Shared,
     /// Gradients of activations on their way down.
     Down,
-    /// The rows that predict, from the last layer to the loss.
+    /// The tokens that predict, from the last layer's attention to the loss.
     Predictions,
     /// Scratch of the operations.
     Scratch,

@@ -72,7 +72,10 @@ impl Backend for Cpu {
     const ACT_BYTES: usize = size_of::<f32>();
 
     fn describe(&self) -> String {
-        format!("CPU, {} threads, f32", rayon::current_num_threads())
+        match rayon::current_num_threads() {
+            1 => "CPU, 1 thread, f32".into(),
+            threads => format!("CPU, {threads} threads, f32"),
+        }
     }
 
     fn free_memory(&self) -> Result<Option<usize>> {

@@ -7,8 +7,8 @@
 //! that costs a few percent of the product, and the members of a group, decoded
 //! side by side, become one product. Where there is memory to spare, the decoded weights
 //! stay, and small batches are spared what is most of their time. Few tokens, as in
-//! decoding, meet the codes directly (`few`). Every width must be a multiple of eight, so that rows move in
-//! 16-byte pieces.
+//! decoding, meet the codes directly (`few`). Every width must be a multiple of eight,
+//! so that rows move in 16-byte pieces.
 
 mod driver;
 mod few;

@@ -616,18 +616,16 @@ impl Driver for Nvidia {
     fn read(&self, from: Address, bytes: usize) -> Result<Box<dyn Pending>> {
         self.context.enter()?;
         let with = |e| failed("copying from the GPU", e);
+        let pinned = self.context.pin(bytes)?;
+        let to = pinned.at;
         let event =
             cuda::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(with)?;
         let mut copying = Copying {
-            pinned: Some(self.context.pin(bytes)?),
+            pinned: Some(pinned),
             context: self.context.clone(),
             event,
             bytes,
         };
-        let to = copying
-            .pinned
-            .as_ref()
-            .map_or(std::ptr::null_mut(), |p| p.at);
         // SAFETY: `to` is page-locked memory of at least this size, which lives until
         // the event has passed; the source is inside a buffer of the backend's.
         let queued = unsafe {
