@@ -18,14 +18,15 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::config::{Config, Keys, Module};
-use crate::error::{Error, Result, read};
+use crate::error::{Error, Result, read, read_text_if_there};
 use crate::fingerprint::hex;
+use crate::seen::ROWS;
 use crate::targets::{self, Strength, Targets, Unfit, name_of};
 use crate::weights::{bf16s, f16s, f32s};
 
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
-pub(crate) const SUMS: &str = "SHA256SUMS";
+const SUMS: &str = "SHA256SUMS";
 const PREFIX: &str = "base_model.model.";
 /// PEFT takes the `.weight` off when it saves.
 const MAGNITUDE: &str = "lora_magnitude_vector";
@@ -120,8 +121,12 @@ pub struct Adapter {
 
 /// What helps where there is no sum of an adapter's files in `folder`.
 pub fn note_sums(folder: &Path) -> String {
+    let rows = match folder.join(ROWS).exists() {
+        true => format!(" {ROWS}"),
+        false => String::new(),
+    };
     format!(
-        "if you trust the adapter, note its sums: `(cd '{}' && sha256sum {CONFIG} {TENSORS} > {SUMS})`",
+        "if you trust the adapter, note its sums: `(cd '{}' && sha256sum {CONFIG} {TENSORS}{rows} > {SUMS})`",
         folder.display()
     )
 }
@@ -133,27 +138,51 @@ pub fn note_sums(folder: &Path) -> String {
 /// If one is not as it was written, or cannot be read; or, with the path of
 /// `SHA256SUMS`, if that has no sum of one.
 pub fn check_sums(folder: &Path) -> Result<()> {
-    let sums = folder.join(SUMS);
-    if !sums.exists() {
+    let Some(sums) = Sums::read(folder)? else {
         return Ok(());
-    }
-    let text = String::from_utf8_lossy(&read(&sums)?).into_owned();
-    // As sha256sum writes them: sum, space, space or `*`, name.
-    let lines: Vec<_> = (text.lines())
-        .filter_map(|line| line.split_once("  ").or(line.split_once(" *")))
-        .collect();
+    };
     for name in [CONFIG, TENSORS] {
-        let Some((sum, _)) = lines.iter().find(|(_, of)| *of == name) else {
+        if !sums.check(folder, name, &read(&folder.join(name))?)? {
             let reason = format!("has no sum of {name}; {}", note_sums(folder));
-            return Err(Error::file(&sums, reason));
-        };
-        let path = folder.join(name);
-        if hex(&Sha256::digest(read(&path)?)) != *sum {
-            let reason = format!("is not as it was written ({SUMS}): damaged, or changed by hand");
-            return Err(Error::file(&path, reason));
+            return Err(Error::file(&folder.join(SUMS), reason));
         }
     }
     Ok(())
+}
+
+/// What `SHA256SUMS` says, by file.
+pub(crate) struct Sums(BTreeMap<String, String>);
+
+impl Sums {
+    /// Reads the file, if there is one, as sha256sum writes it: sum, space, space or `*`, name.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub(crate) fn read(folder: &Path) -> Result<Option<Self>> {
+        let Some(text) = read_text_if_there(&folder.join(SUMS))? else {
+            return Ok(None);
+        };
+        let parts = text
+            .lines()
+            .filter_map(|line| line.split_once("  ").or(line.split_once(" *")));
+        let by_name = parts.map(|(sum, name)| (name.into(), sum.into()));
+        Ok(Some(Self(by_name.collect())))
+    }
+
+    /// Whether there is a sum of the file `name`, whose bytes are at hand.
+    ///
+    /// # Errors
+    /// If they are not the file's by that sum.
+    pub(crate) fn check(&self, folder: &Path, name: &str, bytes: &[u8]) -> Result<bool> {
+        let Some(sum) = self.0.get(name) else {
+            return Ok(false);
+        };
+        if hex(&Sha256::digest(bytes)) != *sum {
+            let reason = format!("is not as it was written ({SUMS}): damaged, or changed by hand");
+            return Err(Error::file(&folder.join(name), reason));
+        }
+        Ok(true)
+    }
 }
 
 impl Adapter {

@@ -10,11 +10,9 @@ use std::path::Path;
 
 use record::Split;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use crate::adapter::SUMS;
+use crate::adapter::Sums;
 use crate::error::{Error, Result, read_text_if_there};
-use crate::fingerprint::hex;
 
 /// The file's name.
 pub const ROWS: &str = "rows.jsonl";
@@ -76,13 +74,8 @@ impl Seen {
         let Some(text) = read_text_if_there(&path)? else {
             return Ok(None);
         };
-        let sums = read_text_if_there(&folder.join(SUMS))?.unwrap_or_default();
-        let noted = sums.lines().filter_map(|line| line.split_once("  "));
-        let mut noted = noted.filter(|(_, name)| *name == ROWS);
-        let sum = hex(&Sha256::digest(&text));
-        if noted.any(|(was, _)| was != sum) {
-            let reason = format!("is not as it was written ({SUMS}): damaged, or changed by hand");
-            return Err(Error::file(&path, reason));
+        if let Some(sums) = Sums::read(folder)? {
+            sums.check(folder, ROWS, text.as_bytes())?;
         }
         let mut seen = Self::default();
         for (line, at) in text.lines().zip(1..) {
@@ -116,11 +109,14 @@ mod tests {
         assert_eq!(Seen::read(folder.path()).unwrap(), None);
         std::fs::write(folder.path().join(ROWS), seen.to_lines()).unwrap();
         assert_eq!(Seen::read(folder.path()).unwrap(), Some(seen));
-        std::fs::write(folder.path().join(SUMS), format!("{:064}  {ROWS}\n", 0)).unwrap();
-        let error = Seen::read(folder.path()).unwrap_err().to_string();
-        assert!(
-            error.contains("rows.jsonl: is not as it was written"),
-            "{error}"
-        );
+        for between in ["  ", " *"] {
+            let sums = format!("{:064}{between}{ROWS}\n", 0);
+            std::fs::write(folder.path().join("SHA256SUMS"), sums).unwrap();
+            let error = Seen::read(folder.path()).unwrap_err().to_string();
+            assert!(
+                error.contains("rows.jsonl: is not as it was written"),
+                "{error}"
+            );
+        }
     }
 }

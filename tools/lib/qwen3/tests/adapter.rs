@@ -315,6 +315,10 @@ fn sums_that_say_nothing_are_no_sums() {
         fs::write(&sums, text).unwrap();
         refused(folder.path(), &model, &["SHA256SUMS", "has no sum of"]);
     }
+    // The rows' sum is not lost with the remedy.
+    fs::write(folder.path().join("rows.jsonl"), "").unwrap();
+    let remedy = "sha256sum adapter_config.json adapter_model.safetensors rows.jsonl > SHA256SUMS";
+    refused(folder.path(), &model, &[remedy]);
 }
 
 #[test]
