@@ -2,8 +2,10 @@
 
 python live.py: a dry run at a tiny shape, on the processor, in two calls that share a
 folder; prints one JSON line, exit 1 where a line of the table is missing, a part failed,
-or the second call measured anything again. No speed is judged. qlora-train is taken from
-the PATH.
+or the second call measured anything again. Then that a part which failed is a line and exit
+1, whatever it had measured, and so is one whose binary writes nonsense; and that rows shorter
+than a tokenizer makes them are counted as they are. No speed is judged. qlora-train is taken
+from the PATH.
 """
 import json
 import pathlib
@@ -26,17 +28,49 @@ LINES = {
 MET = ["killed at step 25", "loss over 50 steps", "its tokens"]
 
 
+# As the program, but for what it writes.
+BROKEN = """#!/bin/sh
+case "$*" in *--print-lengths*) exec "${0%/*}/qlora-train" "$@";; esac
+echo no record
+"""
+
+
+def failing(folder, run):
+    """What is wrong with calls that go wrong, or must not."""
+    figures = folder / "work/figures.jsonl"
+    records = [json.loads(line) for line in figures.read_text().splitlines()]
+    failed = [r | {"outcome": "exit 101"} if r["part"] == "ours/recompute" and "outcome" in r else r for r in records]
+    figures.write_text("\n".join([*map(json.dumps, failed), "no record", ""]))
+    (folder / "broken").write_text(BROKEN)
+    (folder / "broken").chmod(0o755)
+    (folder / "short.json").write_text(json.dumps([[1, 1], [13, 2], [5, 9]]))
+    for arguments, status, needed in [
+            (["--work", "work", "--show"], 1, ["failed: ours/recompute  ", "records, shown above: exit 101", "all recomputed  "]),
+            (["--work", "work", "--show", "--shape", "qwen3-0.6b"], 0, ["all recomputed  "]),
+            (["--work", "new", "--alone", "--only", "1", "--binary", "broken"], 1, ["failed: ours/all kept  ", "failed: ours/recompute  "]),
+            (["--work", "short", "--alone", "--only", "7", "--lengths", "short.json"], 0, ["its tokens"])]:
+        done = run(arguments)
+        lines = [[line for line in done.stdout.splitlines() if words in line] for words in needed]
+        if done.returncode != status or not all(lines) or "Traceback" in done.stderr:
+            yield f"{arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
+        if "qwen3-0.6b" in arguments and not all("not run yet" in line for line in lines[0]):
+            yield f"{arguments}: another shape's: {lines}"
+
+
 def main():
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(BENCH, folder)
         shutil.copy(shutil.which("qlora-train"), folder)
         command = [sys.executable, "bench", "--binary", "qlora-train", "--shape", "tiny", "--device", "cpu", "--work", "work",
                    "--steps", "1", "--prompts", "2", "--new-tokens", "2"]
-        first, second = (subprocess.run([*command, *more], cwd=folder, capture_output=True, text=True)
-                         for more in (["--only", "1,3,4,6"], []))
-        third = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+        def run(more):
+            return subprocess.run([*command, *more], cwd=folder, capture_output=True, text=True)
+
+        first, second, third = map(run, [["--only", "1,3,4,6"], [], []])
+        failures = list(failing(pathlib.Path(folder), run))
     table = third.stdout.splitlines()
-    wrong = [f"{run.args}: {run.returncode}\n{run.stderr}" for run in (first, second, third) if run.returncode]
+    wrong = failures + [f"{run.args}: {run.returncode}\n{run.stderr}" for run in (first, second, third) if run.returncode]
     for figure, needed in LINES.items():
         for words in needed:
             lines = [line for line in table if line.startswith(f"{figure}  ") and words in line]
