@@ -1,0 +1,220 @@
+//! Signals, requests to save, and readers that go away.
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use harness::behind;
+
+use crate::{
+    CONFIG, SIGHUP, arguments, heeds, lines, pairs, same, signal_after, signal_to, tool, train,
+};
+
+#[test]
+fn a_signal_saves_and_leaves_with_130() {
+    let tool = tool();
+    train(&tool, "whole", &[]).exits(0);
+    for signal in ["-TERM", "-INT"] {
+        let out = format!("out{signal}");
+        let code = signal_after(&tool, &out, &[], 3, signal);
+        assert_eq!(code, Some(130), "{signal}");
+        let saved = fs::read_dir(tool.folder().join(&out).join("checkpoints"))
+            .unwrap()
+            .count();
+        assert!(saved > 0, "{signal}: nothing saved");
+        train(&tool, &out, &["--resume"]).exits(0);
+        same(&tool, "whole", &out);
+    }
+}
+
+/// The tests themselves may run under nohup: env(1) says what holds.
+#[test]
+fn a_hangup_saves_unless_hangups_are_ignored() {
+    let tool = tool();
+    train(&tool, "whole", &[]).exits(0);
+    for (out, how, expected) in [
+        ("heeded", "--default-signal=HUP", 130),
+        ("ignored", "--ignore-signal=HUP", 0),
+    ] {
+        let command = behind("env", &[how], &tool.command(&arguments(out, &[])));
+        let code = signal_to(command, (&tool, out), 3, "-HUP");
+        assert_eq!(code, Some(expected), "{how}");
+        if code == Some(130) {
+            let saved = fs::read_dir(tool.folder().join(out).join("checkpoints"));
+            assert!(saved.unwrap().count() > 0, "nothing saved");
+            train(&tool, out, &["--resume"]).exits(0);
+        }
+        same(&tool, "whole", out);
+    }
+}
+
+/// What goes on when a connection is lost: several signals, and figures that cannot be
+/// written any more.
+#[test]
+fn a_terminal_that_goes_away_leaves_a_saved_run() {
+    let tool = tool();
+    // There is always a step whose figures are still to be written.
+    let config = CONFIG
+        .replace("save_steps: 3", "save_steps: 0")
+        .replace("eval_steps: 4", "eval_steps: 0");
+    tool.file("train.yaml", &config);
+    train(&tool, "whole", &[]).exits(0);
+    let command = tool.command(&arguments("out", &["--log", "log"]));
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let line: Vec<String> = words.map(|w| format!("'{}'", w.display())).collect();
+    let line = format!("exec env --default-signal=HUP {}", line.join(" "));
+    let mut script = Command::new("script");
+    script
+        .args(["--quiet", "--command", &line, "/dev/null"])
+        .current_dir(tool.folder())
+        .env_clear()
+        .envs(command.get_envs().filter_map(|(k, v)| Some((k, v?))));
+    let there = Command::new("script").arg("--version").output().is_ok();
+    assert!(there, "a terminal needs script(1), of util-linux");
+    // When script(1) is gone nobody holds the terminal's other end.
+    let code = signal_to(script, (&tool, "out"), 3, "-KILL");
+    assert_eq!(code, Some(-9));
+    let started = Instant::now();
+    while !tool.read("log").contains("interrupted; step") {
+        assert!(
+            started.elapsed() < Duration::from_secs(60),
+            "{}",
+            tool.read("log")
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    train(&tool, "out", &["--resume"])
+        .exits(0)
+        .says("going on after step");
+    same(&tool, "whole", "out");
+}
+
+#[test]
+fn the_reader_of_the_figures_may_go() {
+    let tool = tool();
+    let mut child = tool
+        .command(&arguments("out", &[]))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_eq!(lines(&tool.folder().join("out/metrics.jsonl")), 16);
+    assert!(tool.folder().join("out/adapter_model.safetensors").exists());
+}
+
+#[test]
+fn a_full_disk_on_standard_output_is_an_error() {
+    let tool = tool();
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let output = tool
+        .command(&arguments("out", &[]))
+        .stdin(Stdio::null())
+        .stdout(full)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(4));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("No space left"));
+}
+
+/// What asks for a checkpoint and cannot be taken away ends no run, and what asks for one
+/// in the last moments is not left behind.
+#[test]
+fn a_request_that_cannot_be_heeded_ends_nothing() {
+    let tool = tool();
+    train(&tool, "out", &[]).exits(0);
+    let file = |name: &str| tool.folder().join("out").join(name);
+    fs::remove_file(file("adapter_model.safetensors")).unwrap();
+    fs::write(file("save-now"), "").unwrap();
+    train(&tool, "out", &["--resume"]).exits(0);
+    assert!(!file("save-now").exists());
+
+    fs::remove_file(file("adapter_model.safetensors")).unwrap();
+    fs::remove_dir_all(file("checkpoints/step-12")).unwrap();
+    fs::create_dir_all(file("save-now/full")).unwrap();
+    let run = train(&tool, "out", &["--resume"]).exits(0);
+    assert_eq!(
+        run.stderr.matches("it cannot be taken away").count(),
+        1,
+        "{run}"
+    );
+}
+
+#[test]
+fn a_checkpoint_can_be_asked_for() {
+    let tool = tool();
+    let config = CONFIG.replace("save_steps: 3", "save_steps: 0");
+    tool.file("train.yaml", &config);
+    train(&tool, "whole", &[]).exits(0);
+    for (out, ask) in [("file", "touch"), ("signal", "-USR1")] {
+        let mut child = tool
+            .command(&arguments(out, &[]))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let metrics = tool.folder().join(out).join("metrics.jsonl");
+        while lines(&metrics) < 3 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if ask == "touch" {
+            fs::write(tool.folder().join(out).join("save-now"), "").unwrap();
+        } else {
+            let _ = Command::new("kill")
+                .args([ask, &child.id().to_string()])
+                .status();
+        }
+        let mut said = String::new();
+        std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut said).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(0), "{said}");
+        assert!(said.contains(" is saved"), "{said}");
+        assert!(!tool.folder().join(out).join("save-now").exists());
+        let saved = fs::read_dir(tool.folder().join(out).join("checkpoints"))
+            .unwrap()
+            .count();
+        assert_eq!(saved, 2, "the one asked for and the last");
+        same(&tool, "whole", out);
+    }
+}
+
+/// While the evaluation before the first step is under way. Who asks twice means it; a
+/// closed terminal sends what it sends.
+#[test]
+fn a_second_signal_ends_it_at_once_but_a_second_hangup_does_not() {
+    let tool = tool();
+    let held_out = pairs(700).replace("\"train\"", "\"eval\"");
+    tool.file("pairs.jsonl", &(pairs(6) + &held_out.replace("\"p", "\"e")));
+    for (signals, saved) in [
+        (["-INT", "-INT"], false),
+        (["-TERM", "-TERM"], false),
+        (["-TERM", "-INT"], false),
+        (["-HUP", "-HUP"], true),
+        (["-HUP", "-TERM"], true),
+        (["-TERM", "-HUP"], true),
+    ] {
+        let out = signals.concat().replace('-', "");
+        let command = tool.command(&arguments(&out, &[]));
+        let mut child = behind("env", &["--default-signal=HUP"], &command)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        // The last of them that gets a handler.
+        while !heeds(child.id(), SIGHUP) && child.try_wait().unwrap().is_none() {
+            std::thread::yield_now();
+        }
+        for signal in signals {
+            let pid = child.id().to_string();
+            let sent = Command::new("kill").args([signal, &pid]).status();
+            assert!(sent.unwrap().success(), "{out}: ended before {signal}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert_eq!(child.wait().unwrap().code(), Some(130), "{out}");
+        let zero = tool.folder().join(&out).join("checkpoints/step-0");
+        assert_eq!(zero.exists(), saved, "{out}");
+    }
+}
