@@ -287,7 +287,7 @@ fn a_damaged_download_is_named_and_comes_again_as_advised() {
     train("one")
         .exits(4)
         .says("the loss is no longer a number")
-        .says(&format!("`qlora-train inspect {FOLDER}` says which"))
+        .says(&format!("`qlora-train inspect '{FOLDER}'` says which"))
         .says(&format!(
             "delete the folder {FOLDER}, to have it downloaded again"
         ))

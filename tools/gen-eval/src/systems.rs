@@ -188,7 +188,7 @@ impl<B: Backend> System<B> {
         let (name, id, base) = (&self.name, &item.id, self.base.display());
         let cause = match self.adapter {
             None => format!(
-                "values in the base model's folder are no numbers: `qlora-train inspect {base}` says which"
+                "values in the base model's folder are no numbers: `qlora-train inspect '{base}'` says which"
             ),
             Some(_) => "the base with this adapter computes beyond what 32 bits hold: its values or its scale \
                  (lora_alpha / r) are too large; train it again with a lower learning rate"

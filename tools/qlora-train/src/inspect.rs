@@ -22,8 +22,9 @@ use crate::verify;
 ///
 /// For an adapter: rank, scale, targets, base, and whether peft would load it
 /// rightly. For a model: shape, storage, parameters, stop tokens, template, and
-/// whether it can be trained on. Every value is read: all must be numbers. With --verify the weights are run here and in
-/// transformers, and token ids, likelihoods and greedy texts are compared.
+/// whether it can be trained on. Every value is read: all must be numbers. With
+/// --verify the weights are run here and in transformers, and token ids,
+/// likelihoods and greedy texts are compared.
 #[derive(Args)]
 #[command(after_long_help = crate::commands::after_help(EXAMPLES, Some("--strict, and something is wrong with what was inspected")))]
 pub struct Inspect {

@@ -474,7 +474,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
                 };
                 format!(
                     "nothing was learnt yet, so values in the base model's folder are no numbers{adapter}: \
-                     `qlora-train inspect {base}` says which; {again}, and train in another \
+                     `qlora-train inspect '{base}'` says which; {again}, and train in another \
                      folder (make: RUN=new)"
                 )
             }
