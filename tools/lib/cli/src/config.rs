@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
+use serde_saphyr::Spanned;
 use settings::{DataSettings, EvalSettings, TrainSettings};
 
 use crate::{Failure, PrintConfig};
@@ -101,8 +102,8 @@ where
     T: Default + Serialize + DeserializeOwned,
 {
     let tree_of_defaults = to_tree(&T::default());
-    let (from_file, written, text) = match file {
-        None => (T::default(), Value::Null, String::new()),
+    let (from_file, written, lines) = match file {
+        None => (T::default(), Value::Null, KeyLines::default()),
         Some(path) => read_yaml(path)?,
     };
     let mut tree = to_tree(&from_file);
@@ -112,8 +113,7 @@ where
         .into_iter()
         .filter(|(path, value)| written.contains_key(path) || defaults.get(path) != Some(value))
         .filter_map(|(path, _)| {
-            let line = (line_of(&text, &path)).map_or_else(String::new, |line| format!(":{line}"));
-            let source = format!("{}{line}", file?.display());
+            let source = format!("{}{}", file?.display(), lines.of(&path));
             Some((path, source))
         })
         .collect();
@@ -201,10 +201,10 @@ fn nearest<'a>(unknown: &str, known: impl Iterator<Item = &'a str>) -> String {
         .unwrap_or_default()
 }
 
-/// The settings of a YAML file, the tree as it was written, and its text.
+/// The settings of a YAML file, the tree as it was written, and where its keys stand.
 fn read_yaml<T: Default + Serialize + DeserializeOwned>(
     path: &Path,
-) -> Result<(T, Value, String), Failure> {
+) -> Result<(T, Value, KeyLines), Failure> {
     let name = path.display();
     let text = std::fs::read_to_string(path)
         .map_err(|e| Failure::Usage(format!("--config {name}: {e}")))?;
@@ -213,50 +213,87 @@ fn read_yaml<T: Default + Serialize + DeserializeOwned>(
         Failure::Usage(format!("{name}{line}: {}", yaml_error(&error)))
     })?;
     if tree.is_null() {
-        return Ok((T::default(), tree, text));
+        return Ok((T::default(), tree, KeyLines::default()));
     }
+    // It was read once already; where that fails, no line is told.
+    let lines: KeyLines = serde_saphyr::from_str(&text).unwrap_or_default();
     drop_empty_sections(&mut tree, &to_tree(&T::default()));
     match from_tree(&tree) {
-        Ok(settings) => Ok((settings, tree, text)),
+        Ok(settings) => Ok((settings, tree, lines)),
         Err((key, cause)) => {
-            let line = line_of(&text, &key).map_or_else(String::new, |line| format!(":{line}"));
+            let line = lines.of(&key);
             Err(Failure::Usage(format!("{name}{line}: {key}: {cause}")))
         }
     }
 }
 
-/// The line of a YAML, counted from 1, on which the key at a dotted path stands, as far
-/// as that can be told without parsing: an alias is another key.
-fn line_of(text: &str, path: &str) -> Option<usize> {
-    let uncommented = |line: &'_ str| match line.trim_start().starts_with('#') {
-        true => 0,
-        false => line.find(" #").unwrap_or(line.len()),
-    };
-    let mut lines = text.lines().map(|line| &line[..uncommented(line)]).zip(1..);
-    let (mut rest, mut at) = ("", 0);
-    for key in path.split('.') {
-        rest = loop {
-            match behind_key(rest, key) {
-                Some(behind) => break behind,
-                None => (rest, at) = lines.next()?,
-            }
-        };
+/// The lines of a YAML's keys, counted from 1, by their dotted paths as they were written:
+/// an alias is another key than the one it stands for.
+#[derive(Default)]
+struct KeyLines(BTreeMap<String, u64>);
+
+impl KeyLines {
+    /// `:LINE`, where the key stands in the file.
+    fn of(&self, path: &str) -> String {
+        (self.0.get(path)).map_or_else(String::new, |line| format!(":{line}"))
     }
-    Some(at)
 }
 
-/// What stands behind `key:` in a line, which may be the inside of braces.
-fn behind_key<'a>(line: &'a str, key: &str) -> Option<&'a str> {
-    let found = line.match_indices(key).map(|(at, _)| line.split_at(at));
-    found
-        .filter(|_| !key.is_empty())
-        .find_map(|(before, from)| {
-            let begins = before.is_empty() || before.ends_with([' ', '{', ',', '"', '\'']);
-            let behind = from[key.len()..]
-                .trim_start_matches(['"', '\''])
-                .trim_start();
-            behind.strip_prefix(':').filter(|_| begins)
-        })
+impl<'de> Deserialize<'de> for KeyLines {
+    fn deserialize<D: Deserializer<'de>>(yaml: D) -> Result<Self, D::Error> {
+        yaml.deserialize_any(KeysOf)
+    }
+}
+
+/// Takes any value, and keeps the keys of sections.
+struct KeysOf;
+
+impl<'de> Visitor<'de> for KeysOf {
+    type Value = KeyLines;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("any value")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut section: A) -> Result<KeyLines, A::Error> {
+        let mut lines = BTreeMap::new();
+        while let Some(key) = section.next_key::<Spanned<String>>()? {
+            let (name, line) = (key.value, key.referenced.line());
+            let KeyLines(inside) = section.next_value()?;
+            lines.extend((inside.into_iter()).map(|(path, line)| (format!("{name}.{path}"), line)));
+            lines.insert(name, line);
+        }
+        Ok(KeyLines(lines))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<KeyLines, A::Error> {
+        while list.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(KeyLines::default())
+    }
+
+    fn visit_bool<E: Error>(self, _: bool) -> Result<KeyLines, E> {
+        Ok(KeyLines::default())
+    }
+
+    fn visit_i64<E: Error>(self, _: i64) -> Result<KeyLines, E> {
+        Ok(KeyLines::default())
+    }
+
+    fn visit_u64<E: Error>(self, _: u64) -> Result<KeyLines, E> {
+        Ok(KeyLines::default())
+    }
+
+    fn visit_f64<E: Error>(self, _: f64) -> Result<KeyLines, E> {
+        Ok(KeyLines::default())
+    }
+
+    fn visit_str<E: Error>(self, _: &str) -> Result<KeyLines, E> {
+        Ok(KeyLines::default())
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<KeyLines, E> {
+        Ok(KeyLines::default())
+    }
 }
 
 /// What is wrong with a YAML, for someone who writes YAML and not programs: the library
@@ -337,10 +374,14 @@ fn in_words(message: &str) -> String {
         (None, None) => return format!("{found}, expected {expected}"),
     };
     // `010` and `4.0` are read as fractional numbers, and so shown.
-    let whole = is
-        .strip_prefix("is ")
-        .and_then(|text| text.strip_suffix(".0"));
-    match whole.filter(|_| expected.starts_with("a whole number")) {
+    let whole = (is.strip_prefix("is "))
+        .and_then(|text| text.strip_suffix(".0"))
+        .filter(|whole| match expected {
+            "a whole number" => true,
+            "a whole number, 0 or more" => !whole.starts_with('-'),
+            _ => false,
+        });
+    match whole {
         Some(whole) => {
             format!("{is}; it must be {expected}: write {whole}, no point and no 0 in front")
         }
@@ -547,12 +588,31 @@ mod tests {
             assert!(error.ends_with(said), "{error}");
             assert!(said.starts_with(':') != error.starts_with(said), "{error}");
         }
-        // An alias has no line, but has its file.
-        let resolved = resolve_train("lora: {r: 0}\nmodel: {rank: 3}\n", Flags::new(), &[]);
-        assert!(resolved.is_err());
-        let resolved = resolve_train("lora: {r: 0}\n", Flags::new(), &[]).unwrap();
+        // An alias has no line, but has its file, whatever else has the key's name.
+        let aliased = "lora: {r: 0}\ndata:\n  prompt_template: |\n    rank: {tweet}\n";
+        let resolved = resolve_train(aliased, Flags::new(), &[]).unwrap();
         let error = resolved.wrong("lora.rank", "is wrong").to_string();
         assert!(error.starts_with('/') && error.ends_with(": lora.rank is wrong"));
+        let file = error.strip_suffix(": lora.rank is wrong").unwrap();
+        assert!(!file.contains(':'), "{error}");
+    }
+
+    #[test]
+    fn a_text_that_looks_like_a_key_is_none() {
+        let yaml = "data:\n  system_prompt: |\n    lora:\n      rank: 3\n    eval_fraction: 2\n  eval_fraction: 0\n\
+                    training:\n  \"seed\":\n    1\n\
+                    lora:\n  rank_pattern:\n    layers.0.q_proj: 0\n  rank: 0\n";
+        let resolved = resolve_train(yaml, Flags::new(), &[]).unwrap();
+        for (key, line) in [
+            ("data.eval_fraction", 6),
+            ("training.seed", 8),
+            ("lora.rank_pattern.layers.0.q_proj", 12),
+            ("lora.rank", 13),
+        ] {
+            let error = resolved.wrong(key, "is wrong").to_string();
+            let said = format!(":{line}: {key} is wrong");
+            assert!(error.ends_with(&said), "{error}");
+        }
     }
 
     #[test]
@@ -712,6 +772,18 @@ mod tests {
             error.contains("PAIRS__LOAR__RANK") && error.contains("`lora`"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn no_number_is_told_to_be_written_that_would_be_wrong_too() {
+        for (number, end) in [
+            ("-4.0", "0 or more"),
+            ("4.0", ": write 4, no point and no 0 in front"),
+        ] {
+            let yaml = format!("lora: {{rank: {number}}}\n");
+            let error = resolve_train(&yaml, Flags::new(), &[]).unwrap_err();
+            assert!(error.ends_with(end), "{error}");
+        }
     }
 
     #[test]
