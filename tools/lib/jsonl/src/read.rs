@@ -124,19 +124,15 @@ impl Lines {
             if read == 0 {
                 return Ok(None);
             }
-            if read > MAX_LINE_BYTES && no_text(&self.bytes).is_none() {
-                return Err(ReadError::Bad {
-                    position: self.position.clone(),
-                    cause: format!("the line is longer than {} MiB", MAX_LINE_BYTES >> 20),
-                });
+            let other = no_text(&self.bytes).filter(|_| self.position.line == 1);
+            let too_long = || format!("the line is longer than {} MiB", MAX_LINE_BYTES >> 20);
+            let refused =
+                (other.map(str::to_owned)).or_else(|| (read > MAX_LINE_BYTES).then(too_long));
+            if let Some(cause) = refused {
+                let position = self.position.clone();
+                return Err(ReadError::Bad { position, cause });
             }
             let mut line = self.bytes.as_slice();
-            if let Some(cause) = (self.position.line == 1).then(|| no_text(line)).flatten() {
-                return Err(ReadError::Bad {
-                    position: self.position.clone(),
-                    cause: cause.into(),
-                });
-            }
             if self.position.line == 1 {
                 line = line.strip_prefix("\u{feff}".as_bytes()).unwrap_or(line);
             }
@@ -285,6 +281,33 @@ mod tests {
                 error.starts_with("f:1: this is ") && error.contains(said),
                 "{error}"
             );
+        }
+    }
+
+    #[test]
+    fn a_line_is_too_long_whatever_it_begins_with() {
+        // Zeros are what a power loss leaves at a file's end; only a first line tells
+        // what the whole stream is.
+        for (before, begins, said) in [
+            ("", b"x ", "f:1: the line is longer"),
+            ("", b"\0\0", "f:1: this is UTF-16"),
+            ("{}\n", b"x ", "f:2: the line is longer"),
+            ("{}\n", b"\0\0", "f:2: the line is longer"),
+            ("{}\n", b"\x1f\x8b", "f:2: the line is longer"),
+        ] {
+            let long = begins.repeat(MAX_LINE_BYTES / 2 + 1);
+            let stream = io::Cursor::new([before.as_bytes(), &long].concat());
+            let mut records = Records::new(Lines::new("f", stream), 9);
+            let mut rejects = Vec::new();
+            let error = loop {
+                match records.next_with(&mut rejects, Ok) {
+                    Ok(Some(_)) => {}
+                    Ok(None) => panic!("{before:?} {begins:?}: all was read"),
+                    Err(error) => break error.to_string(),
+                }
+            };
+            assert!(error.starts_with(said), "{before:?} {begins:?}: {error}");
+            assert!(rejects.is_empty(), "{before:?} {begins:?}");
         }
     }
 
