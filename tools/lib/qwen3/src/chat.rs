@@ -88,7 +88,7 @@ impl Chat {
         let template = Template::new(source, named_tokens(&settings)).map_err(|error| {
             Error::file(
                 &template_path,
-                format!("the chat template does not compile: {error:#}"),
+                format!("the chat template does not compile: {error}"),
             )
         })?;
 
@@ -149,7 +149,7 @@ impl Chat {
         let refused =
             |cause: String| Error::file(&self.template_path, format!("the chat template {cause}"));
         let failed = |error: Error| match error {
-            Error::Template(why) => refused(format!("refuses a question and its reply: {why:#}")),
+            Error::Template(why) => refused(format!("refuses a question and its reply: {why}")),
             Error::Turns { expected, found } => refused(format!(
                 "writes {found} assistant turns where there is {expected}"
             )),

@@ -271,6 +271,7 @@ fn what_is_missing_is_named() {
         let folder = copy(change);
         let error = Chat::load(folder.path()).unwrap_err().to_string();
         assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
     };
     says(
         |f| std::fs::remove_file(f.join("tokenizer.json")).unwrap(),
