@@ -160,7 +160,14 @@ fn which_systems_are_compared_can_be_said() {
         .exits(3)
         .says("-:1: ")
         .says("no system `other`, here: base, lora, shuffled");
-    run(&["--compare", "base"]).exits(2).says("A:B");
+    run(&["--compare", "base"]).exits(2).says(
+        "flag for compare: judge.compare has `base`; it must be two different systems as A:B",
+    );
+    let same = tool();
+    same.file("e.yaml", "judge:\n  compare: [base:base]\n");
+    same.run(&["--config", "e.yaml"], "")
+        .exits(2)
+        .says("e.yaml:2: judge.compare has `base:base`;");
     let alone = json!({"v": 1, "id": "1", "tweet": "t", "reference": "r", "systems": {"base": {"prediction": "p"}}});
     tool()
         .run(&["--provider", "reference"], &lines(&[alone]))
@@ -619,7 +626,7 @@ fn without_a_key_it_stops_before_reading_and_says_what_else_there_is() {
     with_key()
         .run(&["--check", "--model", "claude-unheard-of"], "")
         .exits(2)
-        .says("judge.prices has no price for claude-unheard-of");
+        .says("flag for model: judge.model is claude-unheard-of, and judge.prices has no price for it");
 }
 
 #[test]

@@ -492,8 +492,11 @@ fn wrong_use_names_the_remedy() {
         .says("nowhere");
     tool.run(&["--threshold", "1.5"], &input)
         .exits(2)
-        .says("similarity_threshold");
-    tool.run(&["--eval-fraction", "-0.1"], &input).exits(2);
+        .says("similarity-threshold: deduplication.similarity_threshold is 1.5; it must be");
+    tool.file("d.yaml", "deduplication:\n  # all\n  eval_fraction: -0.1\n");
+    tool.run(&["--config", "d.yaml"], &input)
+        .exits(2)
+        .says("d.yaml:3: deduplication.eval_fraction is -0.1; it must be in 0 to 1");
     tool.run(&["--max-bad-lines", "1"], &input)
         .exits(2)
         .says("--dropped");

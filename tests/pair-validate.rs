@@ -253,7 +253,12 @@ fn wrong_use_names_the_remedy() {
     let yaml = tool.file("c.yaml", "collection: {tweet_filters: {min_length: 500}}\n");
     tool.run(&["--config", &yaml], "")
         .exits(2)
-        .says("collection.tweet_filters.min_length");
+        .says("c.yaml:1: collection.tweet_filters.min_length is 500, above max_length");
+    self::tool()
+        .env("PAIRS__COLLECTION__QUALITY__MAX_TOXICITY", "2")
+        .run::<&str>(&[], "")
+        .exits(2)
+        .says("environment variable PAIRS__COLLECTION__QUALITY__MAX_TOXICITY: collection.quality.max_toxicity is 2; it");
     tool.run::<&str>(&[], "{\"tweet\":\"a\"}\n")
         .exits(3)
         .says("-:1: ")

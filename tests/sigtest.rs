@@ -467,14 +467,29 @@ fn wrong_paths_and_flags_are_named() {
     .says("-:1: ")
     .says("nowhere");
     for (flag, said) in [
-        ("--alpha=1", "--alpha"),
-        ("--resamples=5", "--resamples"),
+        (
+            "--alpha=1",
+            "flag for alpha: statistics.alpha is 1; it must lie between 0 and 1",
+        ),
+        (
+            "--resamples=5",
+            "flag for resamples: statistics.resamples is 5; from 100",
+        ),
         ("--max-bad-lines=1", "--rejects"),
     ] {
         tool.run(&[&PATHS[..], &[flag]].concat(), &input)
             .exits(2)
             .says(said);
     }
+}
+
+#[test]
+fn a_figure_out_of_range_names_its_line() {
+    let tool = tool();
+    tool.file("s.yaml", "statistics:\n  seed: 1\n  alpha: 2\n");
+    tool.run(&[&PATHS[..], &["--config=s.yaml"]].concat(), &records())
+        .exits(2)
+        .says("s.yaml:3: statistics.alpha is 2; it must lie between 0 and 1");
 }
 
 #[test]

@@ -966,7 +966,15 @@ fn usage_that_makes_no_sense_is_refused() {
     tool.run(&["--method", "apify", "--query", "q"], "")
         .exits(2)
         .says("--state DIR");
-    tool.run(&["--method", "apify", "--state", "s"], "")
+    tool.file(
+        "d.yaml",
+        "collection:\n  tweet_filters:\n    max_length: 5\n",
+    );
+    let apify = ["--method", "apify", "--state", "s"];
+    tool.run(&[&apify[..], &["--config", "d.yaml"]].concat(), "")
+        .exits(2)
+        .says("d.yaml:3: collection.tweet_filters.max_length is 5, below min_length, 30");
+    tool.run(&apify, "")
         .exits(2)
         .says("--query")
         .says("search_queries");

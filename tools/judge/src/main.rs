@@ -119,11 +119,11 @@ impl cli::Tool for Judge {
             return Ok(());
         };
         let config = resolved.sha256();
-        let settings = resolved.settings.judge;
+        let settings = resolved.settings.judge.clone();
         let pairs = settings
             .compare
             .iter()
-            .map(|pair| parse_pair(pair))
+            .map(|pair| parse_pair(pair).map_err(|cause| resolved.wrong("judge.compare", cause)))
             .collect::<Result<Vec<_>, _>>()?;
         match settings.provider {
             JudgeProvider::Reference => {
@@ -138,12 +138,12 @@ impl cli::Tool for Judge {
             JudgeProvider::Anthropic => {
                 let client = self.client(&settings)?;
                 let Some(price) = settings.prices.get(&settings.model).copied() else {
-                    return Err(Failure::Usage(format!(
-                        "judge.prices has no price for {}: add it (US dollars for a million tokens), so that \
-                         judge.max_cost_usd can be kept",
+                    let cause = format!(
+                        "is {}, and judge.prices has no price for it: add one (US dollars for a million tokens), \
+                         so that judge.max_cost_usd can be kept",
                         settings.model
-                    ))
-                    .into());
+                    );
+                    return Err(resolved.wrong("judge.model", cause).into());
                 };
                 if self.check {
                     return Ok(());
@@ -397,13 +397,13 @@ impl Judge {
     }
 }
 
-fn parse_pair(text: &str) -> Result<(String, String), Failure> {
+fn parse_pair(text: &str) -> Result<(String, String), String> {
     match text.split_once(':') {
         Some((a, b)) if !a.is_empty() && !b.is_empty() && a != b => {
             Ok((a.to_owned(), b.to_owned()))
         }
-        _ => Err(Failure::Usage(format!(
-            "--compare {text}: two different systems as A:B, such as base:lora"
-        ))),
+        _ => Err(format!(
+            "has `{text}`; it must be two different systems as A:B, such as base:lora"
+        )),
     }
 }

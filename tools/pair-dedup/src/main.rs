@@ -18,11 +18,11 @@ use std::sync::Mutex;
 
 use anyhow::Context;
 use clap::Parser;
-use cli::{App, Common, Counts, Failure, Flags, PrintConfig, Signature, Tool};
+use cli::{App, Common, Counts, Failure, Flags, PrintConfig, Resolved, Signature, Tool};
 use embed::{DIM, Embedder};
 use jsonl::{Lines, Output, Records, Rejects, write_atomically};
 use record::{Dropped, Duplicate, Pair, Record, Split, Summary, Validation, quality};
-use settings::{DataSettings, Deduplication};
+use settings::DataSettings;
 
 use crate::near::{Near, Vectors, drop_near, join_near};
 use crate::normalize::{fold, normalize};
@@ -122,7 +122,7 @@ impl Tool for PairDedup {
             return Ok(());
         };
         let settings = &resolved.settings.deduplication;
-        self.check(settings)?;
+        check(&resolved)?;
 
         let mut dropped = app.rejects("--dropped", self.dropped.as_deref())?;
         if let Some(path) = &self.summary {
@@ -213,24 +213,24 @@ impl Tool for PairDedup {
     }
 }
 
-impl PairDedup {
-    fn check(&self, settings: &Deduplication) -> Result<(), Failure> {
-        let usage = |text: String| Err(Failure::Usage(text));
-        if !(settings.similarity_threshold > 0.0 && settings.similarity_threshold <= 1.0) {
-            let found = settings.similarity_threshold;
-            return usage(format!(
-                "deduplication.similarity_threshold (--threshold) is {found}; it must be above 0, at most 1"
-            ));
-        }
-        if !(0.0..=1.0).contains(&settings.eval_fraction) {
-            let found = settings.eval_fraction;
-            return usage(format!(
-                "deduplication.eval_fraction (--eval-fraction) is {found}; it must be in 0 to 1"
-            ));
-        }
-        Ok(())
+/// Settings that parse and cannot work.
+fn check(resolved: &Resolved<DataSettings>) -> Result<(), Failure> {
+    let settings = &resolved.settings.deduplication;
+    let wrong =
+        |key: &str, cause: String| Err(resolved.wrong(&format!("deduplication.{key}"), cause));
+    let (threshold, fraction) = (settings.similarity_threshold, settings.eval_fraction);
+    if !(threshold > 0.0 && threshold <= 1.0) {
+        let cause = format!("is {threshold}; it must be above 0, at most 1");
+        return wrong("similarity_threshold", cause);
     }
+    if !(0.0..=1.0).contains(&fraction) {
+        let cause = format!("is {fraction}; it must be in 0 to 1");
+        return wrong("eval_fraction", cause);
+    }
+    Ok(())
+}
 
+impl PairDedup {
     /// All rows, and the number of malformed lines.
     fn read(&self, dropped: &mut Rejects) -> anyhow::Result<(Vec<Row>, u64)> {
         let mut records = Records::new(Lines::open(Path::new("-"))?, self.common.max_bad_lines);

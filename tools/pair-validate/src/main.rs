@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
-use cli::{App, Common, Counts, Failure, Flags, PrintConfig, Signature, Tool};
+use cli::{App, Common, Counts, Flags, PrintConfig, Signature, Tool};
 use filters::{Candidate, Checked, Filters};
 use jsonl::{Lines, Output, Records, Rejects, write_atomically};
 use rayon::prelude::*;
@@ -65,7 +65,7 @@ impl Tool for PairValidate {
             return Ok(());
         };
         let filters = Filters::new(&resolved.settings.collection)
-            .map_err(|e| Failure::Usage(e.to_string()))?;
+            .map_err(|error| resolved.wrong(&error.key, error.cause))?;
 
         let mut rejects = app.rejects("--rejects", self.rejects.as_deref())?;
         if let Some(path) = &self.summary {

@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use cli::{App, Common, Counts, Failure, Flags, Tool};
+use cli::{App, Common, Counts, Failure, Flags, Resolved, Tool};
 use jsonl::Output;
 use settings::{EvalSettings, Statistics};
 
@@ -89,7 +89,7 @@ impl Tool for Sigtest {
             return Ok(());
         };
         let statistics = &resolved.settings.statistics;
-        self.check(statistics)?;
+        check(&resolved)?;
 
         let question = &self.question;
         let (rows, metrics, counts) = question.read(app, self.rejects.as_deref())?;
@@ -136,21 +136,18 @@ impl Tool for Sigtest {
     }
 }
 
-impl Sigtest {
-    fn check(&self, statistics: &Statistics) -> Result<(), Failure> {
-        let usage = |text: String| Err(Failure::Usage(text));
-        if !(statistics.alpha > 0.0 && statistics.alpha < 1.0) {
-            return usage(format!(
-                "--alpha (statistics.alpha) is {}; it must lie between 0 and 1",
-                statistics.alpha
-            ));
-        }
-        if !(100..=10_000_000).contains(&statistics.resamples) {
-            return usage(format!(
-                "--resamples (statistics.resamples) is {}; from 100 to 10000000 make sense",
-                statistics.resamples
-            ));
-        }
-        Ok(())
+/// Settings that parse and cannot work.
+fn check(resolved: &Resolved<EvalSettings>) -> Result<(), Failure> {
+    let Statistics {
+        alpha, resamples, ..
+    } = resolved.settings.statistics;
+    if !(alpha > 0.0 && alpha < 1.0) {
+        let cause = format!("is {alpha}; it must lie between 0 and 1");
+        return Err(resolved.wrong("statistics.alpha", cause));
     }
+    if !(100..=10_000_000).contains(&resamples) {
+        let cause = format!("is {resamples}; from 100 to 10000000 make sense");
+        return Err(resolved.wrong("statistics.resamples", cause));
+    }
+    Ok(())
 }

@@ -10,10 +10,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use cli::{App, Failure};
+use cli::{App, Failure, Resolved};
 use record::Record;
 use serde_json::{Value, json};
-use settings::Collection;
+use settings::{Collection, DataSettings};
 
 use crate::apify::{Api, Limits, Run, Started};
 use crate::join::{Joiner, Origin};
@@ -39,13 +39,14 @@ enum End {
 /// Another plan than the folder's (exit 2), and whatever the service or the disk does.
 pub fn collect(
     app: &App,
-    settings: &Collection,
+    resolved: &Resolved<DataSettings>,
     folder: &Path,
     adopt: Option<&str>,
     api: impl Fn() -> anyhow::Result<Api>,
     new_joiner: impl Fn() -> Joiner,
 ) -> anyhow::Result<Joiner> {
-    let wanted = Wanted::new(settings)?;
+    let settings = &resolved.settings.collection;
+    let wanted = Wanted::new(resolved)?;
     let mut state = State::open(folder)?;
     let plan = Plan {
         actor: settings.apify.actor.clone(),

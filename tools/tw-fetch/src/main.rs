@@ -125,10 +125,9 @@ impl cli::Tool for Fetch {
         let Some(resolved) = app.settings::<DataSettings>(&SECTIONS, flags)? else {
             return Ok(());
         };
-        let Resolved { settings, .. } = resolved;
         match self.method {
-            Method::File => self.import(app, &settings.collection),
-            Method::Apify => self.collect(app, &settings.collection),
+            Method::File => self.import(app, &resolved.settings.collection),
+            Method::Apify => self.collect(app, &resolved),
         }
     }
 }
@@ -213,7 +212,8 @@ impl Fetch {
         self.write(app, joiner, out, leftovers, counts)
     }
 
-    fn collect(&self, app: &App, settings: &Collection) -> anyhow::Result<()> {
+    fn collect(&self, app: &App, resolved: &Resolved<DataSettings>) -> anyhow::Result<()> {
+        let settings = &resolved.settings.collection;
         if !self.input.is_empty() {
             return Err(Failure::Usage(
                 "--input goes with --method file; --method apify collects its own".into(),
@@ -234,7 +234,7 @@ impl Fetch {
         let keep_unpaired = self.unpaired.is_some();
         let joiner = collect::collect(
             app,
-            settings,
+            resolved,
             folder,
             self.adopt_run.as_deref(),
             || self.api(settings),

@@ -4,10 +4,10 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
-use cli::Failure;
+use cli::{Failure, Resolved};
 use filters::{Candidate, Filters};
 use record::Pair;
-use settings::Collection;
+use settings::DataSettings;
 
 use crate::join::Collected;
 use crate::tweet::Tweet;
@@ -21,8 +21,9 @@ pub struct Wanted {
 impl Wanted {
     /// # Errors
     /// Settings that make no sense to a filter (exit 2).
-    pub fn new(settings: &Collection) -> Result<Self, Failure> {
-        let filters = Filters::new(settings).map_err(|e| Failure::Usage(e.to_string()))?;
+    pub fn new(resolved: &Resolved<DataSettings>) -> Result<Self, Failure> {
+        let filters = Filters::new(&resolved.settings.collection)
+            .map_err(|error| resolved.wrong(&error.key, error.cause))?;
         Ok(Self {
             filters,
             pairs: RefCell::default(),

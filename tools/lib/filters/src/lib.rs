@@ -29,11 +29,11 @@ use toxicity::toxicity;
 
 /// Settings that no filter can work with.
 #[derive(Debug, thiserror::Error)]
-#[error("{key}: {cause}")]
+#[error("{key} {cause}")]
 pub struct Error {
     /// The setting, dotted.
     pub key: String,
-    /// What is wrong with it.
+    /// What is wrong with it; goes on from the key.
     pub cause: String,
 }
 
@@ -94,28 +94,45 @@ impl Filters {
             key: format!("collection.{key}"),
             cause,
         };
-        for (side, min, max) in [
-            ("tweet_filters", tweet.min_length, tweet.max_length),
-            ("reply_filters", reply.min_length, reply.max_length),
+        let defaults = Collection::default();
+        let (tweet_min, reply_min) = (
+            defaults.tweet_filters.min_length,
+            defaults.reply_filters.min_length,
+        );
+        for (side, min, max, default) in [
+            (
+                "tweet_filters",
+                tweet.min_length,
+                tweet.max_length,
+                tweet_min,
+            ),
+            (
+                "reply_filters",
+                reply.min_length,
+                reply.max_length,
+                reply_min,
+            ),
         ] {
             if min > max {
-                return Err(error(
-                    &format!("{side}.min_length"),
-                    format!("{min} is above max_length, {max}"),
-                ));
+                // The one that was set is to blame.
+                let (key, cause) = match min == default {
+                    true => ("max_length", format!("is {max}, below min_length, {min}")),
+                    false => ("min_length", format!("is {min}, above max_length, {max}")),
+                };
+                return Err(error(&format!("{side}.{key}"), cause));
             }
         }
         if !(0.0..=1.0).contains(&settings.quality.max_toxicity) {
             return Err(error(
                 "quality.max_toxicity",
-                format!("{} is not in 0 to 1", settings.quality.max_toxicity),
+                format!("is {}; it must be in 0 to 1", settings.quality.max_toxicity),
             ));
         }
         let detector = |side: &str, code: &str| {
             Detector::new(code).ok_or_else(|| {
                 error(
                     &format!("{side}.language"),
-                    format!("`{code}` is none of {}", Detector::known()),
+                    format!("is `{code}`, none of {}", Detector::known()),
                 )
             })
         };
@@ -511,11 +528,15 @@ mod tests {
         };
         assert!(
             refused(|s| s.reply_filters.min_length = 300)
-                .starts_with("collection.reply_filters.min_length: ")
+                .starts_with("collection.reply_filters.min_length is 300, above")
+        );
+        assert!(
+            refused(|s| s.tweet_filters.max_length = 5)
+                .starts_with("collection.tweet_filters.max_length is 5, below")
         );
         assert!(
             refused(|s| s.quality.max_toxicity = 3.0)
-                .starts_with("collection.quality.max_toxicity: ")
+                .starts_with("collection.quality.max_toxicity is 3; ")
         );
         let language = refused(|s| s.tweet_filters.language = "klingon".into());
         assert!(
