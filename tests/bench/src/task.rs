@@ -126,7 +126,7 @@ impl Task {
         let mut pass = Pass::new(Keep::All);
         let extents = steps.iter().map(|rows| Extent::of(rows));
         let extent = extents.reduce(Extent::max).unwrap_or_default();
-        pass.reserve(&model, extent, &layout)?; // as qlora-train does
+        pass.reserve(&model, extent, Some(&layout))?; // as qlora-train does
         let mut step = |rows: &[Row<'_>]| -> Result<()> {
             let batch = Batch::new(&Cpu, rows)?;
             let lora = Lora {

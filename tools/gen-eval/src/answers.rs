@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use cli::{App, Failure, Progress};
 use engine::{Backend, Sampling};
 use jsonl::Output;
-use qwen3::{Chat, Finish, Model};
+use qwen3::{Chat, Finish, Model, plan};
 use settings::Generation;
 
 use crate::items::Item;
@@ -14,7 +14,7 @@ use crate::journal::Journal;
 use crate::lines::{ItemLine, Ordered, SystemLine, SystemScores};
 use crate::scores::Corpus;
 use crate::setup::Setup;
-use crate::systems::{self, Answer, Decoding, System};
+use crate::systems::{self, Answer, Decoding, Room, System};
 
 /// What adds up over the items of one system.
 struct Tally {
@@ -130,6 +130,23 @@ impl<'a> UnderWay<'a> {
     }
 }
 
+/// What is left of a GPU's memory makes it faster: quantised weights lie there decoded.
+fn decode_into_the_rest<B: Backend>(app: &App, model: &mut Model<B>) -> Result<()> {
+    let free = model.backend().free_memory()?.unwrap_or(0);
+    match model.keep_decoded_within(plan::usable(free)) {
+        Ok(0) => {}
+        Ok(layers) => app.detail(format_args!(
+            "the weights of {layers} of {} layers lie decoded as well, for speed",
+            model.config().layers
+        )),
+        Err(error @ engine::Error::OutOfMemory { .. }) => {
+            app.detail(format_args!("weights are decoded each time: {error}"));
+        }
+        Err(error) => return Err(error.into()),
+    }
+    Ok(())
+}
+
 /// Answers all items block by block and writes each block as it is done; the figures
 /// of each system over all of them. Answers that `journal` has are taken from it, and
 /// new ones put there.
@@ -137,7 +154,7 @@ pub fn write_items<'a, B: Backend>(
     app: &App,
     settings: &Generation,
     setup: &'a Setup,
-    model: &Model<B>,
+    mut model: Model<B>,
     items: &[Item],
     mut journal: Option<&mut Journal>,
     out: &mut Output,
@@ -145,7 +162,7 @@ pub fn write_items<'a, B: Backend>(
     let base = setup.checkpoint.folder();
     let mut systems = vec![System::base(base)];
     for (name, adapter) in &setup.adapters {
-        systems.push(System::adapted(name, adapter, model, base)?);
+        systems.push(System::adapted(name, adapter, &model, base)?);
     }
     let named = setup.adapters.iter().map(|(name, _)| name.as_str());
     let names: Vec<&str> = std::iter::once(systems::BASE).chain(named).collect();
@@ -160,13 +177,15 @@ pub fn write_items<'a, B: Backend>(
         stop_ids: setup.stop_ids.clone(),
         slots: settings.batch_size,
     };
-    let mut pass = systems::scoring_pass();
+    // Slots run empty at a block's end; a few of their fillings make that small.
+    let blocks = items.chunks(settings.batch_size.saturating_mul(4));
+    let mut room = Room::new(&model, &systems, blocks.clone(), &decoding)?;
+    decode_into_the_rest(app, &mut model)?;
     let mut tallies: Vec<Tally> = systems.iter().map(|_| Tally::new()).collect();
     let total = (items.len() * systems.len()) as u64;
     let under_way = UnderWay::new(app, total, journal.is_some())?;
     let (mut replies, mut first) = (0, 0);
-    // Slots run empty at a block's end; a few of their fillings make that small.
-    for block in items.chunks(settings.batch_size.saturating_mul(4)) {
+    for block in blocks {
         let mut answers = Vec::new(); // [systems][items of the block]
         for system in &systems {
             let name = &system.name;
@@ -175,7 +194,7 @@ pub fn write_items<'a, B: Backend>(
                 Some(answers) => answers,
                 None => {
                     let said = |done| under_way.at(replies + done as u64, name);
-                    let new = system.answer(model, &mut pass, block, first, &decoding, said)?;
+                    let new = system.answer(&model, &mut room, block, first, &decoding, said)?;
                     if let Some(journal) = &mut journal {
                         journal.keep(first, name, &new)?;
                     }

@@ -278,13 +278,13 @@ impl GenEval {
                 Device::Cpu(cpu) => {
                     let model = Model::load(cpu, &setup.checkpoint, setup.held).context(loading)?;
                     cpu.inside(|| {
-                        answers::write_items(app, settings, &setup, &model, &items, kept, &mut out)
+                        answers::write_items(app, settings, &setup, model, &items, kept, &mut out)
                     })?
                 }
                 Device::Cuda(cuda) => {
                     let model =
                         Model::load(cuda, &setup.checkpoint, setup.held).context(loading)?;
-                    answers::write_items(app, settings, &setup, &model, &items, kept, &mut out)?
+                    answers::write_items(app, settings, &setup, model, &items, kept, &mut out)?
                 }
             };
             let signature = setup.signature(resolved, &items);

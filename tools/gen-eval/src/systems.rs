@@ -6,7 +6,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use cli::Failure;
 use engine::{Backend, Sampling};
-use qwen3::{Adapter, Batch, Completion, Config, Keep, Lora, Model, OwnedLora, Pass, Prompt, Row};
+use qwen3::plan::Extent;
+use qwen3::{
+    Adapter, Batch, Completion, Config, Keep, Lora, Model, OwnedLora, Pass, Prompt, Row, Slots,
+};
 use serde::Deserialize;
 use settings::TrainSettings;
 
@@ -159,6 +162,17 @@ pub struct Decoding {
     pub slots: usize,
 }
 
+impl Decoding {
+    fn generation(&self) -> qwen3::Generation<'_> {
+        qwen3::Generation {
+            sampling: self.sampling,
+            max_new_tokens: self.max_new_tokens,
+            stop_ids: &self.stop_ids,
+            slots: self.slots,
+        }
+    }
+}
+
 impl<B: Backend> System<B> {
     /// The base alone.
     pub fn base(base: &Path) -> Self {
@@ -205,13 +219,13 @@ impl<B: Backend> System<B> {
     pub fn answer(
         &self,
         model: &Model<B>,
-        pass: &mut Pass<B>,
+        room: &mut Room<B>,
         items: &[Item],
         first: u32,
         decoding: &Decoding,
         progress: impl FnMut(usize),
     ) -> Result<Vec<Answer>> {
-        let losses = self.losses(model, pass, items)?;
+        let losses = self.losses(model, &mut room.pass, items)?;
         if let Some(at) = losses.iter().position(|nll| !nll.is_finite()) {
             return Err(self.no_number(&items[at]).into());
         }
@@ -223,13 +237,13 @@ impl<B: Backend> System<B> {
                 ids: &item.prompt,
             })
             .collect();
-        let generation = qwen3::Generation {
-            sampling: decoding.sampling,
-            max_new_tokens: decoding.max_new_tokens,
-            stop_ids: &decoding.stop_ids,
-            slots: decoding.slots,
-        };
-        let completions = qwen3::generate(model, self.lora(), &prompts, &generation, progress)?;
+        let completions = room.slots.generate(
+            (model, self.lora()),
+            &mut room.pass,
+            &prompts,
+            &decoding.generation(),
+            progress,
+        )?;
         let answers = losses.into_iter().zip(completions);
         Ok(answers
             .map(|(nll, completion)| Answer { nll, completion })
@@ -238,25 +252,9 @@ impl<B: Backend> System<B> {
 
     /// The negative log-likelihood of each item's reference.
     fn losses(&self, model: &Model<B>, pass: &mut Pass<B>, items: &[Item]) -> Result<Vec<f64>> {
-        let rows: Vec<Row> = items
-            .iter()
-            .zip(0..)
-            .map(|(item, number)| Row {
-                number,
-                ids: &item.ids,
-                labelled: &item.labelled,
-            })
-            .collect();
-        let mut sums = Vec::with_capacity(rows.len());
-        let mut rest = rows.as_slice();
-        while !rest.is_empty() {
-            let mut tokens = 0;
-            let fitting = rest.iter().take_while(|row| {
-                tokens += row.ids.len();
-                tokens <= PASS_TOKENS
-            });
-            let (packed, later) = rest.split_at(fitting.count().max(1));
-            let batch = Batch::new(model.backend(), packed)?;
+        let mut sums = Vec::with_capacity(items.len());
+        for packed in passes(items) {
+            let batch = Batch::new(model.backend(), &rows(packed))?;
             let nll = model.losses(pass, &batch, self.lora())?.wait()?;
             let mut nll = nll.into_iter().map(f64::from);
             sums.extend(
@@ -265,13 +263,66 @@ impl<B: Backend> System<B> {
                     .iter()
                     .map(|&labels| nll.by_ref().take(labels).sum::<f64>()),
             );
-            rest = later;
         }
         Ok(sums)
     }
 }
 
-/// The memory of scoring passes: nothing is kept for a backward pass.
-pub fn scoring_pass<B: Backend>() -> Pass<B> {
-    Pass::new(Keep::Nothing)
+/// The items of each scoring pass, in order.
+fn passes(mut rest: &[Item]) -> impl Iterator<Item = &[Item]> {
+    std::iter::from_fn(move || {
+        let mut tokens = 0;
+        let fitting = rest.iter().take_while(|item| {
+            tokens += item.ids.len();
+            tokens <= PASS_TOKENS
+        });
+        let packed;
+        (packed, rest) = rest.split_at(fitting.count().max(1).min(rest.len()));
+        (!packed.is_empty()).then_some(packed)
+    })
+}
+
+fn rows(items: &[Item]) -> Vec<Row<'_>> {
+    let numbered = items.iter().zip(0..);
+    numbered
+        .map(|(item, number)| Row {
+            number,
+            ids: &item.ids,
+            labelled: &item.labelled,
+        })
+        .collect()
+}
+
+/// The memory of scoring and generating, for all systems in turn.
+pub struct Room<B: Backend> {
+    pass: Pass<B>,
+    slots: Slots<B>,
+}
+
+impl<B: Backend> Room<B> {
+    /// All that the systems' answers to these blocks of items will need, so that what is
+    /// left then is left for good.
+    ///
+    /// # Errors
+    /// If the device has not got it.
+    pub fn new<'a>(
+        model: &Model<B>,
+        systems: &[System<B>],
+        blocks: impl Iterator<Item = &'a [Item]> + Clone,
+        decoding: &Decoding,
+    ) -> Result<Self> {
+        let prompts = blocks.clone().flatten();
+        let lengths: Vec<usize> = prompts.map(|item| item.prompt.len()).collect();
+        let slots = Slots::new(model, &lengths, &decoding.generation())?;
+        let extents = blocks.flat_map(passes).map(|p| Extent::of(&rows(p)));
+        let scored = extents.fold(Extent::default(), Extent::max);
+        // Nothing is kept for a backward pass.
+        let mut pass = Pass::new(Keep::Nothing);
+        for system in systems {
+            let layout = system.adapter.as_ref().map(|adapter| adapter.lora().layout);
+            pass.reserve(model, scored, layout)?;
+            slots.reserve(model, &mut pass, layout)?;
+        }
+        Ok(Self { pass, slots })
+    }
 }

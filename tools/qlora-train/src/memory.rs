@@ -405,13 +405,11 @@ impl Budget {
     /// What the settings allow, or what is free but for a margin.
     ///
     /// On the processor a tenth is left: what is available is the kernel's estimate,
-    /// and other programs grow. On a GPU a quarter of a gigabyte and one part in fifty:
-    /// kernels of cuBLAS come when they are first needed, and its allocator hands out
-    /// whole pages.
+    /// and other programs grow. On a GPU see [`plan::usable`].
     fn new(asked: Option<&str>, free: Option<usize>, place: Place, program: usize) -> Result<Self> {
         let there = free.map(|free| match place {
             Place::Processor => program + (free - free / 10),
-            Place::Gpu => free.saturating_sub(free / 50 + (256 << 20)),
+            Place::Gpu => plan::usable(free),
         });
         let bytes = asked.map(parse).transpose()?;
         Ok(Self {

@@ -163,7 +163,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         let seen = folder.figures()?;
         // Reserved whole, so that what is planned is what is taken.
         let mut pass = Pass::new(job.fit.keep);
-        pass.reserve(model, job.fit.survey.extent, layout)?;
+        pass.reserve(model, job.fit.survey.extent, Some(layout))?;
         Ok(Self {
             optimiser,
             grads: backend.alloc_f32(layout.len())?,
@@ -444,7 +444,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         }
         drop(pass);
         let (fit, layout) = (self.job.fit, &self.job.plan.layout);
-        self.pass.reserve(self.model, fit.survey.extent, layout)?;
+        self.pass.reserve(self.model, fit.survey.extent, Some(layout))?;
         let eval_loss = sum / tokens as f64;
         if !eval_loss.is_finite() {
             let (step, what) = (self.step, "the held-out loss is");

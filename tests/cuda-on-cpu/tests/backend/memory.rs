@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use cuda_on_cpu::{Emulated, Order};
-use engine::{Backend, Cuda, Reading};
+use engine::{Backend, Cuda, Reading, Sampling};
 use qwen3::plan::{self, Extent, Outline, Part};
 use qwen3::{
-    AdapterConfig, Batch, Checkpoint, Held, Keep, Lora, LoraLayout, Model, Optimiser,
-    OptimiserKind, Pass, Row, Storage, Update,
+    AdapterConfig, Batch, Checkpoint, Generation, Held, Keep, Lora, LoraLayout, Model, Optimiser,
+    OptimiserKind, Pass, Prompt, Row, Slots, Storage, Update,
 };
 
 #[test]
@@ -103,4 +103,58 @@ fn the_plan_is_what_is_allocated() {
         println!("{name}, {held:?}, {keep:?}: {planned} planned, {peak} used");
         assert_eq!(planned, peak, "{name}, {held:?}, {keep:?}");
     }
+}
+
+#[test]
+fn replies_take_their_room_at_once_and_leave_the_rest_to_decoded_weights() {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../parity/files");
+    let checkpoint = Checkpoint::open(&tests.join("nf4")).unwrap();
+    let emulated = Emulated::new(Order::Forward, false);
+    let meter = emulated.meter();
+    let cuda = Cuda::new(Box::new(emulated)).unwrap();
+    let outline = Outline::new(&cuda, &checkpoint, Storage::AsStored).unwrap();
+    let [one, both] = [1, 2].map(|layers| outline.decoded(&cuda, layers).total());
+    let mut model = Model::load(cuda, &checkpoint, Storage::AsStored).unwrap();
+
+    let how = Generation {
+        sampling: Sampling {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            seed: 0,
+        },
+        max_new_tokens: 4,
+        stop_ids: &[],
+        slots: 2,
+    };
+    let ids: Vec<u32> = (0..40).collect();
+    let prompts: Vec<_> = [11, 40, 5]
+        .map(|len| Prompt {
+            number: len as u32,
+            ids: &ids[..len],
+        })
+        .into();
+    let alone = qwen3::generate(&model, None, &prompts, &how, |_| {}).unwrap();
+    let mut slots = Slots::new(&model, &[40, 11, 5], &how).unwrap();
+    let mut pass = Pass::new(Keep::Nothing);
+    slots.reserve(&model, &mut pass, None).unwrap();
+
+    let before = meter.used();
+    for (bytes, layers, taken) in [(one - 1, 0, 0), (both - 1, 1, one), (usize::MAX, 2, both)] {
+        assert_eq!(model.keep_decoded_within(bytes).unwrap(), layers);
+        assert_eq!(meter.used(), before + taken);
+    }
+    let most = before + both;
+    assert!(meter.peak() <= most, "{} {most}", meter.peak());
+    for prompts in [&prompts[1..], &prompts[..]] {
+        let mut generate = |prompts: &[Prompt<'_>]| {
+            let memory = (&model, None);
+            slots.generate(memory, &mut pass, prompts, &how, |_| {})
+        };
+        let replies = generate(prompts).unwrap();
+        assert_eq!(replies, alone[3 - prompts.len()..]);
+    }
+    // But for the ids, positions and slots of one pass.
+    let ids = 6 * 56 * size_of::<u32>();
+    assert!(meter.peak() <= most + ids, "{} {most}", meter.peak());
 }

@@ -7,9 +7,10 @@
 
 use engine::{Backend, Cache, Ragged, Result, Sampling};
 
-use crate::Lora;
 use crate::model::{KvCache, Model, Tokens};
 use crate::pass::{Keep, Pass};
+use crate::plan::Extent;
+use crate::{Lora, LoraLayout};
 
 /// A text to be continued.
 #[derive(Debug, Clone, Copy)]
@@ -63,7 +64,7 @@ struct Active {
 }
 
 /// Generates a reply to each prompt, in their order. `progress` hears how many
-/// are finished.
+/// are finished. Memory comes and goes with the call; see [`Slots`].
 ///
 /// # Errors
 /// If the device has no room.
@@ -75,116 +76,176 @@ pub fn generate<B: Backend>(
     lora: Option<Lora<'_, B>>,
     prompts: &[Prompt<'_>],
     how: &Generation<'_>,
-    mut progress: impl FnMut(usize),
+    progress: impl FnMut(usize),
 ) -> Result<Vec<Completion>> {
-    let limit = model.config().max_positions;
-    assert!(how.slots > 0, "generation needs a slot");
-    assert!(
-        prompts.iter().all(|p| (1..limit).contains(&p.ids.len())),
-        "prompts of 1 to {} tokens",
-        limit - 1
-    );
-    let empty = Completion {
-        ids: Vec::new(),
-        finish: Finish::Length,
-    };
-    let mut replies = vec![empty; prompts.len()];
-    if how.max_new_tokens == 0 || prompts.is_empty() {
-        return Ok(replies);
-    }
-    let mut decoder = Decoder::new(model, lora, prompts, how)?;
-    let mut free: Vec<u32> = (0..decoder.cache.shape.slots as u32).rev().collect();
-    let mut waiting = (0..prompts.len()).peekable();
-    let mut active: Vec<Active> = Vec::new();
-    let mut done = 0;
-    while done < prompts.len() {
-        let mut fresh = Vec::new();
-        let mut tokens = 0;
-        while let (Some(&prompt), Some(&slot)) = (waiting.peek(), free.last()) {
-            tokens += prompts[prompt].ids.len();
-            if !fresh.is_empty() && tokens > PREFILL_TOKENS {
-                break;
-            }
-            waiting.next();
-            free.pop();
-            fresh.push(Active {
-                prompt,
-                slot,
-                ids: Vec::new(),
-            });
-        }
-        let (moved, chosen) = if fresh.is_empty() {
-            let chosen = decoder.step(&active)?;
-            (std::mem::take(&mut active), chosen)
-        } else {
-            let chosen = decoder.prefill(&fresh)?;
-            (fresh, chosen)
-        };
-        for (mut reply, id) in moved.into_iter().zip(chosen) {
-            let stop = how.stop_ids.contains(&id);
-            if !stop {
-                reply.ids.push(id);
-            }
-            let length = prompts[reply.prompt].ids.len() + reply.ids.len();
-            if stop || reply.ids.len() == how.max_new_tokens || length == limit {
-                free.push(reply.slot);
-                replies[reply.prompt] = Completion {
-                    ids: reply.ids,
-                    finish: if stop { Finish::Stop } else { Finish::Length },
-                };
-                done += 1;
-            } else {
-                active.push(reply);
-            }
-        }
-        progress(done);
-    }
-    Ok(replies)
+    let lengths: Vec<usize> = prompts.iter().map(|prompt| prompt.ids.len()).collect();
+    let mut slots = Slots::new(model, &lengths, how)?;
+    let mut pass = Pass::new(Keep::Nothing);
+    slots.generate((model, lora), &mut pass, prompts, how, progress)
 }
 
-/// The device's side: the cache and the buffers of both kinds of pass.
-struct Decoder<'a, B: Backend> {
-    model: &'a Model<B>,
-    lora: Option<Lora<'a, B>>,
-    prompts: &'a [Prompt<'a>],
-    sampling: Sampling,
+/// The memory of replies under way: their keys and values, and their logits.
+pub struct Slots<B: Backend> {
     cache: KvCache<B>,
-    pass: Pass<B>,
     logits: B::F32,
     chosen: B::Ids,
+    /// The most prompt tokens of a pass.
+    tokens: usize,
 }
 
-impl<'a, B: Backend> Decoder<'a, B> {
-    fn new(
-        model: &'a Model<B>,
-        lora: Option<Lora<'a, B>>,
-        prompts: &'a [Prompt<'a>],
-        how: &Generation<'_>,
-    ) -> Result<Self> {
+impl<B: Backend> Slots<B> {
+    /// For prompts of these lengths, and any of no more and no longer ones.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    pub fn new(model: &Model<B>, lengths: &[usize], how: &Generation<'_>) -> Result<Self> {
         let (backend, config) = (model.backend(), model.config());
-        let longest = prompts.iter().map(|p| p.ids.len()).max().unwrap_or(0);
+        let longest = lengths.iter().copied().max().unwrap_or(0);
         let shape = Cache {
-            slots: how.slots.min(prompts.len()),
+            slots: how.slots.min(lengths.len()),
             capacity: (config.max_positions).min(longest.saturating_add(how.max_new_tokens)),
         };
         let width = config.attention().k();
         let side = || backend.alloc_act(shape.slots * shape.capacity * width);
         let layer = |_| Ok((side()?, side()?));
         Ok(Self {
-            model,
-            lora,
-            prompts,
-            sampling: how.sampling,
             cache: KvCache {
                 shape,
                 layers: (0..config.layers).map(layer).collect::<Result<_>>()?,
             },
-            pass: Pass::new(Keep::Nothing),
             logits: backend.alloc_f32(shape.slots * config.vocab_size)?,
             chosen: backend.alloc_ids(shape.slots)?,
+            tokens: lengths
+                .iter()
+                .sum::<usize>()
+                .min(longest.max(PREFILL_TOKENS)),
         })
     }
 
+    /// Makes all the room at once that passes with an adapter of this layout will need.
+    ///
+    /// # Errors
+    /// If the device has not got it.
+    pub fn reserve(
+        &self,
+        model: &Model<B>,
+        pass: &mut Pass<B>,
+        layout: Option<&LoraLayout>,
+    ) -> Result<()> {
+        let Cache { slots, capacity } = self.cache.shape;
+        let extent = Extent {
+            rows: slots,
+            tokens: self.tokens.max(slots),
+            labelled: slots,
+            longest: capacity,
+        };
+        pass.reserve(model, extent, layout)
+    }
+
+    /// As [`generate`], in this memory and that of `pass`.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    ///
+    /// # Panics
+    /// If a prompt is empty, or does not leave room for its reply.
+    pub fn generate(
+        &mut self,
+        (model, lora): (&Model<B>, Option<Lora<'_, B>>),
+        pass: &mut Pass<B>,
+        prompts: &[Prompt<'_>],
+        how: &Generation<'_>,
+        mut progress: impl FnMut(usize),
+    ) -> Result<Vec<Completion>> {
+        let limit = model.config().max_positions;
+        assert!(
+            prompts.iter().all(|p| (1..limit).contains(&p.ids.len())),
+            "prompts of 1 to {} tokens",
+            limit - 1
+        );
+        let empty = Completion {
+            ids: Vec::new(),
+            finish: Finish::Length,
+        };
+        let mut replies = vec![empty; prompts.len()];
+        if how.max_new_tokens == 0 || prompts.is_empty() {
+            return Ok(replies);
+        }
+        let Cache { slots, capacity } = self.cache.shape;
+        assert!(slots > 0, "generation needs a slot");
+        assert!(
+            (prompts.iter()).all(|p| limit.min(p.ids.len() + how.max_new_tokens) <= capacity),
+            "a prompt that was not announced"
+        );
+        let mut decoder = Decoder {
+            model,
+            lora,
+            prompts,
+            sampling: how.sampling,
+            slots: self,
+            pass,
+        };
+        let mut free: Vec<u32> = (0..slots as u32).rev().collect();
+        let mut waiting = (0..prompts.len()).peekable();
+        let mut active: Vec<Active> = Vec::new();
+        let mut done = 0;
+        while done < prompts.len() {
+            let mut fresh = Vec::new();
+            let mut tokens = 0;
+            while let (Some(&prompt), Some(&slot)) = (waiting.peek(), free.last()) {
+                tokens += prompts[prompt].ids.len();
+                if !fresh.is_empty() && tokens > PREFILL_TOKENS {
+                    break;
+                }
+                waiting.next();
+                free.pop();
+                fresh.push(Active {
+                    prompt,
+                    slot,
+                    ids: Vec::new(),
+                });
+            }
+            let (moved, chosen) = if fresh.is_empty() {
+                let chosen = decoder.step(&active)?;
+                (std::mem::take(&mut active), chosen)
+            } else {
+                let chosen = decoder.prefill(&fresh)?;
+                (fresh, chosen)
+            };
+            for (mut reply, id) in moved.into_iter().zip(chosen) {
+                let stop = how.stop_ids.contains(&id);
+                if !stop {
+                    reply.ids.push(id);
+                }
+                let length = prompts[reply.prompt].ids.len() + reply.ids.len();
+                if stop || reply.ids.len() == how.max_new_tokens || length == limit {
+                    free.push(reply.slot);
+                    replies[reply.prompt] = Completion {
+                        ids: reply.ids,
+                        finish: if stop { Finish::Stop } else { Finish::Length },
+                    };
+                    done += 1;
+                } else {
+                    active.push(reply);
+                }
+            }
+            progress(done);
+        }
+        Ok(replies)
+    }
+}
+
+/// The device's side of one call.
+struct Decoder<'a, B: Backend> {
+    model: &'a Model<B>,
+    lora: Option<Lora<'a, B>>,
+    prompts: &'a [Prompt<'a>],
+    sampling: Sampling,
+    slots: &'a mut Slots<B>,
+    pass: &'a mut Pass<B>,
+}
+
+impl<B: Backend> Decoder<'_, B> {
     /// Reads the prompts of new replies and chooses their first tokens.
     fn prefill(&mut self, replies: &[Active]) -> Result<Vec<u32>> {
         let backend = self.model.backend();
@@ -247,26 +308,22 @@ impl<'a, B: Backend> Decoder<'a, B> {
         let next: Vec<u32> = replies.iter().map(|r| self.next(r)).collect();
         let keys = (backend.upload_ids(&numbers)?, backend.upload_ids(&next)?);
         let ids = backend.upload_ids(ids)?;
-        let size = [tokens.count, replies.len(), self.cache.shape.capacity];
+        let Slots {
+            cache,
+            logits,
+            chosen,
+            ..
+        } = &mut *self.slots;
+        let size = [tokens.count, replies.len(), cache.shape.capacity];
         let buffers = self.pass.fit(model, size, self.lora)?;
         model.embed(&ids, tokens.count, buffers);
-        model.layers_forward(tokens, self.lora, None, Some(&mut self.cache), buffers);
+        model.layers_forward(tokens, self.lora, None, Some(cache), buffers);
         model.final_hidden(replies.len(), buffers);
         let (hidden, scratch) = (&buffers.head.normed, &mut buffers.scratch);
-        backend.logits(
-            model.head(),
-            (hidden, replies.len()),
-            &mut self.logits,
-            scratch,
-        );
-        let logits = (&self.logits, [replies.len(), model.config().vocab_size]);
-        backend.sample(
-            &self.sampling,
-            logits,
-            (&keys.0, &keys.1),
-            &mut self.chosen,
-            scratch,
-        );
-        backend.read_ids(&self.chosen, replies.len())
+        backend.logits(model.head(), (hidden, replies.len()), logits, scratch);
+        let logits = (&*logits, [replies.len(), model.config().vocab_size]);
+        let keys = (&keys.0, &keys.1);
+        backend.sample(&self.sampling, logits, keys, chosen, scratch);
+        backend.read_ids(chosen, replies.len())
     }
 }

@@ -40,7 +40,7 @@ pub use chat::{Chat, Encoded, LossOn};
 pub use config::{Config, GenerationConfig, Module, UnknownModule};
 pub use conversation::{Conversation, Form, Wording};
 pub use error::{Error, Result};
-pub use generate::{Completion, Finish, Generation, Prompt, generate};
+pub use generate::{Completion, Finish, Generation, Prompt, Slots, generate};
 pub use lora::{Lora, LoraLayout, OwnedLora};
 pub use merged::Merged;
 pub use model::{Ends, Losses, Model, StepNoise};

@@ -234,6 +234,26 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
+    /// [Keeps decoded](Self::keep_decoded) what so many bytes hold; of how many layers. None
+    /// where the device gains nothing by it.
+    ///
+    /// # Errors
+    /// If the device has no room all the same.
+    pub fn keep_decoded_within(&mut self, mut bytes: usize) -> Result<usize> {
+        let taken = |layer: &Layer<B>| -> usize {
+            let groups = layer.products.iter();
+            groups.map(|group| self.backend.decoded_bytes(group)).sum()
+        };
+        let fitting = self.layers.iter().rev().take_while(|layer| {
+            let left = bytes.checked_sub(taken(layer));
+            bytes = left.unwrap_or(0);
+            left.is_some() && taken(layer) > 0
+        });
+        let layers = fitting.count();
+        self.keep_decoded(layers)?;
+        Ok(layers)
+    }
+
     /// Leaves its first layers only: for measuring what a layer takes.
     pub fn truncate(&mut self, layers: usize) {
         self.layers.truncate(layers);

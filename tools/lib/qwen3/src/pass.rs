@@ -209,14 +209,19 @@ impl<B: Backend> Pass<B> {
         self.buffers = None;
     }
 
-    /// Makes room for batches of this extent at once, so that training allocates
-    /// nothing but the batches themselves.
+    /// Makes room for batches of this extent at once, so that nothing is allocated later
+    /// but the batches themselves.
     ///
     /// # Errors
     /// If the device has no room.
-    pub fn reserve(&mut self, model: &Model<B>, extent: Extent, layout: &LoraLayout) -> Result<()> {
+    pub fn reserve(
+        &mut self,
+        model: &Model<B>,
+        extent: Extent,
+        layout: Option<&LoraLayout>,
+    ) -> Result<()> {
         let batch = [extent.tokens, extent.labelled, extent.longest];
-        self.hold(model, Size::new(batch, Some(layout))).map(drop)
+        self.hold(model, Size::new(batch, layout)).map(drop)
     }
 
     /// Buffers for `[tokens, predictions, longest row]`, grown where they were

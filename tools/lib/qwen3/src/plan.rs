@@ -340,6 +340,13 @@ impl<B: Backend> Outline<B> {
     }
 }
 
+/// What may be planned with of so many bytes that a GPU has free: a quarter of a gigabyte
+/// and one part in fifty stay. Kernels of cuBLAS come when they are first needed, and its
+/// allocator hands out whole pages.
+pub fn usable(free: usize) -> usize {
+    free.saturating_sub(free / 50 + (256 << 20))
+}
+
 /// What an adapter takes in training.
 pub fn adapter(layout: &LoraLayout, optimiser: &OptimiserKind) -> Memory {
     let mut memory = Memory::default();
