@@ -1137,10 +1137,30 @@ fn rows_that_were_trained_on_are_left_out() {
 
     saw("run1", &[0, 1, 2, 3], &[4, 5]);
     let one = run(&["--adapter=run1"], &unsplit).exits(0).says(
-        "of 7 rows, 3 that were not trained on are taken (1 of them not in the data that was trained with), \
-         4 that were are left out",
+        "of 7 rows, 4 that were trained on are left out and 3 taken (1 of them, by their texts, not in rows.jsonl)",
     );
     assert_eq!(ids(&one), ["p4", "p5", "p6"]);
+
+    // As they were before pair-dedup.
+    let raw: String = (unsplit.lines())
+        .map(|line| {
+            let mut record = Record::parse(line).unwrap();
+            assert!(record.remove("tweet_normalized") && record.remove("reply_normalized"));
+            format!("{record}\n")
+        })
+        .collect();
+    let raw = run(&["--adapter=run1", "--text=raw"], &raw).exits(0);
+    assert_eq!(ids(&raw), ["p4", "p5", "p6"]);
+
+    // Where it began from an adapter that tells nothing, the others may be known to it.
+    let mut partly = Seen::unknown();
+    partly.add(&rows[0], Split::Train);
+    fixture.tool.file("run2/rows.jsonl", &partly.to_lines());
+    let partly = run(&["--adapter=run2"], &unsplit)
+        .exits(0)
+        .says("rows.jsonl beside adapter lora has a gap")
+        .says("whether it was trained on others of the 7 rows is not known");
+    assert_eq!(ids(&partly).len(), 6);
 
     saw("run2", &[4, 6], &[5, 0]);
     let both = ["--adapter=a=run1", "--adapter=b=run2"];
@@ -1163,7 +1183,7 @@ fn rows_that_were_trained_on_are_left_out() {
 
     fixture.tool.file("run1/rows.jsonl", "");
     let other = run(&["--adapter=run1"], &unsplit).exits(0);
-    let other = other.says("trained on other data: it has seen none of the 7 rows");
+    let other = other.says("by its texts none of the 7 rows is in rows.jsonl beside adapter lora");
     assert_eq!(ids(&other).len(), 7);
     let sums = format!("{:064}  rows.jsonl\n", 0);
     let mut lines = String::new();
@@ -1174,7 +1194,12 @@ fn rows_that_were_trained_on_are_left_out() {
     fixture.tool.file("run1/SHA256SUMS", &(lines + &sums));
     run(&["--adapter=run1"], &unsplit)
         .exits(4)
-        .says("run1/rows.jsonl: is not as it was written");
+        .says("--adapter lora=run1: run1/rows.jsonl: is not as it was written")
+        .says("put it back");
+    std::fs::remove_file(fixture.folder("run1/rows.jsonl")).unwrap();
+    run(&["--adapter=run1"], &unsplit)
+        .exits(4)
+        .says("--adapter lora=run1: run1/rows.jsonl: is missing, and SHA256SUMS names it");
 }
 
 /// A model that computes no numbers replies all the same, and its figures would be null.
@@ -1216,11 +1241,49 @@ fn what_is_no_number_is_no_figure() {
     let base = base.exits(4);
     assert_eq!(base.stdout, "");
     base.says("system base: the loss of p")
-        .says("`qlora-train inspect model` says which");
+        .says("`qlora-train inspect 'model'` says which");
     assert_eq!(fixture.tool.read("kept/answers.jsonl").lines().count(), 1);
 }
 
 #[test]
 fn every_example_of_the_help_runs() {
     harness::check_examples(&Fixture::new().tool);
+}
+
+#[test]
+fn a_gpu_scores_and_answers_as_the_processor_does() {
+    let tool = tool().env("LD_LIBRARY_PATH", &cuda_on_cpu::STAND_IN.join(":"));
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/demo/model");
+    let model = model.display().to_string();
+    let pairs: String = (0..3)
+        .map(|i| {
+            let (id, tweet) = (
+                format!("p{i}"),
+                format!("Day {i}: thinking about tea again."),
+            );
+            let pair =
+                json!({ "id": id, "tweet": tweet, "reply": "I like tea too.", "split": "eval" });
+            format!("{pair}\n")
+        })
+        .collect();
+    let run = |device: &str| {
+        let how = [
+            "--text=raw",
+            "--quantization=nf4",
+            "--temperature=0",
+            "--max-new-tokens=4",
+        ];
+        let arguments = [&["--model", &model, "--device", device], &how[..]].concat();
+        tool.run(&arguments, &pairs).exits(0)
+    };
+    let (cpu, cuda) = (run("cpu"), run("cuda:0"));
+    let cuda = cuda.says("the weights of 5 of 5 layers lie decoded as well");
+    let answers = cpu.records().into_iter().zip(cuda.records()).take(3);
+    for (cpu, cuda) in answers {
+        let [cpu, cuda] = [cpu, cuda].map(|line| line["systems"]["base"].clone());
+        assert_eq!(cpu["prediction"], cuda["prediction"]);
+        let [cpu, cuda] = [cpu, cuda].map(|base| base["nll"].as_f64().unwrap());
+        // bf16 against f32; measured on 2026-11-24 over twelve such rows: 2.0e-2 of 11.6.
+        assert!((cpu - cuda).abs() < 5e-2, "{cpu} {cuda}");
+    }
 }

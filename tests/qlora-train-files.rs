@@ -1001,6 +1001,23 @@ fn folders_that_lack_a_file_are_told() {
             .stdout;
         assert!(text.contains("has no sum of adapter_config.json"), "{text}");
     }
+    // Of what it was trained on, which peft has no use for and gen-eval has.
+    let rows_wrong = |said: &str| {
+        let inspected = tool.run(&["inspect", "lora", "--strict"], "").exits(1);
+        let text = inspected.stdout;
+        assert!(
+            text.contains(&format!("problem: rows.jsonl: lora/rows.jsonl: {said}")),
+            "{text}"
+        );
+        assert!(text.contains("put it back"), "{text}");
+    };
+    tool.file("lora/SHA256SUMS", &format!("{:064}  rows.jsonl\n", 0));
+    rows_wrong("is missing, and SHA256SUMS names it");
+    tool.file("lora/rows.jsonl", "");
+    rows_wrong("is not as it was written");
+    fs::remove_file(tool.folder().join("lora/SHA256SUMS")).unwrap();
+    let inspect = ["inspect", "lora", "--strict"];
+    tool.run(&inspect, "").exits(0);
     tool.file("empty/readme.txt", "");
     tool.run(&["inspect", "empty"], "")
         .exits(2)

@@ -48,7 +48,7 @@ fn pairs(n: usize) -> String {
         let (thing, other) = (things[i % 7], things[(i * 3 + 1) % 7]);
         let split = if i % 5 == 4 { "eval" } else { "train" };
         text.push_str(&format!(
-            r#"{{"v":1,"id":"p{i}","tweet_normalized":"Day {i}: thinking about {thing} again.","reply_normalized":"I like {thing} too, and {other} {}.","tweet":"t","reply":"r","split":"{split}"}}"#,
+            r#"{{"v":1,"id":"p{i}","tweet_normalized":"Day {i}: thinking about {thing} again.","reply_normalized":"I like {thing} too, and {other} {}.","tweet":"t{i}","reply":"r{i}","split":"{split}"}}"#,
             "even more ".repeat(i % 4)
         ));
         text.push('\n');

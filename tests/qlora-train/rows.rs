@@ -32,6 +32,7 @@ fn conversations_are_rows_too() {
         "had the system prompts that they came with",
         "It writes replies in the manner",
         "| Began from | fresh values |",
+        "By the hashes in `rows.jsonl` whoever has a text, or guesses it, can tell",
     ] {
         assert!(card.contains(words), "{words}\n{card}");
     }
@@ -208,6 +209,59 @@ fn a_drawn_side_is_the_rows_own() {
             ))
             .never_says("`split: eval`");
     }
+}
+
+/// What an adapter was trained on counts for those that begin from it, and so does what is
+/// not known of it.
+#[test]
+fn what_was_trained_on_before_goes_along() {
+    let tool = tool();
+    let rows = tool.folder().join("first/rows.jsonl");
+    let from = |out: &str, adapter: &str, more: &[&str]| {
+        let arguments = [&["--steps", "1", "--init-adapter", adapter], more].concat();
+        train(&tool, out, &arguments)
+    };
+    tool.file("pairs.jsonl", &pairs(10).replace("eval", "train"));
+    train(&tool, "first", &["--steps", "1"]).exits(0);
+    let whole = fs::read(&rows).unwrap();
+
+    // Of the rows 4, 9 and 14 that are held out.
+    tool.file("pairs.jsonl", &pairs(15));
+    from("second", "first", &[])
+        .exits(0)
+        .says("2 of 3 held-out rows were trained on by --init-adapter")
+        .never_says("not known in full");
+    let card = tool.read("second/README.md");
+    let words = "3 held out, 2 of which the adapter that it began from was trained on: ";
+    assert!(card.contains(words), "{card}");
+
+    // Damaged, as --resume sees it, and then lost.
+    tool.file("pairs.jsonl", &pairs(10).replace("eval", "train"));
+    fs::write(&rows, [&whole[..], b"\n"].concat()).unwrap();
+    let again = ["--steps", "1", "--resume"];
+    train(&tool, "first", &again)
+        .exits(4)
+        .says("first/rows.jsonl: is not as it was written")
+        .says("put it back");
+    fs::write(&rows, &whole).unwrap();
+    train(&tool, "first", &again).exits(0).says("nothing to do");
+    tool.file("pairs.jsonl", &pairs(15));
+    fs::remove_file(&rows).unwrap();
+    from("third", "first", &[])
+        .exits(4)
+        .says("--init-adapter first: first/rows.jsonl: is missing, and SHA256SUMS names it");
+    fs::remove_file(tool.folder().join("first/SHA256SUMS")).unwrap();
+    let unknown = "what --init-adapter was trained on is not known in full";
+    from("third", "first", &[])
+        .exits(0)
+        .says(unknown)
+        .never_says("were trained on by");
+    assert!(tool.read("third/rows.jsonl").starts_with("{\"row\":null,"));
+    let card = tool.read("third/README.md");
+    assert!(card.contains("is not known in full"), "{card}");
+    from("fourth", "third", &["--dry-run"])
+        .exits(0)
+        .says(unknown);
 }
 
 #[test]

@@ -216,12 +216,20 @@ fn untrained(
             ));
             continue;
         };
+        if seen.has_gap() {
+            app.warn(format_args!(
+                "no row has `split`, and {} beside adapter {name} has a gap, for it began from an adapter without \
+                 one: whether it was trained on others of the {read} is not known",
+                qwen3::ROWS
+            ));
+        }
         if !sources
             .iter()
             .any(|(_, source)| seen.side(&source.conversation.row).is_some())
         {
             app.info(format_args!(
-                "adapter {name} was trained on other data: it has seen none of the {read}"
+                "by its texts none of the {read} is in {} beside adapter {name}",
+                qwen3::ROWS
             ));
             continue;
         }
@@ -256,7 +264,7 @@ fn untrained(
     let left_out = all - kept.len();
     let new = match unknown {
         0 => String::new(),
-        new => format!(" ({new} of them not in the data that was trained with)"),
+        new => format!(" ({new} of them, by their texts, not in {})", qwen3::ROWS),
     };
     match kept.len() {
         0 => app.warn(format_args!(
@@ -264,8 +272,7 @@ fn untrained(
              figures: hold rows out in training (data.eval_fraction above 0, or `split: eval`)"
         )),
         kept => app.info(format_args!(
-            "no row has `split`: of {read}, {kept} that were not trained on are taken{new}, {left_out} that were are \
-             left out"
+            "no row has `split`: of {read}, {left_out} that were trained on are left out and {kept} taken{new}"
         )),
     }
     kept

@@ -183,9 +183,12 @@ impl Setup {
     /// What each adapter tells of the rows that it has seen.
     ///
     /// # Errors
-    /// If a list of them is damaged.
+    /// If a list of them is damaged, or missing where there was one.
     pub fn seen<'a>(&self, named: &'a [Named]) -> Result<Vec<SeenBy<'a>>> {
-        let seen = |n: &'a Named| Ok((n.name.as_str(), Seen::read(&n.folder)?));
+        let seen = |n: &'a Named| {
+            let what = || format!("--adapter {}={}", n.name, n.folder.display());
+            Ok((n.name.as_str(), Seen::read(&n.folder).with_context(what)?))
+        };
         named.iter().map(seen).collect()
     }
 

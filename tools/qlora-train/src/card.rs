@@ -135,7 +135,8 @@ impl Card<'_> {
             "\n## Intended use and limits\n\n\
              It writes {writes} in the manner of the replies that it was trained on{chosen}. It has learnt how \
              such replies sound. What it states as fact is the base model's guess; what was in the data, it can \
-             repeat.{likes} Nothing was tested beyond the figures above. Let a person read what it writes before \
+             repeat.{likes} By the hashes in `rows.jsonl` whoever has a text, or guesses it, can tell whether it was \
+             in the data: leave that file, and its line in `SHA256SUMS`, out of what is published. Nothing was tested beyond the figures above. Let a person read what it writes before \
              anyone else does, and say that a machine wrote it.\n\n## Licence\n"
         )?;
         match &self.origin.licence {
@@ -223,12 +224,23 @@ impl Card<'_> {
         .collect();
         writeln!(
             out,
-            "\n## Data\n\n{} to train on, {} held out: {} (SHA-256 of the encoded rows {:.12}).\n",
+            "\n## Data\n\n{} to train on, {} held out{}: {} (SHA-256 of the encoded rows {:.12}).\n",
             counted(rows.train.len(), "row"),
             rows.eval.len(),
+            match rows.trained_before {
+                0 => String::new(),
+                n => format!(", {n} of which the adapter that it began from was trained on"),
+            },
             kinds.join("; "),
             self.identity.data
         )?;
+        if rows.seen.has_gap() {
+            writeln!(
+                out,
+                "What the adapter that it began from was trained on is not known in full: rows that are held out \
+                 here may be among that.\n"
+            )?;
+        }
         writeln!(
             out,
             "| Step | Rows in | Rows out | Refused or dropped |\n|---|---|---|---|"

@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cli::Failure;
-use qwen3::{LoraLayout, OptimiserKind};
+use qwen3::{LoraLayout, OptimiserKind, Seen};
 use settings::Training;
 
 use crate::memory::Size;
 
-/// What is not counted: figures, settings, the card.
+/// What is not counted one by one: figures, settings, the card.
 const BESIDE: u64 = 4 << 20;
 
 /// What a run writes into its folder, in bytes.
@@ -21,11 +21,19 @@ pub struct Need {
     checkpoints: u64,
     /// The adapter, and the best one so far if that is kept.
     adapters: u64,
+    /// Figures and the like, and the names of the rows.
+    beside: u64,
 }
 
 impl Need {
-    /// Of a run of so many steps.
-    pub fn new(training: &Training, layout: &LoraLayout, kind: &OptimiserKind, steps: u64) -> Self {
+    /// Of a run of so many steps over rows of those names.
+    pub fn new(
+        training: &Training,
+        layout: &LoraLayout,
+        kind: &OptimiserKind,
+        steps: u64,
+        seen: &Seen,
+    ) -> Self {
         let values = (layout.len() * size_of::<f32>()) as u64;
         let made = match training.save_steps {
             0 => 1,
@@ -39,12 +47,14 @@ impl Need {
             checkpoint: values + kind.moment_bytes(layout) as u64,
             checkpoints,
             adapters: values * (1 + u64::from(training.load_best_model_at_end)),
+            beside: BESIDE + seen.most_bytes() as u64,
         }
     }
 
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.of_checkpoints().saturating_add(self.adapters + BESIDE)
+        self.of_checkpoints()
+            .saturating_add(self.adapters + self.beside)
     }
 
     fn of_checkpoints(&self) -> u64 {
@@ -81,7 +91,7 @@ impl Need {
             size(self.of_checkpoints()),
             self.checkpoints,
             size(self.adapters),
-            size(BESIDE),
+            size(self.beside),
         )
     }
 }
@@ -140,8 +150,9 @@ mod tests {
                 load_best_model_at_end: best,
                 ..Training::default()
             };
-            let need = Need::new(&training, &layout, &OptimiserKind::default(), steps);
-            (need.total() - BESIDE) / values
+            let (kind, seen) = (OptimiserKind::default(), Seen::default());
+            let need = Need::new(&training, &layout, &kind, steps, &seen);
+            (need.total() - need.beside) / values
         };
         // Each holds values and both moments; beside them there is the adapter.
         assert_eq!(need(100, 10, 3, false), 4 * 3 + 1);
@@ -150,6 +161,18 @@ mod tests {
         assert_eq!(need(25, 10, 3, false), 3 * 3 + 1);
         assert_eq!(need(25, 0, 3, false), 3 + 1);
         assert_eq!(need(u64::MAX, 1, 0, false), (u64::MAX - BESIDE) / values);
+
+        // The names of a million rows, also of those that --init-adapter had.
+        let mut before = Seen::default();
+        for row in 0..1_000_000_u32 {
+            before.add(&format!("{row:032x}"), record::Split::Train);
+        }
+        let mut seen = Seen::default();
+        seen.add_trained(&before);
+        let (training, kind) = (Training::default(), OptimiserKind::default());
+        let [with, without] = [&seen, &Seen::default()]
+            .map(|seen| Need::new(&training, &layout, &kind, 1, seen).total());
+        assert!(with - without >= seen.to_lines().len() as u64);
     }
 
     #[test]
@@ -158,6 +181,7 @@ mod tests {
             checkpoint: 2_000_000,
             checkpoints: 2,
             adapters: 300_000,
+            beside: BESIDE,
         };
         let said = need.refusal(Path::new("o"), 0, 1000);
         let parts = [

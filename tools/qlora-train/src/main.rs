@@ -242,7 +242,19 @@ impl Tool for QloraTrain {
             true => rows::Rejected::Dropped,
             false => rows::Rejected::Kept(self.rejects.as_deref()),
         };
-        let mut rows = rows::load(app, data, rejects, settings, &chat)?;
+        let initial = self.init_adapter.as_deref();
+        let before = initial
+            .map(|folder| -> Result<Seen> {
+                let what = || format!("--init-adapter {}", folder.display());
+                Ok(Seen::read(folder)
+                    .with_context(what)?
+                    .unwrap_or_else(Seen::unknown))
+            })
+            .transpose()?;
+        let initial = initial
+            .map(|folder| Adapter::load(folder, config))
+            .transpose()?;
+        let rows = rows::load(app, data, rejects, settings, &chat, before.as_ref())?;
         if let Some(last) = origin.steps.last()
             && last.written != rows.read() as u64
         {
@@ -254,17 +266,7 @@ impl Tool for QloraTrain {
                 rows.read()
             ));
         }
-        let initial = self
-            .init_adapter
-            .as_deref()
-            .map(|folder| Adapter::load(folder, config))
-            .transpose()?;
-        if let Some(folder) = &self.init_adapter
-            && let Some(before) = Seen::read(folder)?
-        {
-            rows.seen.add_trained(&before);
-        }
-        let plan = plan::Plan::new(settings, config, &rows, initial.as_ref())?;
+        let plan = plan::Plan::new(&resolved, config, &rows, initial.as_ref())?;
         let t = &settings.training;
         for doubt in plan.doubts(settings, &rows) {
             app.warn(doubt);
@@ -317,6 +319,7 @@ impl Tool for QloraTrain {
         // What is finished needs neither memory nor room on the disk.
         if self.resume && !self.dry_run && folder::is_finished(out) {
             Folder::open(out, true, &identity(0)?)?;
+            Seen::read(out)?;
             return finished();
         }
 
@@ -356,7 +359,7 @@ impl Tool for QloraTrain {
             app.warn(doubt);
         }
         let kind = train::optimiser_of(settings);
-        let room = disk::Need::new(t, &plan.layout, &kind, plan.steps);
+        let room = disk::Need::new(t, &plan.layout, &kind, plan.steps, &rows.seen);
         room.check(out)?;
         if self.dry_run {
             let (base, run) = ((&checkpoint, held), (settings, &plan, &fit));
@@ -427,8 +430,10 @@ fn check(app: &App, resolved: &Resolved<TrainSettings>) -> Result<()> {
     let settings = &resolved.settings;
     rows::wording(settings)?;
     let (l, t) = (&settings.lora, &settings.training);
-    t.max_memory.as_deref().map(memory::parse).transpose()?;
-    plan::rows_per_step(t)?;
+    if let Some(Err(cause)) = t.max_memory.as_deref().map(memory::parse) {
+        return Err(resolved.wrong("training.max_memory", cause).into());
+    }
+    plan::rows_per_step(resolved)?;
     let watched = t.early_stopping_patience > 0 || t.load_best_model_at_end;
     if watched && t.eval_steps == 0 {
         let cause =

@@ -75,8 +75,11 @@ pub struct Rows {
     pub cut: usize,
     /// SHA-256 over what the run depends on: every row's ids, labels and side.
     pub sha256: String,
-    /// The names of all of them and their sides, for who evaluates the adapter.
+    /// The names of all of them and their sides, for who evaluates the adapter; also of
+    /// those that it was trained on before.
     pub seen: Seen,
+    /// How many of those held out it was trained on before.
+    pub trained_before: usize,
 }
 
 impl Rows {
@@ -111,13 +114,15 @@ pub enum Rejected<'a> {
 }
 
 /// Reads, encodes and splits the data. Malformed lines within the allowance, and
-/// rows that are too long where such are left out, are kept in `rejects`.
+/// rows that are too long where such are left out, are kept in `rejects`. `before` is
+/// what the adapter to start from has seen.
 pub fn load(
     app: &App,
     data: &Path,
     rejects: Rejected<'_>,
     settings: &TrainSettings,
     chat: &Chat,
+    before: Option<&Seen>,
 ) -> Result<Rows> {
     let mut kept = match rejects {
         Rejected::Kept(path) => app.rejects("--rejects", path)?,
@@ -153,7 +158,7 @@ pub fn load(
             records.bad()
         ));
     }
-    let rows = encoder.finish(app, data, kept.are_kept())?;
+    let rows = encoder.finish(app, data, kept.are_kept(), before)?;
     kept.commit()?;
     Ok(rows)
 }
@@ -343,7 +348,7 @@ impl<'a> Encoder<'a> {
     }
 
     /// Tells what was done to them, and parts them.
-    fn finish(self, app: &App, data: &Path, kept: bool) -> Result<Rows> {
+    fn finish(self, app: &App, data: &Path, kept: bool, before: Option<&Seen>) -> Result<Rows> {
         // A text that spells out `<|im_end|>` ends its own turn; the rest of it is
         // read as markup, or taught as such.
         if let (count, Some((position, token))) = &self.special {
@@ -401,14 +406,20 @@ impl<'a> Encoder<'a> {
             cut: self.cut,
             sha256: String::new(),
             seen: Seen::default(),
+            trained_before: 0,
         };
+        let was_trained_on =
+            |name: &str| before.is_some_and(|before| before.side(name) == Some(Split::Train));
         let mut fingerprint = Vec::new();
         for (mut row, name, own, drawn) in self.rows {
             let side = side(own, drawn, self.any_split);
             rows.seen.add(&name, side);
             let set = match side {
                 Split::Train => &mut rows.train,
-                Split::Eval => &mut rows.eval,
+                Split::Eval => {
+                    rows.trained_before += usize::from(was_trained_on(&name));
+                    &mut rows.eval
+                }
             };
             row.number = u32::try_from(set.len()).context("more than 4 billion rows")?;
             fingerprint.push(side as u8);
@@ -445,6 +456,23 @@ impl<'a> Encoder<'a> {
                 "data.eval_fraction {fraction} of {} holds out none: there is no held-out loss, and gen-eval \
                  will have no row that was not trained on; raise it, or give rows `split: eval`",
                 cli::counted(read, "row")
+            ));
+        }
+        if let Some(before) = before {
+            rows.seen.add_trained(before);
+            if before.has_gap() {
+                app.warn(format_args!(
+                    "what --init-adapter was trained on is not known in full, by {} beside it: held-out rows may be \
+                     among that, and gen-eval will say of this adapter too that it is not known",
+                    qwen3::ROWS
+                ));
+            }
+        }
+        if rows.trained_before > 0 {
+            app.warn(format_args!(
+                "{} of {} were trained on by --init-adapter: the held-out loss is too good, and whatever goes by it",
+                rows.trained_before,
+                cli::counted(rows.eval.len(), "held-out row")
             ));
         }
         rows.sha256 = cli::sha256_hex(&fingerprint);

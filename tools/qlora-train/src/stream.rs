@@ -171,6 +171,7 @@ mod tests {
             cut: 0,
             sha256: String::new(),
             seen: qwen3::Seen::default(),
+            trained_before: 0,
         };
         let training = Training {
             batch_size: 2,

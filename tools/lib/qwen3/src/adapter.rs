@@ -26,7 +26,7 @@ use crate::weights::{bf16s, f16s, f32s};
 
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
-const SUMS: &str = "SHA256SUMS";
+pub(crate) const SUMS: &str = "SHA256SUMS";
 const PREFIX: &str = "base_model.model.";
 /// PEFT takes the `.weight` off when it saves.
 const MAGNITUDE: &str = "lora_magnitude_vector";
@@ -167,6 +167,11 @@ impl Sums {
             .filter_map(|line| line.split_once("  ").or(line.split_once(" *")));
         let by_name = parts.map(|(sum, name)| (name.into(), sum.into()));
         Ok(Some(Self(by_name.collect())))
+    }
+
+    /// Whether there is a sum of the file `name`.
+    pub(crate) fn names(&self, name: &str) -> bool {
+        self.0.contains_key(name)
     }
 
     /// Whether there is a sum of the file `name`, whose bytes are at hand.

@@ -5,6 +5,8 @@
 //! the chat template would drop or render as nonsense without a word is refused: roles
 //! that it does not know, and calls and tools of another shape.
 
+use std::collections::BTreeMap;
+
 use record::{Error, Record};
 use serde::Serialize;
 use serde::de::IgnoredAny;
@@ -56,8 +58,8 @@ pub enum Form {
 pub struct Conversation {
     /// What it was made from.
     pub form: Form,
-    /// Which row it is, by its texts as they stand in the record and however they are
-    /// worded: 128 bits of their SHA-256, in hex.
+    /// Which row it is, by its texts as they were collected, with or without cleaned ones
+    /// beside them, and however they are worded: 128 bits of their SHA-256, in hex.
     pub row: String,
     /// The line's name; only pairs must have one.
     pub id: Option<String>,
@@ -90,11 +92,16 @@ impl Wording {
                 format!("`{second}` is there as well: leave out the one that is not to be learnt");
             return Err(wrong(first, cause));
         }
-        let is = |key| match answers[..] {
-            [answer] => answer == key,
-            _ => record.contains(key),
+        let asks = |key| Ok::<_, Error>(record.get::<IgnoredAny>(key)?.is_some());
+        let form = match answers[..] {
+            [answer] => Some(answer),
+            _ if asks("prompt")? => Some("completion"),
+            _ if asks("tweet")? => Some("reply"),
+            _ => ["messages", "completion", "prompt", "tweet", "reply"]
+                .into_iter()
+                .find(|key| record.contains(key)),
         };
-        if is("messages") {
+        if form == Some("messages") {
             let (tools, messages) = (tools(record)?, messages(record)?);
             return Ok(Conversation {
                 form: Form::Messages,
@@ -106,7 +113,7 @@ impl Wording {
                 tools,
             });
         }
-        if is("completion") || (answers.is_empty() && record.contains("prompt")) {
+        if matches!(form, Some("completion" | "prompt")) {
             let text = |key: &str| match record.get(key)? {
                 Some(Value::String(text)) => Ok(text),
                 Some(Value::Array(_)) => {
@@ -137,16 +144,23 @@ impl Wording {
                 tools,
             });
         }
-        if !["tweet", "reply"].iter().any(|key| record.contains(key)) {
+        if form.is_none() {
             return Err(Error::NoForm);
         }
         let pair = record.pair()?;
         let tools = tools(record)?;
-        let cleaned: [Option<Value>; 2] = [
-            record.get("tweet_normalized")?,
-            record.get("reply_normalized")?,
-        ];
-        let row = name(&(&pair.tweet, &pair.reply, cleaned, &tools));
+        // The same pair may come without the cleaned texts, or with nothing else.
+        let text = |raw: &str, cleaned: &str| -> Result<Value, Error> {
+            match raw.trim().is_empty() {
+                true => Ok(record.get(cleaned)?.unwrap_or_default()),
+                false => Ok(raw.into()),
+            }
+        };
+        let row = name(&(
+            text(&pair.tweet, "tweet_normalized")?,
+            text(&pair.reply, "reply_normalized")?,
+            &tools,
+        ));
         let normalized = |key: &str| -> Result<String, Error> {
             let remedy = "missing: run pair-dedup, or set data.text: raw (gen-eval: --text raw)";
             record.get(key)?.ok_or_else(|| wrong(key, remedy))
@@ -193,8 +207,22 @@ fn wrong(key: &str, cause: impl Into<String>) -> Error {
 
 /// See [`Conversation::row`].
 fn name(texts: &impl Serialize) -> String {
-    let texts = serde_json::to_vec(texts).expect("texts and JSON values are serialisable");
-    hex(&Sha256::digest(texts)[..16])
+    let texts = serde_json::to_value(texts).expect("texts and JSON values are serialisable");
+    hex(&Sha256::digest(in_order(texts).to_string())[..16])
+}
+
+/// A value with the keys of its objects in order and without those that are null: a file
+/// that is written again may have others of both.
+fn in_order(value: Value) -> Value {
+    match value {
+        Value::Object(fields) => {
+            let there = fields.into_iter().filter(|(_, value)| !value.is_null());
+            let sorted: BTreeMap<_, _> = there.map(|(key, v)| (key, in_order(v))).collect();
+            sorted.into_iter().collect()
+        }
+        Value::Array(items) => items.into_iter().map(in_order).collect(),
+        other => other,
+    }
 }
 
 /// The turns under `messages`.
@@ -319,13 +347,16 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn read(line: &str) -> Result<Conversation, Error> {
-        let wording = Wording {
+    fn wording() -> Wording {
+        Wording {
             normalized: false,
             system_prompt: "Be brief.".into(),
             prompt: PromptTemplate::new("{{ tweet }}").unwrap(),
-        };
-        wording.read(&Record::parse(line).unwrap())
+        }
+    }
+
+    fn read(line: &str) -> Result<Conversation, Error> {
+        wording().read(&Record::parse(line).unwrap())
     }
 
     #[test]
@@ -384,6 +415,36 @@ mod tests {
         let [turns, other] = [turns, other].map(|turns| row(&format!(r#"{{"messages":{turns}}}"#)));
         assert_eq!(turns, other);
         assert_eq!(turns.len(), 32);
+        // Schemas and calls whose keys were sorted, or filled up with nulls, on the way.
+        let calls = [
+            r#"{"messages":[{"role":"user","content":"p"},{"role":"assistant","content":"","tool_calls":[{"name":"f","arguments":{"b":1,"a":[2]}}]}],
+                "tools":[{"type":"function","function":{"name":"f","parameters":{"type":"object","properties":{"b":{},"a":{}}}}}]}"#,
+            r#"{"messages":[{"content":"p","role":"user","tool_calls":null},{"content":null,"role":"assistant","tool_calls":[{"arguments":{"a":[2],"b":1},"name":"f"}]}],
+                "tools":[{"function":{"name":"f","parameters":{"properties":{"a":{},"b":{}},"type":"object"}},"type":"function"}]}"#,
+        ];
+        assert_eq!(row(calls[0]), row(calls[1]));
+        assert_ne!(row(calls[0]), row(&calls[0].replace("[2]", "[3]")));
+    }
+
+    /// pair-dedup adds cleaned texts; an export may hold nothing else.
+    #[test]
+    fn a_pair_is_the_same_with_and_without_cleaned_texts() {
+        let row = |line: &str| read(line).unwrap().row;
+        let pair = row(r#"{"id":"1","tweet":"@a t","reply":"r"}"#);
+        let both = r#"{"id":"1","tweet":"@a t","reply":"r","tweet_normalized":"t","reply_normalized":"r"}"#;
+        assert_eq!(pair, row(both));
+        let normalized = Wording {
+            normalized: true,
+            ..wording()
+        };
+        let cleaned = |tweet: &str| {
+            let line = format!(
+                r#"{{"id":"1","tweet":"","reply":" ","tweet_normalized":"{tweet}","reply_normalized":"r"}}"#
+            );
+            normalized.read(&Record::parse(&line).unwrap()).unwrap().row
+        };
+        assert_eq!(cleaned("t"), row(r#"{"id":"1","tweet":"t","reply":"r"}"#));
+        assert_ne!(cleaned("t"), cleaned("u"));
     }
 
     #[test]
@@ -454,6 +515,15 @@ mod tests {
                 "`tweet` with `reply`, `messages`, or `prompt` with `completion`",
             ),
             (r#"{"prompt":"x"}"#.into(), "`completion` is missing"),
+            // Columns of every form, and no answer.
+            (
+                r#"{"id":"1","messages":null,"tweet":"a","reply":null,"completion":null}"#.into(),
+                "`reply` is missing",
+            ),
+            (
+                r#"{"messages":null,"tweet":null}"#.into(),
+                "`messages` is missing",
+            ),
             (
                 r#"{"completion":"x"}"#.into(),
                 "key `prompt`: missing or empty",

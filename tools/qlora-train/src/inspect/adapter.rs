@@ -110,6 +110,10 @@ pub fn inspect(
         let effect = "peft does not look at the sums and takes it as it is";
         say("SHA256SUMS", damage.to_string(), effect);
     }
+    if let Err(damage @ qwen3::Error::File { .. }) = qwen3::Seen::read(folder) {
+        let effect = "gen-eval with it and training on from it stop";
+        say(qwen3::ROWS, damage.to_string(), effect);
+    }
     let settings = read_settings(folder, &mut say)?;
     let text = |key: &str| settings.get(key).and_then(Value::as_str).map(str::to_owned);
     let base_name = text("base_model_name_or_path").filter(|name| !name.is_empty());
