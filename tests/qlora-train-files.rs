@@ -366,7 +366,38 @@ fn what_is_no_number_is_not_merged() {
         "m",
     ];
     let run = tool.run(&arguments, "").exits(4);
-    run.says("no numbers").says("not to be used");
+    run.says("no numbers").says(", so m is not to be used");
+    // Nor is the GGUF file, which is made of the same values.
+    let both = ["--out", "m2", "--gguf", "m2.gguf"];
+    let both = [&arguments[..5], &both[..]].concat();
+    let run = tool.run(&both, "").exits(4);
+    run.says(", so m2 and m2.gguf are not to be used");
+    assert!(tool.folder().join("m2.gguf").exists());
+}
+
+/// A number all the same, and of no use here: no damage that would be mended by fetching.
+#[test]
+fn a_weight_that_bfloat16_cannot_hold_is_told_as_that() {
+    let tool = tool();
+    let weights = copy_of(&tool, &tests("demo/model"), "wide").join("model.safetensors");
+    let bytes = fs::read(&weights).unwrap();
+    let most = f32::MAX.to_le_bytes().repeat(128);
+    let tensors = SafeTensors::deserialize(&bytes).unwrap().tensors();
+    let tensors = tensors.into_iter().map(|(name, tensor)| {
+        let wide = TensorView::new(Dtype::F32, vec![128], &most).unwrap();
+        let is_wide = name == "model.norm.weight";
+        (name, if is_wide { wide } else { tensor })
+    });
+    safetensors::serialize_to_file(tensors, None, &weights).unwrap();
+    let found = tool.run(&["inspect", "wide"], "").exits(0);
+    let said = "model.norm.weight holds values that are no numbers, or too large for bfloat16";
+    assert!(found.stdout.contains(said), "{found}");
+    assert!(
+        found
+            .stdout
+            .contains("fetch the model again, or take another"),
+        "{found}"
+    );
 }
 
 #[test]

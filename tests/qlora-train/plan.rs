@@ -67,6 +67,21 @@ fn less_memory_keeps_fewer_layers_and_every_bit() {
     same(&tool, "whole", "less");
 }
 
+/// What a huge line takes is given back, and is no fault of the plan or of threads.
+#[test]
+fn memory_that_only_reading_took_is_said_as_such() {
+    let tool = tool();
+    let noted = format!(r#""id":"p0","note":"{}""#, "x".repeat(15 << 20));
+    let rows = pairs(31).replacen(r#""id":"p0""#, &noted, 1);
+    tool.file("pairs.jsonl", &rows);
+    train(&tool, "out", &["--steps", "1", "--max-memory", "1GB"])
+        .exits(0)
+        .says("warning: memory taken: ")
+        .says(" MB, while the rows were read; planned: ")
+        .says("reading takes room that the training, which alone is planned, has again")
+        .never_says("threads (--threads)");
+}
+
 #[test]
 fn passes_stay_as_long_as_the_run_began_with() {
     let tool = tool();

@@ -235,6 +235,21 @@ fn a_damaged_adapter_is_not_taken_for_a_finished_one() {
     train(&tool, "out", &["--steps", "3", "--resume"])
         .exits(4)
         .says("out/SHA256SUMS: has no sum of adapter_model.safetensors");
+    // Nor where they cannot be read: the system's reason is told.
+    fs::remove_file(tool.folder().join("out/SHA256SUMS")).unwrap();
+    fs::create_dir(tool.folder().join("out/SHA256SUMS")).unwrap();
+    train(&tool, "out", &["--steps", "3", "--resume"])
+        .exits(4)
+        .says("out/SHA256SUMS: Is a directory")
+        .says("if you trust the adapter, note its sums: `(cd ");
+    fs::remove_dir(tool.folder().join("out/SHA256SUMS")).unwrap();
+    tool.file("out/SHA256SUMS", &sums);
+    let config = tool.folder().join("out/adapter_config.json");
+    fs::remove_file(config).unwrap();
+    train(&tool, "out", &["--steps", "3", "--resume"])
+        .exits(4)
+        .says("out/adapter_config.json: cannot be read: No such file")
+        .says("; move adapter_model.safetensors away, and --resume writes it again");
     // The remedy that it names is one.
     let aside = tool.folder().join("aside.safetensors");
     fs::rename(&weights, aside).unwrap();

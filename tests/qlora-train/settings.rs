@@ -101,8 +101,16 @@ fn settings_that_cannot_work_are_refused_by_key() {
             "more than 1048576 rows a step",
         ),
         (
-            "training: {batch_size: 262145}",
-            "batch_size × training.gradient_accumulation_steps is 262145 × 4",
+            "lora: {rank: 4}\ntraining: {batch_size: 262145}",
+            "train.yaml:2: training.batch_size × training.gradient_accumulation_steps is 262145 × 4",
+        ),
+        (
+            "training:\n  gradient_accumulation_steps: 2000000",
+            "train.yaml:2: training.gradient_accumulation_steps × training.batch_size is 2000000 × ",
+        ),
+        (
+            "training:\n  max_memory: 8 potatoes",
+            "train.yaml:2: training.max_memory is \"8 potatoes\"; it must be a size",
         ),
         ("lora: {dropout: 1.0}", "lora.dropout is 1"),
         (

@@ -207,15 +207,15 @@ impl Doubt {
 /// are gone, or one of them is, nobody can tell.
 fn check_whole(folder: &Path) -> Result<(), Doubt> {
     let sums = folder.join(SUMS);
-    fs::metadata(&sums).map_err(|error| {
+    let unread = |error: std::io::Error| {
         let (sums, remedy) = (sums.display(), qwen3::note_sums(folder));
         Doubt::Unknown(format!("{sums}: {error}; {remedy}"))
-    })?;
-    qwen3::check_sums(folder).map_err(|error| match &error {
-        qwen3::Error::File { path, .. } | qwen3::Error::Read { path, .. } if *path == sums => {
-            Doubt::Unknown(error.to_string())
-        }
-        _ => Doubt::Damaged(error.to_string()),
+    };
+    fs::metadata(&sums).map_err(unread)?;
+    qwen3::check_sums(folder).map_err(|error| match error {
+        qwen3::Error::Read { path, source } if path == sums => unread(source),
+        qwen3::Error::File { ref path, .. } if *path == sums => Doubt::Unknown(error.to_string()),
+        _ => Doubt::Damaged(format!("{:#}", anyhow::Error::new(error))),
     })
 }
 

@@ -64,6 +64,25 @@ pub struct Fit {
     place: Place,
     /// What the device had free before.
     free: Option<usize>,
+    /// On the processor: the most that was taken before the plan, which is of what comes.
+    before: Option<Peak>,
+}
+
+/// The most that the program had in the processor's memory so far, in bytes.
+#[derive(Debug, Clone, Copy)]
+struct Peak {
+    resident: usize,
+    /// Without pages of files, which are given up when room is short.
+    own: usize,
+}
+
+/// What was taken of a device's memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Taken {
+    /// The most so far.
+    pub bytes: usize,
+    /// It was while the rows were read, and the training took no more.
+    reading: bool,
 }
 
 /// What is in the processor's memory beside the training itself.
@@ -90,6 +109,7 @@ struct Need<'a, B: Backend> {
     budget: Budget,
     place: Place,
     free: Option<usize>,
+    before: Option<Peak>,
 }
 
 impl Fit {
@@ -108,9 +128,9 @@ impl Fit {
         let t = &settings.training;
         let outline = Outline::new(backend, checkpoint, held)?;
         let kind = optimiser_of(settings);
-        let host = match place {
-            Place::Processor => Host::now(&plan.layout, &kind),
-            Place::Gpu => Host::default(),
+        let (host, before) = match place {
+            Place::Processor => (Host::now(&plan.layout, &kind), Peak::now()),
+            Place::Gpu => (Host::default(), None),
         };
         let free = backend.free_memory()?;
         let need = Need {
@@ -122,6 +142,7 @@ impl Fit {
             outline,
             backend,
             host,
+            before,
         };
         let survey = |most| Survey::new(rows, t, (plan.steps, plan.rows_per_step), most);
         let mut most = match began_with {
@@ -162,22 +183,31 @@ impl Fit {
         self.memory.total() + self.host.total()
     }
 
-    /// The most bytes that were taken so far, if the system tells. On the processor
-    /// without pages of files, which are given up when room is short. On a GPU the drop
-    /// in free memory: what was freed is kept to be handed out again.
-    pub fn taken<B: Backend>(&self, backend: &B) -> Option<usize> {
+    /// What was taken so far, if the system tells. On a GPU the drop in free memory:
+    /// what was freed is kept to be handed out again.
+    pub fn taken<B: Backend>(&self, backend: &B) -> Option<Taken> {
         match self.place {
-            Place::Processor => Some(status("VmHWM")?.saturating_sub(status("RssFile")?)),
+            Place::Processor => {
+                let now = Peak::now()?;
+                let before = self.before.filter(|before| now.resident <= before.resident);
+                Some(Taken {
+                    bytes: before.unwrap_or(now).own,
+                    reading: before.is_some(),
+                })
+            }
             Place::Gpu => {
                 let now = backend.free_memory().ok()??;
-                Some(self.free?.saturating_sub(now))
+                Some(Taken {
+                    bytes: self.free?.saturating_sub(now),
+                    reading: false,
+                })
             }
         }
     }
 
     /// What was taken beside what was planned; and whether that is so much more that
     /// whoever set training.max_memory is to be warned.
-    pub fn outcome(&self, taken: usize) -> (String, bool) {
+    pub fn outcome(&self, taken: Taken) -> (String, bool) {
         let planned = self.planned();
         let (line, is_more) = outcome(taken, planned);
         (line, is_more && self.budget.asked)
@@ -279,6 +309,7 @@ impl<B: Backend> Need<'_, B> {
                     budget: self.budget,
                     place: self.place,
                     free: self.free,
+                    before: self.before,
                 }));
             }
         }
@@ -375,13 +406,28 @@ impl Host {
     }
 }
 
+impl Peak {
+    fn now() -> Option<Self> {
+        let resident = status("VmHWM")?;
+        let own = resident.saturating_sub(status("RssFile")?);
+        Some(Self { resident, own })
+    }
+}
+
 /// See [`Fit::outcome`]; one part in twenty more is a plan that did not hold.
-fn outcome(taken: usize, planned: usize) -> (String, bool) {
-    let mut line = format!("memory taken: {}; planned: {}", Size(taken), Size(planned));
-    let over = 100.0 * (taken as f64 / planned as f64 - 1.0);
+fn outcome(taken: Taken, planned: usize) -> (String, bool) {
+    let (when, why) = match taken.reading {
+        true => (
+            ", while the rows were read",
+            "reading takes room that the training, which alone is planned, has again",
+        ),
+        false => ("", "threads (--threads) and libraries take some beside it"),
+    };
+    let (bytes, most) = (Size(taken.bytes), Size(planned));
+    let mut line = format!("memory taken: {bytes}{when}; planned: {most}");
+    let over = 100.0 * (taken.bytes as f64 / planned as f64 - 1.0);
     let is_more = over > 5.0;
     if is_more {
-        let why = "threads (--threads) and libraries take some beside it";
         let _ = write!(line, "; exceeded by {over:.0}%: {why}");
     }
     (line, is_more)
@@ -411,7 +457,8 @@ impl Budget {
             Place::Processor => program + (free - free / 10),
             Place::Gpu => plan::usable(free),
         });
-        let bytes = asked.map(parse).transpose()?;
+        let wrong = |cause| Failure::Usage(format!("training.max_memory {cause}"));
+        let bytes = asked.map(parse).transpose().map_err(wrong)?;
         Ok(Self {
             bytes: bytes.or(there),
             asked: bytes.is_some(),
@@ -420,8 +467,8 @@ impl Budget {
     }
 }
 
-/// `8GB`, `6.5GiB`, `900 MB`, or bytes.
-pub fn parse(text: &str) -> Result<usize, Failure> {
+/// `8GB`, `6.5GiB`, `900 MB`, or bytes; else what is wrong with it.
+pub fn parse(text: &str) -> Result<usize, String> {
     let units = [
         ("gib", 1u64 << 30),
         ("mib", 1 << 20),
@@ -437,11 +484,8 @@ pub fn parse(text: &str) -> Result<usize, Failure> {
         let number: f64 = lower.strip_suffix(unit)?.trim_end().parse().ok()?;
         (number.is_finite() && number > 0.0).then_some(number * *factor as f64)
     });
-    read.map(|bytes| bytes as usize).ok_or_else(|| {
-        Failure::Usage(format!(
-            "training.max_memory is {text:?}; it must be a size such as 8GB, 6.5GiB or 900MB"
-        ))
-    })
+    read.map(|bytes| bytes as usize)
+        .ok_or_else(|| format!("is {text:?}; it must be a size such as 8GB, 6.5GiB or 900MB"))
 }
 
 /// Bytes for people.
@@ -491,10 +535,11 @@ mod tests {
 
     #[test]
     fn more_than_was_planned_is_said() {
-        let (line, is_more) = outcome(104_000_000, 100_000_000);
+        let taken = |bytes, reading| outcome(Taken { bytes, reading }, 100_000_000);
+        let (line, is_more) = taken(104_000_000, false);
         assert_eq!(line, "memory taken: 104.0 MB; planned: 100.0 MB");
-        assert!(!is_more && !outcome(50, 100).1);
-        let (line, is_more) = outcome(110_000_000, 100_000_000);
-        assert!(is_more && line.contains("planned: 100.0 MB; exceeded by 10%"));
+        assert!(!is_more && !taken(50, false).1);
+        let (line, is_more) = taken(110_000_000, false);
+        assert!(is_more && line.contains("planned: 100.0 MB; exceeded by 10%: threads"));
     }
 }

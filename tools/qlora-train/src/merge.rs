@@ -147,7 +147,7 @@ impl Merge {
         }
         let checks = match &self.out {
             _ if self.no_check => Vec::new(),
-            Some(folder) => check(app, &base, &adapter, folder)?,
+            Some(folder) => check(app, &base, &adapter, (folder, self.gguf.as_deref()))?,
             None => {
                 app.info(
                     "not compared with base and adapter: nothing here reads a GGUF file; \
@@ -193,8 +193,13 @@ fn base_of(adapter: &Path) -> Result<PathBuf> {
 }
 
 /// Compares the merged model in `folder` with base and adapter apart, one model
-/// in memory at a time.
-fn check(app: &App, base: &Checkpoint, adapter: &Adapter, folder: &Path) -> Result<Vec<Check>> {
+/// in memory at a time. What it finds is true of the GGUF file, made of the same values.
+fn check(
+    app: &App,
+    base: &Checkpoint,
+    adapter: &Adapter,
+    (folder, gguf): (&Path, Option<&Path>),
+) -> Result<Vec<Check>> {
     let chat = Chat::load(base.folder())?;
     let prompt = |text: &&str| chat.encode_prompt(&[Message::user(*text)], &[]);
     let rows: Vec<Vec<u32>> = PROMPTS.iter().map(prompt).collect::<Result<_, _>>()?;
@@ -219,10 +224,13 @@ fn check(app: &App, base: &Checkpoint, adapter: &Adapter, folder: &Path) -> Resu
             check.tokens
         ));
         if !check.is_of_numbers() {
+            let written = match gguf {
+                Some(gguf) => format!("{} and {} are", folder.display(), gguf.display()),
+                None => format!("{} is", folder.display()),
+            };
             let cause = format!(
-                "logits of {against} or of the merged model are no numbers, so {} is not to be used: \
+                "logits of {against} or of the merged model are no numbers, so {written} not to be used: \
                  `qlora-train inspect` of {} says whether the base is damaged",
-                folder.display(),
                 base.folder().display()
             );
             return Err(Failure::World(cause).into());

@@ -1,9 +1,9 @@
 //! What a run will do, before it does it.
 
 use anyhow::Result;
-use cli::Failure;
+use cli::{Failure, Resolved};
 use qwen3::{Adapter, AdapterConfig, Config, LoraLayout};
-use settings::{TrainSettings, Training};
+use settings::TrainSettings;
 
 use crate::lora;
 use crate::rows::{Row, Rows};
@@ -34,27 +34,34 @@ const MOST_ROWS: usize = 1 << 20;
 ///
 /// # Errors
 /// If there are more than any run could be meant to have.
-pub fn rows_per_step(training: &Training) -> Result<usize, Failure> {
-    let (batch, accumulated) = (training.batch_size, training.gradient_accumulation_steps);
+pub fn rows_per_step(resolved: &Resolved<TrainSettings>) -> Result<usize, Failure> {
+    let t = &resolved.settings.training;
+    let (batch, accumulated) = (t.batch_size, t.gradient_accumulation_steps);
     let rows = batch.checked_mul(accumulated);
     rows.filter(|&rows| rows <= MOST_ROWS).ok_or_else(|| {
-        Failure::Usage(format!(
-            "training.batch_size × training.gradient_accumulation_steps is {batch} × {accumulated}: more than \
-             {MOST_ROWS} rows a step"
-        ))
+        // The larger of the two is above its default: it was given.
+        let mut factors = [
+            (batch, "training.batch_size"),
+            (accumulated, "training.gradient_accumulation_steps"),
+        ];
+        factors.sort_by_key(|&(factor, _)| std::cmp::Reverse(factor));
+        let [(large, key), (small, other)] = factors;
+        let cause = format!("× {other} is {large} × {small}: more than {MOST_ROWS} rows a step");
+        resolved.wrong(key, cause)
     })
 }
 
 impl Plan {
     /// Works out steps and adapter; refuses what cannot be.
     pub fn new(
-        settings: &TrainSettings,
+        resolved: &Resolved<TrainSettings>,
         config: &Config,
         rows: &Rows,
         initial: Option<&Adapter>,
     ) -> Result<Self> {
+        let settings = &resolved.settings;
         let t = &settings.training;
-        let rows_per_step = rows_per_step(t)?;
+        let rows_per_step = rows_per_step(resolved)?;
         let epochs = (t.num_epochs * rows.train.len() as f64 / rows_per_step as f64).ceil() as u64;
         let (adapter, layout) = lora::layout(settings, config)?;
         let given = initial.map(|given| lora::values_of(given, &layout, config));

@@ -323,7 +323,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
             step: line.step,
             seconds,
             tokens_per_second,
-            peak_memory_mb: taken.map(|bytes| bytes / 1_000_000),
+            peak_memory_mb: taken.map(|taken| taken.bytes / 1_000_000),
         };
         self.lines.folder.timing(&serde_json::to_string(&time)?)?;
         let message = format!("loss {:.4}, {tokens_per_second:.0} tokens/s", line.loss);
@@ -444,7 +444,8 @@ impl<'a, B: Backend> Trainer<'a, B> {
         }
         drop(pass);
         let (fit, layout) = (self.job.fit, &self.job.plan.layout);
-        self.pass.reserve(self.model, fit.survey.extent, Some(layout))?;
+        self.pass
+            .reserve(self.model, fit.survey.extent, Some(layout))?;
         let eval_loss = sum / tokens as f64;
         if !eval_loss.is_finite() {
             let (step, what) = (self.step, "the held-out loss is");

@@ -157,8 +157,12 @@ pub fn inspect(app: &App, folder: &Path, problems: &mut Vec<Problem>) -> Model {
         let verb = if others.is_empty() { " holds" } else { "" };
         problems.push(Problem {
             file: shard_of(folder, first),
-            cause: format!("{first}{verb}{others} values that are no numbers"),
-            effect: "every loss and every reply is none either: fetch the model again".into(),
+            cause: format!(
+                "{first}{verb}{others} values that are no numbers, or too large for bfloat16"
+            ),
+            effect:
+                "every loss and every reply is none either: fetch the model again, or take another"
+                    .into(),
         });
     }
     model
