@@ -233,9 +233,11 @@ fn read_yaml<T: Default + Serialize + DeserializeOwned>(
 struct KeyLines(BTreeMap<String, u64>);
 
 impl KeyLines {
-    /// `:LINE`, where the key stands in the file.
+    /// `:LINE`, where the key stands in the file; of a list's item, that of the list.
     fn of(&self, path: &str) -> String {
-        (self.0.get(path)).map_or_else(String::new, |line| format!(":{line}"))
+        let list = path.split_once('[').map_or(path, |(list, _)| list);
+        let line = self.0.get(path).or_else(|| self.0.get(list));
+        line.map_or_else(String::new, |line| format!(":{line}"))
     }
 }
 
@@ -824,13 +826,19 @@ mod tests {
     }
 
     #[test]
-    fn a_list_is_no_section_however_deep() {
+    fn a_list_is_no_section_however_deep_and_its_items_have_its_line() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "judge:\n  prices:\n    m: [1, 2]\n").unwrap();
         let none = std::iter::empty();
         let error = resolve::<EvalSettings>(Some(file.path()), &["judge"], Flags::new(), none);
         let error = error.unwrap_err().to_string();
         let said = ":3: judge.prices.m: is a list; it must be a section of keys";
+        assert!(error.ends_with(said), "{error}");
+        std::fs::write(file.path(), "judge:\n  compare: [a:b, 3]\n").unwrap();
+        let none = std::iter::empty();
+        let error = resolve::<EvalSettings>(Some(file.path()), &["judge"], Flags::new(), none);
+        let error = error.unwrap_err().to_string();
+        let said = ":2: judge.compare[1]: is 3; it must be a text, in quotes";
         assert!(error.ends_with(said), "{error}");
     }
 
