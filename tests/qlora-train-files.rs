@@ -1328,12 +1328,12 @@ fn settings_that_the_model_cannot_hold_are_refused() {
         (
             "PAIRS__LORA__RANK",
             "129",
-            "lora.rank is 129, more than the model is wide (128)",
+            "environment variable PAIRS__LORA__RANK: lora.rank is 129, more than the model is wide (128)",
         ),
         (
             "PAIRS__TRAINING__MAX_SEQ_LENGTH",
             "1025",
-            "training.max_seq_length is 1025, more than the model's 1024 positions",
+            "MAX_SEQ_LENGTH: training.max_seq_length is 1025, more than the model's 1024 positions",
         ),
     ] {
         let tool = tool().env(key, value);

@@ -112,6 +112,10 @@ fn settings_that_cannot_work_are_refused_by_key() {
             "training:\n  max_memory: 8 potatoes",
             "train.yaml:2: training.max_memory is \"8 potatoes\"; it must be a size",
         ),
+        (
+            "training:\n  early_stopping_patience: 2\n  eval_steps: 0",
+            "train.yaml:3: training.eval_steps is 0; early_stopping_patience and ",
+        ),
         ("lora: {dropout: 1.0}", "lora.dropout is 1"),
         (
             "training: {neftune_noise_alpha: -5}",

@@ -232,7 +232,7 @@ impl Tool for QloraTrain {
             });
         };
         let config = checkpoint.config();
-        check_fits(settings, config)?;
+        check_fits(&resolved, config)?;
         lora::layout(settings, config)?;
         let chat = Chat::load(&model_path)?;
         chat.check(config, &GenerationConfig::load(&model_path)?)?;
@@ -436,9 +436,8 @@ fn check(app: &App, resolved: &Resolved<TrainSettings>) -> Result<()> {
     plan::rows_per_step(resolved)?;
     let watched = t.early_stopping_patience > 0 || t.load_best_model_at_end;
     if watched && t.eval_steps == 0 {
-        let cause =
-            "training.early_stopping_patience and load_best_model_at_end need eval_steps above 0";
-        return Err(Failure::Usage(cause.into()).into());
+        let cause = "is 0; early_stopping_patience and load_best_model_at_end need it above 0";
+        return Err(resolved.wrong("training.eval_steps", cause).into());
     }
     // Bounds are far beyond what is of use, and where 32-bit figures still hold.
     for (key, value, most) in [
@@ -514,18 +513,17 @@ fn shown(value: f64) -> String {
 }
 
 /// Settings that no row and no memory would show to be wrong for this model.
-fn check_fits(settings: &TrainSettings, config: &Config) -> Result<(), Failure> {
+fn check_fits(resolved: &Resolved<TrainSettings>, config: &Config) -> Result<(), Failure> {
+    let settings = &resolved.settings;
     let (rank, length) = (settings.lora.rank, settings.training.max_seq_length);
     let (width, longest) = (config.hidden_size, config.max_positions);
     if rank > width {
-        return Err(Failure::Usage(format!(
-            "lora.rank is {rank}, more than the model is wide ({width}); usual is 8 to 64"
-        )));
+        let cause = format!("is {rank}, more than the model is wide ({width}); usual is 8 to 64");
+        return Err(resolved.wrong("lora.rank", cause));
     }
     if length > longest {
-        return Err(Failure::Usage(format!(
-            "training.max_seq_length is {length}, more than the model's {longest} positions"
-        )));
+        let cause = format!("is {length}, more than the model's {longest} positions");
+        return Err(resolved.wrong("training.max_seq_length", cause));
     }
     Ok(())
 }
