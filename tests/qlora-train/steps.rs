@@ -165,7 +165,7 @@ fn weights_that_are_no_numbers_are_told_as_such() {
         tool.run(&with(out), "")
             .exits(4)
             .says(said)
-            .says("`qlora-train inspect damaged`")
+            .says("`qlora-train inspect 'damaged'`")
             .says("put the model's files into damaged again, and train in another folder")
             .never_says("--init-adapter")
             .never_says("lower training.learning_rate");
