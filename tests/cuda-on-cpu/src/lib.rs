@@ -1,11 +1,16 @@
-//! A CUDA device made of a processor: the backend's launch layer, with the same
-//! `.cu` sources run as coroutines (`runtime/`), so that CI, which has no GPU,
-//! executes every kernel and all of the backend's host code.
+//! A CUDA device made of a processor, so that CI, which has no GPU, executes every
+//! kernel and all of the backend's host code. Two things run the kernels: their `.cu`
+//! sources as coroutines (`runtime/`), quickly, with a C++ twin of each instruction
+//! behind `device.cuh`'s wrappers; and the PTX that is shipped, interpreted ([`Ptx`]),
+//! with the instructions as NVIDIA's manual has them.
 //!
 //! What a device would leave undefined is made loud: fresh memory is NaN, an
-//! argument of the wrong size or an address outside every buffer is an error, and a
-//! checked device also finds races in shared memory. What it cannot show is speed,
-//! and what the instructions behind `device.cuh`'s wrappers really do.
+//! argument of the wrong size or an address outside every buffer is an error, and
+//! races in shared memory are found, by the coroutines where they are checked. What
+//! it cannot show is speed, what the driver's compiler makes of the PTX, and what a
+//! chip does where the manual leaves it open.
+
+mod ptx;
 
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
@@ -16,6 +21,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use engine::cuda::{Address, Driver, Launch, Operand, Pending, Precision, Product};
 use engine::{Error, Result};
 use half::bf16;
+
+pub use ptx::{PTX, Ptx};
 
 unsafe extern "C" {
     fn cuda_on_cpu_launch(
@@ -60,14 +67,43 @@ impl Order {
     pub const ALL: [Self; 4] = [Self::Forward, Self::Reverse, Self::Random, Self::Newest];
 }
 
-/// A device on the processor.
-pub struct Emulated {
-    order: Order,
-    checked: bool,
+/// What runs a device's kernels.
+pub trait Kernels: Send + Sync {
+    /// The device in words.
+    fn describe(&self) -> String;
+
+    /// Runs a kernel to its end; these buffers are alive: base → size.
+    ///
+    /// # Errors
+    /// Where the launch does not fit the kernel, or the kernel is wrong.
+    fn launch(&self, launch: &Launch<'_>, buffers: &BTreeMap<Address, usize>) -> Result<()>;
+
+    /// A buffer has appeared.
+    fn appears(&self, _base: Address, _bytes: usize) {}
+
+    /// A buffer goes.
+    fn goes(&self, _base: Address) {}
+}
+
+/// A device on the processor, whose kernels are run by `K`.
+pub struct Processor<K: Kernels> {
+    kernels: K,
     /// Live buffers: base → size.
     buffers: Mutex<BTreeMap<Address, usize>>,
     meter: Arc<Meter>,
 }
+
+/// Runs the kernels' sources as coroutines.
+pub struct Coroutines {
+    order: Order,
+    checked: bool,
+}
+
+/// A device that runs the kernels' sources.
+pub type Emulated = Processor<Coroutines>;
+
+/// A device that runs the kernels' PTX.
+pub type Interpreted = Processor<Ptx>;
 
 /// How much of a device's memory is, and was at most, in use, and what ran.
 #[derive(Default)]
@@ -93,6 +129,12 @@ impl Meter {
         let launches = self.launches.lock().unwrap_or_else(PoisonError::into_inner);
         launches.get(kernel).copied().unwrap_or(0)
     }
+
+    /// The kernels that were launched.
+    pub fn kernels(&self) -> Vec<&'static str> {
+        let launches = self.launches.lock().unwrap_or_else(PoisonError::into_inner);
+        launches.keys().copied().collect()
+    }
 }
 
 /// The runtime has one block under way at a time, in the whole process.
@@ -117,9 +159,15 @@ impl Emulated {
     /// A device whose threads run in this order. A checked one looks at every
     /// access, and takes about ten times as long.
     pub fn new(order: Order, checked: bool) -> Self {
+        Self::of(Coroutines { order, checked })
+    }
+}
+
+impl<K: Kernels> Processor<K> {
+    /// A device that has its kernels run by this.
+    pub fn of(kernels: K) -> Self {
         Self {
-            order,
-            checked,
+            kernels,
             buffers: Mutex::default(),
             meter: Arc::default(),
         }
@@ -178,7 +226,6 @@ impl Emulated {
 
     /// Memory with undefined contents, which nothing counts.
     fn reserve(&self, what: &'static str, bytes: usize) -> Result<Address> {
-        let _running = runtime();
         // SAFETY: the size is not zero.
         let memory = unsafe { alloc(layout(bytes)) };
         if memory.is_null() {
@@ -186,8 +233,7 @@ impl Emulated {
         }
         // SAFETY: fresh memory of this size. The bytes are NaN as floats, and as bf16.
         unsafe { memory.write_bytes(0xff, bytes) };
-        // SAFETY: only notes the range.
-        unsafe { cuda_on_cpu_buffer(memory as usize, bytes) };
+        self.kernels.appears(memory as usize as Address, bytes);
         let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
         buffers.insert(memory as usize as Address, bytes);
         Ok(memory as usize as Address)
@@ -195,28 +241,23 @@ impl Emulated {
 
     /// The size of what was there.
     fn give_back(&self, address: Address) -> usize {
-        let _running = runtime();
         let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(bytes) = buffers.remove(&address) else {
             return 0;
         };
+        self.kernels.goes(address);
         // SAFETY: came from `reserve` with this size, and was in the list once.
-        unsafe {
-            cuda_on_cpu_free(address as usize);
-            dealloc(address as usize as *mut u8, layout(bytes));
-        }
+        unsafe { dealloc(address as usize as *mut u8, layout(bytes)) };
         bytes
     }
 }
 
-impl Drop for Emulated {
+impl<K: Kernels> Drop for Processor<K> {
     fn drop(&mut self) {
-        let live = std::mem::take(
-            self.buffers
-                .get_mut()
-                .unwrap_or_else(PoisonError::into_inner),
-        );
-        for base in live.into_keys().collect::<Vec<_>>() {
+        let buffers = self.buffers.get_mut();
+        let live = buffers.unwrap_or_else(PoisonError::into_inner).keys();
+        let live: Vec<_> = live.copied().collect();
+        for base in live {
             self.release(base);
         }
     }
@@ -230,12 +271,56 @@ impl Pending for Ready {
     }
 }
 
-impl Driver for Emulated {
+impl Kernels for Coroutines {
     fn describe(&self) -> String {
-        format!(
-            "a CUDA device on the CPU, threads in order {:?}",
-            self.order
-        )
+        let order = self.order;
+        format!("a CUDA device on the CPU, threads in order {order:?}")
+    }
+
+    fn launch(&self, launch: &Launch<'_>, _: &BTreeMap<Address, usize>) -> Result<()> {
+        let name = CString::new(launch.kernel).expect("a kernel's name is text");
+        let mut args: Vec<_> = launch.args.iter().map(|a| a.as_ptr().cast_mut()).collect();
+        let sizes: Vec<_> = launch.args.iter().map(|a| a.size()).collect();
+        let _running = runtime();
+        // SAFETY: the pointers live through the call; the runtime compares the sizes
+        // with the kernel's, and a checked kernel stays inside the buffers.
+        let problem = unsafe {
+            cuda_on_cpu_launch(
+                name.as_ptr(),
+                launch.grid.as_ptr(),
+                [launch.block, 1, 1].as_ptr(),
+                launch.shared as usize,
+                args.as_mut_ptr(),
+                sizes.as_ptr(),
+                args.len() as i32,
+                self.order as u32,
+                self.checked,
+            )
+        };
+        if problem.is_null() {
+            return Ok(());
+        }
+        // SAFETY: a string that stays until the next launch, which the lock holds off.
+        let problem = unsafe { CStr::from_ptr(problem) };
+        Err(wrong(problem.to_string_lossy().into_owned()))
+    }
+
+    fn appears(&self, base: Address, bytes: usize) {
+        let _running = runtime();
+        // SAFETY: only notes the range.
+        unsafe { cuda_on_cpu_buffer(base as usize, bytes) };
+    }
+
+    fn goes(&self, base: Address) {
+        let _running = runtime();
+        // SAFETY: only forgets the range.
+        unsafe { cuda_on_cpu_free(base as usize) };
+    }
+}
+
+impl<K: Kernels> Driver for Processor<K> {
+    fn describe(&self) -> String {
+        self.kernels.describe()
     }
 
     fn free(&self) -> Result<usize> {
@@ -288,31 +373,8 @@ impl Driver for Emulated {
         let mut launches = launches.unwrap_or_else(PoisonError::into_inner);
         *launches.entry(launch.kernel).or_default() += 1;
         drop(launches);
-        let name = CString::new(launch.kernel).expect("a kernel's name is text");
-        let mut args: Vec<_> = launch.args.iter().map(|a| a.as_ptr().cast_mut()).collect();
-        let sizes: Vec<_> = launch.args.iter().map(|a| a.size()).collect();
-        let _running = runtime();
-        // SAFETY: the pointers live through the call; the runtime compares the sizes
-        // with the kernel's, and a checked kernel stays inside the buffers.
-        let problem = unsafe {
-            cuda_on_cpu_launch(
-                name.as_ptr(),
-                launch.grid.as_ptr(),
-                [launch.block, 1, 1].as_ptr(),
-                launch.shared as usize,
-                args.as_mut_ptr(),
-                sizes.as_ptr(),
-                args.len() as i32,
-                self.order as u32,
-                self.checked,
-            )
-        };
-        if problem.is_null() {
-            return Ok(());
-        }
-        // SAFETY: a string that stays until the next launch, which the lock holds off.
-        let problem = unsafe { CStr::from_ptr(problem) };
-        Err(wrong(problem.to_string_lossy().into_owned()))
+        let buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        self.kernels.launch(launch, &buffers)
     }
 
     fn multiply(&self, product: &Product) -> Result<()> {

@@ -7,9 +7,9 @@
 use std::collections::HashSet;
 
 use crate::support::{
-    Draw, Machine, compare, compare_over, distance, emulated, fresh, gpu, only_gpu,
+    Draw, Machine, compare, compare_over, distance, emulated, fresh, gpu, on_processor,
 };
-use cuda_on_cpu::{Emulated, Order};
+use cuda_on_cpu::Order;
 use engine::nf4::{self, Nf4Tensor};
 use engine::rng::{Purpose, Stream};
 use engine::{
@@ -23,8 +23,8 @@ use half::bf16;
 /// rounds where the kernels do, so that what is stored in bf16 differs where a sum
 /// in another order falls on the other side of a half: 3.1e-5. A rounding too many
 /// or too few is 1.6e-3 and more. Sums in f32 in another order: 1.9e-7.
-const BF16: f64 = 3e-4;
-const F32: f64 = 2e-6;
+pub const BF16: f64 = 3e-4;
+pub const F32: f64 = 2e-6;
 
 /// A quantised matrix, with double quantisation or without.
 fn nf4(draw: &mut Draw, [rows, cols]: [usize; 2], nested: bool) -> HostMatrix {
@@ -85,10 +85,9 @@ fn uploads_arrive_whole() {
     if let Some(gpu) = gpu() {
         check(&gpu);
     }
-    if !only_gpu() {
-        let unchecked = Emulated::new(Order::Forward, false);
-        check(&Cuda::new(Box::new(unchecked)).unwrap());
-    }
+    on_processor(&[Order::Forward], false)
+        .iter()
+        .for_each(check);
 }
 
 #[test]
@@ -196,7 +195,7 @@ fn norm_and_rotation_of_queries_and_keys() {
 }
 
 /// Attention over rows of these lengths, and its gradient.
-fn attend<B: Machine>(b: &B, heads: Heads, lengths: &[usize]) -> Vec<Vec<f32>> {
+pub fn attend<B: Machine>(b: &B, heads: Heads, lengths: &[usize]) -> Vec<Vec<f32>> {
     let mut draw = fresh(heads.dim as u64 + 7);
     let rows: Vec<_> = (0..).zip(lengths.iter().copied()).collect();
     let rows = Ragged::new(b, &rows).unwrap();
@@ -799,11 +798,7 @@ fn quantising_gives_the_hosts_bits() {
     if let Some(gpu) = gpu() {
         check(&gpu);
     }
-    if !only_gpu() {
-        Order::ALL
-            .into_iter()
-            .for_each(|order| check(&emulated(order)));
-    }
+    on_processor(&Order::ALL, true).iter().for_each(check);
 }
 
 /// Values of random weight `number`, in f64 from the bits that engine::rng gives.
@@ -923,10 +918,9 @@ fn random_weights_are_quantised_piece_by_piece() {
     if let Some(gpu) = gpu() {
         check(&gpu);
     }
-    if !only_gpu() {
-        let unchecked = Emulated::new(Order::Forward, false);
-        check(&Cuda::new(Box::new(unchecked)).unwrap());
-    }
+    on_processor(&[Order::Forward], false)
+        .iter()
+        .for_each(check);
 }
 
 #[test]
@@ -1011,9 +1005,7 @@ fn logits_of_few_tokens_decode_nothing() {
     if let Some(gpu) = gpu() {
         check(&gpu);
     }
-    if !only_gpu() {
-        check(&emulated(Order::Forward));
-    }
+    on_processor(&[Order::Forward], true).iter().for_each(check);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! all the runtime that stands in for the device.
 #![allow(clippy::unwrap_used)]
 
+mod interpreted;
 mod kernels;
 mod memory;
 mod model;

@@ -1,7 +1,7 @@
 //! A whole small model through the CUDA backend: the same code that runs on a GPU,
 //! from the launch upwards, against the CPU backend.
 
-use crate::support::{Draw, distance, gpu, only_gpu};
+use crate::support::{Draw, distance, gpu, on_processor};
 use cuda_on_cpu::{Emulated, Order};
 use engine::nf4::Nf4Tensor;
 use engine::{Backend, Cpu, Cuda, Heads, HostMatrix, Reading, Rounded, Sampling};
@@ -249,6 +249,12 @@ fn device(order: Order, checked: bool) -> Cuda {
     Cuda::new(Box::new(Emulated::new(order, checked))).unwrap()
 }
 
+/// A device on the processor, and the GPU if there is one.
+fn devices() -> impl Iterator<Item = Cuda> {
+    let on_processor = on_processor(&[Order::Forward], false);
+    on_processor.into_iter().chain(gpu())
+}
+
 #[test]
 fn training_and_generation_follow_the_cpu() {
     const STEPS: u32 = 50;
@@ -264,9 +270,7 @@ fn training_and_generation_follow_the_cpu() {
         distance(&want.gradient, &exact.gradient),
     );
     assert!(want.losses[49] < 0.2 * want.losses[0]);
-    let emulated = (!only_gpu()).then(|| device(Order::Forward, false));
-    let devices = [emulated, gpu()];
-    for device in devices.into_iter().flatten() {
+    for device in devices() {
         let name = device.describe();
         let got = train(&model(device), Keep::All, STEPS, NONE);
         let (gradient, loss) = (
@@ -296,8 +300,7 @@ fn noise_on_embeddings_and_moments_in_8_bits_follow_the_cpu() {
     let plain = train(&model(Rounded), Keep::All, STEPS, NONE);
     let apart = |other: &Run| distance(&other.losses, &want.losses);
     println!("without them: losses off by {:.1e}", apart(&plain));
-    let emulated = (!only_gpu()).then(|| device(Order::Forward, false));
-    for device in [emulated, gpu()].into_iter().flatten() {
+    for device in devices() {
         let name = device.describe();
         let got = train(&model(device), Keep::All, STEPS, ALL);
         println!("{name}: losses off by {:.1e}", apart(&got));
@@ -312,8 +315,7 @@ fn rescaled_rows_and_ranks_of_their_own_follow_the_cpu() {
     const DORA: Extras = Extras { dora: true, ..NONE };
     let want = train(&model(Rounded), Keep::All, STEPS, DORA);
     assert!(want.losses[19] < 0.5 * want.losses[0]);
-    let emulated = (!only_gpu()).then(|| device(Order::Forward, false));
-    for device in [emulated, gpu()].into_iter().flatten() {
+    for device in devices() {
         let name = device.describe();
         let got = train(&model(device), Keep::All, STEPS, DORA);
         let (gradient, loss) = (
@@ -340,8 +342,7 @@ fn a_head_in_nf4_learns_and_generates_as_on_the_cpu() {
     // What was learnt is far likelier than anything else, so that a rounding decides
     // no token.
     assert!(want.losses[11] < 0.2 * want.losses[0]);
-    let emulated = (!only_gpu()).then(|| device(Order::Forward, false));
-    for device in [emulated, gpu()].into_iter().flatten() {
+    for device in devices() {
         let name = device.describe();
         let got = train(&model_with_nf4_head(device), Keep::All, STEPS, NONE);
         let loss = distance(&got.losses, &want.losses);

@@ -1,10 +1,11 @@
 //! Running one check on several machines.
 
-use std::sync::LazyLock;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{LazyLock, Mutex};
 use std::time::UNIX_EPOCH;
 
-use cuda_on_cpu::{Emulated, Order};
-use engine::cuda::Nvidia;
+use cuda_on_cpu::{Emulated, Kernels, Order, Processor, Ptx};
+use engine::cuda::{Address, Launch, Nvidia};
 use engine::{Backend, Cuda, Rounded};
 use half::bf16;
 
@@ -75,14 +76,58 @@ pub fn only_gpu() -> bool {
     std::env::var_os(ONLY_GPU).is_some()
 }
 
+/// Set where a test runs for the sake of the interpreted PTX alone.
+pub const ONLY_PTX: &str = "CUDA_TESTS_ONLY_PTX";
+
+/// Says which kernels of the PTX it runs.
+struct Telling(Ptx);
+
+impl Kernels for Telling {
+    fn describe(&self) -> String {
+        self.0.describe()
+    }
+
+    fn launch(
+        &self,
+        launch: &Launch<'_>,
+        buffers: &BTreeMap<Address, usize>,
+    ) -> engine::Result<()> {
+        static TOLD: Mutex<BTreeSet<&str>> = Mutex::new(BTreeSet::new());
+        self.0.launch(launch, buffers)?;
+        if TOLD.lock().unwrap().insert(launch.kernel) {
+            println!("interpreted: {}", launch.kernel);
+        }
+        Ok(())
+    }
+}
+
+/// The device that interprets the PTX.
+pub fn interpreted() -> Cuda {
+    Cuda::new(Box::new(Processor::of(Telling(Ptx::shipped())))).unwrap()
+}
+
 /// A device of the tests, whose every access is looked at.
 pub fn emulated(order: Order) -> Cuda {
     Cuda::new(Box::new(Emulated::new(order, true))).unwrap()
 }
 
-/// The GPU, if this machine has one.
+/// The devices to check beside a GPU: one per order of threads, or that which interprets
+/// the PTX, where the run is for its sake.
+pub fn on_processor(orders: &[Order], checked: bool) -> Vec<Cuda> {
+    if only_gpu() {
+        return Vec::new();
+    }
+    if std::env::var_os(ONLY_PTX).is_some() {
+        return vec![interpreted()];
+    }
+    let emulated = |&order| Cuda::new(Box::new(Emulated::new(order, checked))).unwrap();
+    orders.iter().map(emulated).collect()
+}
+
+/// The GPU, if this machine has one, and it is to be tried.
 pub fn gpu() -> Option<Cuda> {
-    let found = Nvidia::count().is_ok_and(|count| count > 0);
+    let wanted = std::env::var_os(ONLY_PTX).is_none();
+    let found = wanted && Nvidia::count().is_ok_and(|count| count > 0);
     found.then(|| Cuda::new(Box::new(Nvidia::open(0).unwrap())).unwrap())
 }
 
@@ -109,7 +154,7 @@ const BF16_LIMITS: f64 = 1e-5;
 
 /// What the norm changes by, as a part of it, where the largest value is rounded to its
 /// other neighbour in bf16.
-fn half_step(values: &[f32]) -> f64 {
+pub fn half_step(values: &[f32]) -> f64 {
     let largest = values.iter().fold(0.0f32, |most, v| most.max(v.abs()));
     let norm = values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>();
     f64::from(largest) / 128.0 / norm.sqrt().max(f64::MIN_POSITIVE)
@@ -157,15 +202,13 @@ pub fn compare_over(
     if let Some(gpu) = gpu() {
         check(&gpu);
     }
-    if only_gpu() {
-        return;
-    }
     let mut first = None;
-    for &order in orders {
-        let results = check(&emulated(order));
+    for device in on_processor(orders, true) {
+        let results = check(&device);
         assert!(
             *first.get_or_insert_with(|| results.clone()) == results,
-            "{name} depends on the order of threads: {order:?}"
+            "{name} depends on the order of threads: {}",
+            device.describe()
         );
     }
 }
