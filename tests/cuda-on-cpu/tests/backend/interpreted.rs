@@ -1,6 +1,7 @@
 //! The PTX that is shipped, interpreted: every kernel against the CPU, a small training
 //! and its replies; and that a mistake in it is found.
 
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
 
@@ -28,12 +29,54 @@ fn every_kernel_and_a_training_in_the_ptx_that_is_shipped() {
     assert_eq!(ptx.kernels().count(), PTX.matches(".entry").count());
 }
 
+/// The lines of a kernel.
+fn body(kernel: &str) -> std::ops::Range<usize> {
+    let start = PTX.find(&format!(".entry {kernel}(")).unwrap();
+    start..start + PTX[start..].find("\n}").unwrap()
+}
+
+/// The compiler of the driver may make one instruction, which rounds once, of a product
+/// and a sum that do not say `.rn` ("mul", "add").
+#[test]
+fn where_bits_must_match_nothing_can_be_contracted() {
+    let pairs = |kernel: &str| {
+        let parts = |line: &'static str| -> Vec<&str> {
+            line.split([' ', '\t', ',', ';'])
+                .filter(|w| !w.is_empty())
+                .collect()
+        };
+        let lines = || PTX[body(kernel)].lines().map(parts);
+        let of = |line: &[&str], names: &[&str]| line.first().is_some_and(|w| names.contains(w));
+        let products: HashSet<_> = lines()
+            .filter(|line| of(line, &["mul.f32", "mul.f64"]))
+            .map(|line| line[1])
+            .collect();
+        lines()
+            .filter(|line| of(line, &["add.f32", "sub.f32", "add.f64", "sub.f64"]))
+            .filter(|line| line[2..].iter().any(|word| products.contains(word)))
+            .count()
+    };
+    let exact = [
+        "nf4_decode",
+        "nf4_quantize_bf16",
+        "nf4_quantize_f32",
+        "nf4_nest",
+        "add_noise",
+        "adamw_8bit",
+        "sample",
+    ];
+    for kernel in exact {
+        assert_eq!(pairs(kernel), 0, "{kernel}");
+    }
+    // Where they need not, some can.
+    assert!(pairs("attention_backward_q_32") > 0);
+}
+
 /// The text with line `n` of a kernel that says this said otherwise; none where there
 /// are not so many.
 fn edited(kernel: &str, says: &str, n: usize, edit: impl Fn(&str) -> String) -> Option<String> {
-    let start = PTX.find(&format!(".entry {kernel}(")).unwrap();
-    let end = start + PTX[start..].find("\n}").unwrap();
-    let at = start + PTX[start..end].match_indices(says).nth(n)?.0;
+    let body = body(kernel);
+    let at = body.start + PTX[body].match_indices(says).nth(n)?.0;
     let begin = PTX[..at].rfind('\n').unwrap() + 1;
     let end = at + PTX[at..].find('\n').unwrap();
     Some([&PTX[..begin], &edit(&PTX[begin..end]), &PTX[end..]].concat())

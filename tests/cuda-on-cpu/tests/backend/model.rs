@@ -287,7 +287,15 @@ fn training_and_generation_follow_the_cpu() {
         // by 2.9e-3 and 3.7e-4 (the oracle's scale multiplied apart). Twice that; a rounding
         // too many or too few in a single kernel is for kernels.rs to find.
         assert!(gradient < 6e-3, "{name}: {gradient:e}");
-        assert!(loss < 1e-3, "{name}: {loss:e}");
+        // Fifty steps carry a rounding far. The shipped PTX, interpreted on 2026-11-24, where
+        // the compiler has contracted products and sums: 4.7e-3, and 7.0e-3 and 4.8e-3 with
+        // matrix products summed in two other orders. A GPU sums as it likes; twice that.
+        let in_the_cpus_order = ["threads in order", "stand-in"];
+        let limit = match in_the_cpus_order.iter().any(|s| name.contains(s)) {
+            true => 1e-3,
+            false => 1.4e-2,
+        };
+        assert!(loss < limit, "{name}: {loss:e}");
         assert_eq!(got.replies, want.replies, "{name}");
         assert_eq!(got.replies, exact.replies, "{name}");
     }
