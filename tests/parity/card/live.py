@@ -13,7 +13,8 @@ from pathlib import Path
 
 MODEL = Path(__file__).parents[2] / "demo/model"
 TWEET, SYSTEM = "the tweet", 'Say "hm" first.\nThen be brief.'
-ROWS = [("Anyone up?", "Every day!"), ("Rain again", "Good for the garden 🌱"), (TWEET, "No")]
+ROWS = [("Anyone up?", "Every day!"), ("Rain again", "Good for the garden 🌱"), ("Monday", "No")]
+ASKED = {"id": "asked", "tweet": TWEET, "reply": "Yes"}  # gen-eval takes no row that was trained on
 SETTINGS = {
     "model": {"path": "models/demo", "quantization": "none"}, "lora": {"rank": 4},
     "training": {"max_steps": 2, "batch_size": 3, "gradient_accumulation_steps": 1, "learning_rate": 0.02, "warmup_steps": 0},
@@ -40,7 +41,7 @@ with tempfile.TemporaryDirectory() as folder:
     if run.returncode:
         sys.exit(f"{script}\n{run.stderr}")
     ours = subprocess.run(["gen-eval", "--quiet", "--adapter", "out", "--device", "cpu", "--max-new-tokens", "96"], cwd=folder,
-                          input=rows[-1] + "\n", capture_output=True, text=True, check=True).stdout
+                          input=json.dumps(ASKED) + "\n", capture_output=True, text=True, check=True).stdout
 reply = json.loads(ours.splitlines()[0])["systems"]["lora"]["prediction"]
 same = run.stdout.strip() == reply
 print(json.dumps({"check": "card", "same": same, "reply": reply} | ({} if same else {"peft": run.stdout.strip()}), ensure_ascii=False))
