@@ -31,8 +31,8 @@ use crate::{Kernels, wrong};
 /// The kernels as they are shipped.
 pub const PTX: &str = include_str!("../../../tools/lib/engine/cuda/kernels.ptx");
 
-/// Shared memory that a block may have on every chip from sm_80 on (sm_86 and later
-/// small ones have the least).
+/// Shared memory that a block may have on every chip from sm_80 on: sm_86, 89 and 120
+/// have the least.
 const SHARED: usize = 99 << 10;
 
 /// A text of PTX, read when its kernels are run.

@@ -1,9 +1,8 @@
 //! What an instruction computes in each lane, by NVIDIA's "PTX ISA" 8.4, whose
 //! description is named where the instruction is odd.
 //!
-//! Written from the manual alone, not from `runtime/`, so that a misreading of either
-//! side shows. Where the manual leaves something open, this is as far from a CPU's
-//! habit as it allows.
+//! Not by the twins in `runtime/`, so that a misreading on either side shows. Where the
+//! manual leaves something open, this is as far from a CPU's habit as it allows.
 
 use std::array::from_fn;
 use std::cmp::Ordering;
