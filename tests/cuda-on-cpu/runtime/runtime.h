@@ -128,6 +128,7 @@ DEVICE void copy_commit() { cpu::copy_commit(); }
 template <int N> DEVICE void copy_wait() { cpu::copy_wait(N); }
 DEVICE float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 DEVICE float fast_exp(float x) { return expf(x); }
+DEVICE float fast_reciprocal(float x) { return 1.0f / x; }
 DEVICE void sine_cosine_pi(float x, float *sine, float *cosine) {
   *sine = (float)sin(M_PI * x);
   *cosine = (float)cos(M_PI * x);

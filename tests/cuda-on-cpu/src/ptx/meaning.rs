@@ -180,6 +180,17 @@ fn exp2_approx(x: u32) -> f32 {
     (exact * if exact_power { 1.0 } else { 1.0 + off }) as f32
 }
 
+/// 1 / x, a unit in the last place off, which the manual allows (rcp): up or down by
+/// the last bit of `x`; exact where the manual lists the result.
+fn reciprocal_approx(x: u32) -> f32 {
+    let exact = 1.0 / f(x);
+    match exact {
+        e if e == 0.0 || e.is_infinite() || e.is_nan() => e,
+        e if x & 1 == 0 => e.next_up(),
+        e => e.next_down(),
+    }
+}
+
 /// `.ftz`: what is subnormal counts as a zero of its sign.
 fn flush(x: f32) -> f32 {
     if x.is_subnormal() {
@@ -293,6 +304,9 @@ pub fn meaning(spelling: &str) -> Option<Meaning> {
         "fma.rm.f32" => Narrow3(each!(|a, b, c| single(fma_down(f(a), f(b), f(c))))),
         "div.rn.f32" => Narrow2(each!(|a, b| single(f(a) / f(b)))),
         "rcp.rn.f32" => Narrow1(each!(|a| single(1.0 / f(a)))),
+        "rcp.approx.ftz.f32" => Narrow1(each!(|a| single(flush(reciprocal_approx(
+            flush(f(a)).to_bits()
+        ))))),
         "sqrt.rn.f32" => Narrow1(each!(|a| single(f(a).sqrt()))),
         "ex2.approx.f32" => Narrow1(each!(|a| single(exp2_approx(a)))),
         "ex2.approx.ftz.f32" => {

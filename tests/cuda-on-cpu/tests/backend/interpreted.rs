@@ -288,6 +288,20 @@ fn odd_instructions_are_as_the_manual_says() {
             0x0020_0000,
         ),
         ("ex2.approx.ftz.f32 %f1, 0fC3000000;\nmov.b32 %r2, %f1;", 0),
+        // 1 / 2 a unit too large, 1 / 3 one too small; a subnormal is zero, before and after.
+        (
+            "rcp.approx.ftz.f32 %f1, 0f40000000;\nmov.b32 %r2, %f1;",
+            0x3f00_0001,
+        ),
+        (
+            "rcp.approx.ftz.f32 %f1, 0f40400001;\nmov.b32 %r2, %f1;",
+            0x3eaa_aaa9,
+        ),
+        (
+            "rcp.approx.ftz.f32 %f1, 0f80000001;\nmov.b32 %r2, %f1;",
+            0xff80_0000,
+        ),
+        ("rcp.approx.ftz.f32 %f1, 0f7F000001;\nmov.b32 %r2, %f1;", 0),
         (
             "setp.neu.f32 %p1, 0f7FC00000, 0f00000000;\nselp.b32 %r2, 1, 0, %p1;",
             1,

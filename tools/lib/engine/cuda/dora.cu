@@ -9,23 +9,21 @@ DEVICE Eight gains(const float *magnitude, const float *norm, u32 column) {
 }
 
 // y *= magnitude / norm, then += residual if there is one: `columns` columns of
-// rows `width` apart, to which y and residual point.
+// rows `width` apart, to which y and residual point; a block a token.
 KERNEL(256)
 dora_rescale(const float *__restrict__ magnitude, const float *__restrict__ norm,
-             const bf16 *__restrict__ residual, u32 tokens, u32 columns, u32 width,
-             bf16 *__restrict__ y) {
-  const size_t i = global_thread() * 8;
-  if (i >= (size_t)tokens * columns) return;
-  const u32 column = (u32)(i % columns);
-  const size_t at = i / columns * width + column;
-  const Eight gain = gains(magnitude, norm, column);
-  Eight v = load8(y + at);
-  for (int e = 0; e < 8; e++) v.x[e] *= gain.x[e];
-  if (residual) {
-    const Eight r = load8(residual + at);
-    for (int e = 0; e < 8; e++) v.x[e] += r.x[e];
+             const bf16 *__restrict__ residual, u32 columns, u32 width, bf16 *__restrict__ y) {
+  const size_t row = (size_t)blockIdx.x * width;
+  for (u32 i = threadIdx.x * 8; i < columns; i += blockDim.x * 8) {
+    const Eight gain = gains(magnitude, norm, i);
+    Eight v = load8(y + row + i);
+    for (int e = 0; e < 8; e++) v.x[e] *= gain.x[e];
+    if (residual) {
+      const Eight r = load8(residual + row + i);
+      for (int e = 0; e < 8; e++) v.x[e] += r.x[e];
+    }
+    store8(y + row + i, v);
   }
-  store8(y + at, v);
 }
 EXPORT(dora_rescale)
 

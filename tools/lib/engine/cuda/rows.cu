@@ -75,109 +75,119 @@ rms_norm_backward(const bf16 *__restrict__ dy, const bf16 *__restrict__ x,
 }
 EXPORT(rms_norm_backward)
 
-// What a warp needs to turn one head of one token; `row` is in [tokens, q + 2k].
+// One head of one token, a warp's; a lane has features i and i + 1 of the first half, and
+// those of the second that turn with them (dim ≤ 128). Grid [tokens, heads / 4].
 struct Turn {
-  size_t row;
-  const float *weight, *cos, *sin;
+  u32 head, i, half;
+  size_t row; // of the head in [tokens, q + 2k]
+  bool mine;
+  float weight[4], cos[2], sin[2];
+
+  DEVICE_MEMBER Turn(const float *q_norm, const float *k_norm, const float *rope,
+                     const u32 *positions, u32 query, u32 kv, u32 dim)
+      : head(blockIdx.y * 4 + warp()), i(lane() * 2), half(dim / 2),
+        row(((size_t)blockIdx.x * (query + 2 * kv) + head) * dim), mine(i < half) {
+    const float *norm = head < query ? q_norm : k_norm;
+    const float *angles = rope + (size_t)positions[blockIdx.x] * dim;
+    for (u32 e = 0; e < 2; e++) {
+      weight[e] = mine ? norm[i + e] : 0;
+      weight[2 + e] = mine ? norm[half + i + e] : 0;
+      cos[e] = mine ? angles[i + e] : 0;
+      sin[e] = mine ? angles[half + i + e] : 0;
+    }
+  }
+
+  DEVICE_MEMBER void load(float (&x)[4], const bf16 *from) const {
+    for (u32 e = 0; e < 2; e++) {
+      const u32 pair = mine ? *reinterpret_cast<const u32 *>(from + i + e * half) : 0;
+      x[2 * e] = low(pair);
+      x[2 * e + 1] = high(pair);
+    }
+  }
+  DEVICE_MEMBER void store(bf16 *to, const float (&x)[4]) const {
+    for (u32 e = 0; e < 2; e++)
+      if (mine) *reinterpret_cast<u32 *>(to + i + e * half) = pack(x[2 * e], x[2 * e + 1]);
+  }
 };
 
-DEVICE Turn turn_of(size_t task, const float *q_norm, const float *k_norm, const float *rope,
-                    const u32 *positions, u32 query, u32 kv, u32 dim) {
-  const size_t token = task / (query + kv);
-  const u32 head = (u32)(task % (query + kv));
-  const float *angles = rope + (size_t)positions[token] * dim;
-  return Turn{(token * (query + 2 * kv) + head) * dim, head < query ? q_norm : k_norm, angles,
-              angles + dim / 2};
-}
-
-// Norm and rotation of the queries and keys, a warp a head: feature i turns with
-// feature i + dim / 2.
+// Norm and rotation of the queries and keys: feature i turns with feature i + dim / 2.
 KERNEL(128)
 qk_norm_rope(const bf16 *__restrict__ qkv, const float *__restrict__ q_norm,
              const float *__restrict__ k_norm, const float *__restrict__ rope,
-             const u32 *__restrict__ positions, u32 tokens, u32 query, u32 kv, u32 dim, float eps,
+             const u32 *__restrict__ positions, u32 query, u32 kv, u32 dim, float eps,
              bf16 *__restrict__ qk, float *__restrict__ rstd) {
-  const size_t task = (size_t)blockIdx.x * 4 + warp();
-  if (task >= (size_t)tokens * (query + kv)) return;
-  const Turn turn = turn_of(task, q_norm, k_norm, rope, positions, query, kv, dim);
-  const bf16 *x = qkv + turn.row;
-  bf16 *y = qk + task * dim;
-  float sum = 0;
-  for (u32 i = lane(); i < dim; i += 32) sum += widen(x[i].bits) * widen(x[i].bits);
+  if (blockIdx.y * 4 + warp() >= query + kv) return;
+  const Turn turn(q_norm, k_norm, rope, positions, query, kv, dim);
+  float x[4], sum = 0;
+  turn.load(x, qkv + turn.row);
+  for (int e = 0; e < 4; e++) sum += x[e] * x[e];
   const float r = 1.0f / sqrtf(warp_sum(sum) / dim + eps);
+  const size_t task = (size_t)blockIdx.x * (query + kv) + turn.head;
   if (lane() == 0) rstd[task] = r;
-  const u32 half = dim / 2;
-  for (u32 i = lane(); i < half; i += 32) {
-    const float a = widen(x[i].bits) * r * turn.weight[i];
-    const float b = widen(x[i + half].bits) * r * turn.weight[i + half];
-    y[i] = narrow(a * turn.cos[i] - b * turn.sin[i]);
-    y[i + half] = narrow(b * turn.cos[i] + a * turn.sin[i]);
+  for (int e = 0; e < 4; e++) x[e] *= r * turn.weight[e];
+  float y[4];
+  for (int e = 0; e < 2; e++) {
+    y[e] = x[e] * turn.cos[e] - x[2 + e] * turn.sin[e];
+    y[2 + e] = x[2 + e] * turn.cos[e] + x[e] * turn.sin[e];
   }
+  turn.store(qk + task * dim, y);
 }
 EXPORT(qk_norm_rope)
 
-// The gradient by the projected queries and keys, in place. A lane reads and
-// writes the same features, so nothing is overwritten before its last use.
+// The gradient by the projected queries and keys, in place.
 KERNEL(128)
 qk_norm_rope_backward(const bf16 *__restrict__ qkv, const float *__restrict__ rstd,
                       const float *__restrict__ q_norm, const float *__restrict__ k_norm,
-                      const float *__restrict__ rope, const u32 *__restrict__ positions, u32 tokens,
-                      u32 query, u32 kv, u32 dim, bf16 *__restrict__ dqkv) {
-  const size_t task = (size_t)blockIdx.x * 4 + warp();
-  if (task >= (size_t)tokens * (query + kv)) return;
-  const Turn turn = turn_of(task, q_norm, k_norm, rope, positions, query, kv, dim);
-  const bf16 *x = qkv + turn.row;
-  bf16 *d = dqkv + turn.row;
-  const float r = rstd[task];
-  const u32 half = dim / 2;
-  float sum = 0;
-  for (u32 i = lane(); i < half; i += 32) {
-    const float a = widen(d[i].bits), b = widen(d[i + half].bits);
-    sum += (a * turn.cos[i] + b * turn.sin[i]) * turn.weight[i] * widen(x[i].bits) +
-           (b * turn.cos[i] - a * turn.sin[i]) * turn.weight[i + half] * widen(x[i + half].bits);
+                      const float *__restrict__ rope, const u32 *__restrict__ positions, u32 query,
+                      u32 kv, u32 dim, bf16 *__restrict__ dqkv) {
+  if (blockIdx.y * 4 + warp() >= query + kv) return;
+  const Turn turn(q_norm, k_norm, rope, positions, query, kv, dim);
+  float x[4], d[4], g[4], sum = 0;
+  turn.load(x, qkv + turn.row);
+  turn.load(d, dqkv + turn.row);
+  for (int e = 0; e < 2; e++) {
+    g[e] = (d[e] * turn.cos[e] + d[2 + e] * turn.sin[e]) * turn.weight[e];
+    g[2 + e] = (d[2 + e] * turn.cos[e] - d[e] * turn.sin[e]) * turn.weight[2 + e];
   }
+  for (int e = 0; e < 4; e++) sum += g[e] * x[e];
+  const float r = rstd[(size_t)blockIdx.x * (query + kv) + turn.head];
   const float along = warp_sum(sum) * r * r / dim;
-  for (u32 i = lane(); i < half; i += 32) {
-    const float a = widen(d[i].bits), b = widen(d[i + half].bits);
-    const float g0 = (a * turn.cos[i] + b * turn.sin[i]) * turn.weight[i];
-    const float g1 = (b * turn.cos[i] - a * turn.sin[i]) * turn.weight[i + half];
-    d[i] = narrow(r * (g0 - widen(x[i].bits) * along));
-    d[i + half] = narrow(r * (g1 - widen(x[i + half].bits) * along));
-  }
+  for (int e = 0; e < 4; e++) d[e] = r * (g[e] - x[e] * along);
+  turn.store(dqkv + turn.row, d);
 }
 EXPORT(qk_norm_rope_backward)
 
-DEVICE float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+DEVICE float sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp(-x)); }
 
-// out [tokens, width] = silu(gate) · up from [tokens, 2 width].
+// out [tokens, width] = silu(gate) · up from [tokens, 2 width]; a block a token.
 KERNEL(256)
-swiglu(const bf16 *__restrict__ gate_up, u32 tokens, u32 width, bf16 *__restrict__ out) {
-  const size_t i = global_thread() * 8;
-  if (i >= (size_t)tokens * width) return;
-  const size_t row = i / width * 2 * width, column = i % width;
-  const Eight gate = load8(gate_up + row + column), up = load8(gate_up + row + width + column);
-  Eight v;
-  for (int e = 0; e < 8; e++) v.x[e] = gate.x[e] * sigmoid(gate.x[e]) * up.x[e];
-  store8(out + i, v);
+swiglu(const bf16 *__restrict__ gate_up, u32 width, bf16 *__restrict__ out) {
+  const bf16 *row = gate_up + (size_t)blockIdx.x * 2 * width;
+  for (u32 i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
+    const Eight gate = load8(row + i), up = load8(row + width + i);
+    Eight v;
+    for (int e = 0; e < 8; e++) v.x[e] = gate.x[e] * sigmoid(gate.x[e]) * up.x[e];
+    store8(out + (size_t)blockIdx.x * width + i, v);
+  }
 }
 EXPORT(swiglu)
 
 KERNEL(256)
-swiglu_backward(const bf16 *__restrict__ gate_up, const bf16 *__restrict__ dout, u32 tokens,
-                u32 width, bf16 *__restrict__ dgate_up) {
-  const size_t i = global_thread() * 8;
-  if (i >= (size_t)tokens * width) return;
-  const size_t row = i / width * 2 * width, column = i % width;
-  const Eight gate = load8(gate_up + row + column), up = load8(gate_up + row + width + column);
-  const Eight d = load8(dout + i);
-  Eight dgate, dup;
-  for (int e = 0; e < 8; e++) {
-    const float g = gate.x[e], s = sigmoid(g);
-    dup.x[e] = d.x[e] * g * s;
-    dgate.x[e] = d.x[e] * up.x[e] * s * (1.0f + g * (1.0f - s));
+swiglu_backward(const bf16 *__restrict__ gate_up, const bf16 *__restrict__ dout, u32 width,
+                bf16 *__restrict__ dgate_up) {
+  const size_t row = (size_t)blockIdx.x * 2 * width;
+  for (u32 i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
+    const Eight gate = load8(gate_up + row + i), up = load8(gate_up + row + width + i);
+    const Eight d = load8(dout + (size_t)blockIdx.x * width + i);
+    Eight dgate, dup;
+    for (int e = 0; e < 8; e++) {
+      const float g = gate.x[e], s = sigmoid(g);
+      dup.x[e] = d.x[e] * g * s;
+      dgate.x[e] = d.x[e] * up.x[e] * s * (1.0f + g * (1.0f - s));
+    }
+    store8(dgate_up + row + i, dgate);
+    store8(dgate_up + row + width + i, dup);
   }
-  store8(dgate_up + row + column, dgate);
-  store8(dgate_up + row + width + column, dup);
 }
 EXPORT(swiglu_backward)
 

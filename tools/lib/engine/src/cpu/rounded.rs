@@ -175,7 +175,7 @@ impl<'a> Products<'a> {
         round(&mut xa[..self.tokens * self.ranks]);
     }
 
-    /// `out = x Wᵀ (+ residual)`, rounded, then `+ scale · xa Bᵀ`.
+    /// `out = scale · xa Bᵀ (+ residual)`, rounded, then `+ x Wᵀ`.
     fn forward(
         &self,
         x: &[f32],
@@ -185,25 +185,11 @@ impl<'a> Products<'a> {
         scratch: &mut Workspace,
     ) {
         let (tokens, width) = (self.tokens, self.width);
-        let input = View::dense(x, [tokens, self.inputs]);
-        let into = match residual {
-            None => Into::Set,
-            Some(residual) => {
-                out[..tokens * width].copy_from_slice(&residual[..tokens * width]);
-                Into::Add
-            }
-        };
-        let mut first = 0;
-        for member in self.group.members {
-            let weight = &member.weight.values;
-            linear::stretches(weight, &mut scratch.0, |rows, w| {
-                let to = &mut out[first + rows.start..];
-                let to = ViewMut::new(to, [tokens, rows.len()], width);
-                product(to, into, input, w.t(), 1.0);
-            });
-            first += weight.rows;
+        let out = &mut out[..tokens * width];
+        match residual {
+            None => out.fill(0.0),
+            Some(residual) => out.copy_from_slice(&residual[..tokens * width]),
         }
-        round(&mut out[..tokens * width]);
         for u in &self.updates {
             let rank = u.adapter.rank;
             let xa = View::new(&xa[u.rank..], [tokens, rank], self.ranks);
@@ -211,7 +197,19 @@ impl<'a> Products<'a> {
             let to = ViewMut::new(&mut out[u.out..], [tokens, u.outputs], width);
             product(to, Into::Add, xa, b.t(), u.adapter.scale);
         }
-        round(&mut out[..tokens * width]);
+        round(out);
+        let input = View::dense(x, [tokens, self.inputs]);
+        let mut first = 0;
+        for member in self.group.members {
+            let weight = &member.weight.values;
+            linear::stretches(weight, &mut scratch.0, |rows, w| {
+                let to = &mut out[first + rows.start..];
+                let to = ViewMut::new(to, [tokens, rows.len()], width);
+                product(to, Into::Add, input, w.t(), 1.0);
+            });
+            first += weight.rows;
+        }
+        round(out);
     }
 
     /// Multiplies the columns of members with DoRA by `magnitude / norm`.
@@ -253,19 +251,7 @@ impl<'a> Products<'a> {
         let (tokens, inputs, width, ranks) = (self.tokens, self.inputs, self.width, self.ranks);
         let len = tokens * inputs;
         if let Some(dx) = dx.as_deref_mut() {
-            let mut into = Into::Set;
-            for (mut out, weights) in self.runs() {
-                for weight in weights {
-                    linear::stretches(weight, &mut scratch.0, |rows, w| {
-                        let d = &dout[out + rows.start..];
-                        let d = View::new(d, [tokens, rows.len()], width);
-                        product(ViewMut::dense(dx, [tokens, inputs]), into, d, w, 1.0);
-                        into = Into::Add;
-                    });
-                    out += weight.rows;
-                }
-                round(&mut dx[..len]);
-            }
+            dx[..len].fill(0.0);
         }
         // [tokens, Σ rank] by `x Aᵀ`, and every A below the other.
         let (mut dxa, mut stack) = (vec![0.0; tokens * ranks], Vec::new());
@@ -296,14 +282,24 @@ impl<'a> Products<'a> {
             }
             stack.extend_from_slice(&u.a);
         }
-        if let (Some(dx), None) = (dx, &self.dropout)
-            && ranks > 0
-        {
+        let Some(dx) = dx else { return };
+        if self.dropout.is_none() && ranks > 0 {
             let (a, dxa) = (
                 View::dense(&stack, [ranks, inputs]),
                 View::dense(&dxa, [tokens, ranks]),
             );
-            product(ViewMut::dense(dx, [tokens, inputs]), Into::Add, dxa, a, 1.0);
+            product(ViewMut::dense(dx, [tokens, inputs]), Into::Set, dxa, a, 1.0);
+            round(&mut dx[..len]);
+        }
+        for (mut out, weights) in self.runs() {
+            for weight in weights {
+                linear::stretches(weight, &mut scratch.0, |rows, w| {
+                    let d = &dout[out + rows.start..];
+                    let d = View::new(d, [tokens, rows.len()], width);
+                    product(ViewMut::dense(dx, [tokens, inputs]), Into::Add, d, w, 1.0);
+                });
+                out += weight.rows;
+            }
             round(&mut dx[..len]);
         }
     }

@@ -106,6 +106,12 @@ struct Place<'a> {
     b: usize,
 }
 
+impl Place<'_> {
+    fn quantised(&self) -> bool {
+        matches!(self.weight.store, Store::Nf4 { .. })
+    }
+}
+
 /// Scratch, in pieces.
 struct Scratch {
     /// The quantised weights, one below the other.
@@ -218,17 +224,21 @@ impl<'a> Run<'a> {
         for p in members {
             let rows = p.weight.rows;
             let at = self.cuda.decode(p.weight, 0..rows, to);
-            if let Store::Nf4 { .. } = p.weight.store {
+            if p.quantised() {
                 to += (rows * self.inputs) as u64 * BF16;
-                match &mut run {
-                    Some((_, columns, _)) => *columns += rows,
-                    None => run = Some((p.out, rows, at)),
+                if let Some((out, columns, _)) = &mut run
+                    && *out + *columns == p.out
+                {
+                    *columns += rows;
+                    continue;
                 }
-            } else {
-                if let Some((out, columns, at)) = run.take() {
-                    f(out, columns, at);
-                }
-                f(p.out, rows, at);
+            }
+            if let Some((out, columns, at)) = run.take() {
+                f(out, columns, at);
+            }
+            match p.quantised() {
+                true => run = Some((p.out, rows, at)),
+                false => f(p.out, rows, at),
             }
         }
         if let Some((out, columns, at)) = run {
@@ -301,7 +311,6 @@ impl<'a> Run<'a> {
             x,
             dropout.rows.first(self.tokens),
             dropout.positions.first(self.tokens),
-            self.tokens,
             self.inputs,
             Arg::U64(stream.seed),
             dropout.step,
@@ -311,8 +320,7 @@ impl<'a> Run<'a> {
             u32::from(add),
             out,
         ];
-        self.cuda
-            .launch_each("dropout", self.tokens * self.inputs / 8, args);
+        self.cuda.launch("dropout", self.tokens, args);
     }
 
     /// A member's input as its adapter sees it.
@@ -374,48 +382,50 @@ impl<'a> Run<'a> {
             let (rows, [magnitude, norm]) = (p.weight.rows, self.lengths(p));
             let shift = p.out as u64 * BF16;
             let residual = residual.map_or(0, |r| r + shift);
-            let args = args![magnitude, norm, residual, tokens, rows, width, out + shift];
+            let args = args![magnitude, norm, residual, rows, width, out + shift];
             if magnitude != 0 || residual != 0 {
-                self.cuda
-                    .launch_each("dora_rescale", tokens * rows / 8, args);
+                self.cuda.launch("dora_rescale", tokens, args);
             }
         }
     }
 
-    /// `out = x Wᵀ + scale · xa Bᵀ (+ residual)`.
+    /// `out = scale · xa Bᵀ (+ residual) + x Wᵀ`, in this order: the thin product only
+    /// writes, and the thick one reads that while it computes. The other way round the
+    /// thin one would read all outputs and write them again.
     fn products(&self, residual: Option<Address>, out: Address) {
         let (tokens, width) = (self.tokens, self.width);
-        let direct = few::suits(tokens, self.inputs);
-        let (direct, decoded): (Vec<_>, Vec<_>) = self
-            .places
-            .iter()
-            .partition(|p| direct && matches!(p.weight.store, Store::Nf4 { .. }));
-        let direct = direct.into_iter().map(|p: &Place<'_>| (p.weight, p.out));
-        let input = (self.x, [tokens, self.inputs]);
-        self.cuda.few_tokens(direct, input, residual, (out, width));
-        self.weights(decoded.into_iter(), |first, columns, w| {
-            let shift = first as u64 * BF16;
-            self.product(Product {
-                size: [tokens, columns, self.inputs],
-                a: Operand::new(self.x, self.inputs),
-                b: Operand::new(w, self.inputs).t(),
-                out: (out + shift, width),
-                precision: Precision::Bf16,
-                add: residual.map(|r| (r + shift, width)),
-                scale: 1.0,
-            });
-        });
+        let at = |base: Address, column: usize| (base + column as u64 * BF16, width);
         for (p, a) in self.adapters() {
             let b = Operand::new(self.b_of(p), a.rank);
-            let to = (out + p.out as u64 * BF16, width);
             self.product(Product {
                 size: [tokens, p.weight.rows, a.rank],
                 a: Operand::new(self.ranks_of(p, self.xa), self.ranks),
                 b: b.t(),
-                out: to,
+                out: at(out, p.out),
                 precision: Precision::Bf16,
-                add: Some(to),
+                add: residual.map(|r| at(r, p.out)),
                 scale: a.scale,
+            });
+        }
+        let few = few::suits(tokens, self.inputs);
+        for updated in [true, false] {
+            let add = if updated { Some(out) } else { residual };
+            let these = self.places.iter();
+            let these = these.filter(|p| p.adapter.is_some() == updated);
+            let (direct, decoded): (Vec<_>, Vec<_>) = these.partition(|p| few && p.quantised());
+            let direct = direct.into_iter().map(|p: &Place<'_>| (p.weight, p.out));
+            let input = (self.x, [tokens, self.inputs]);
+            self.cuda.few_tokens(direct, input, add, (out, width));
+            self.weights(decoded.into_iter(), |first, columns, w| {
+                self.product(Product {
+                    size: [tokens, columns, self.inputs],
+                    a: Operand::new(self.x, self.inputs),
+                    b: Operand::new(w, self.inputs).t(),
+                    out: at(out, first),
+                    precision: Precision::Bf16,
+                    add: add.map(|a| at(a, first)),
+                    scale: 1.0,
+                });
             });
         }
     }
@@ -462,22 +472,6 @@ impl<'a> Run<'a> {
             true => self.before_rescaling(dout, grads.as_deref()),
             false => dout,
         };
-        if let Some(dx) = dx {
-            let to = (dx, self.inputs);
-            let mut add = None;
-            self.weights(self.places.iter(), |first, columns, w| {
-                self.product(Product {
-                    size: [tokens, self.inputs, columns],
-                    a: Operand::new(dout + first as u64 * BF16, width),
-                    b: Operand::new(w, self.inputs),
-                    out: to,
-                    precision: Precision::Bf16,
-                    add,
-                    scale: 1.0,
-                });
-                add = Some(to);
-            });
-        }
         // A gradient of a factor, added to what is there.
         let onto = |size, a, b, scale, at: Range<usize>, stride| {
             let Some(grads) = &grads else { return };
@@ -525,30 +519,44 @@ impl<'a> Run<'a> {
             onto(size, dxa.t(), x, 1.0, stack, self.inputs);
         }
         let Some(dx) = dx else { return };
-        let through_a = |dxa: Address, a: Address, ranks: usize, to: Address, add: bool| {
-            let out = (to, self.inputs);
+        // As in `products`: what passes through the factors comes first.
+        let through_a = |dxa: Address, a: Address, ranks: usize, to: Address| {
             self.product(Product {
                 size: [tokens, self.inputs, ranks],
                 a: Operand::new(dxa, self.ranks),
                 b: Operand::new(a, self.inputs),
-                out,
+                out: (to, self.inputs),
                 precision: Precision::Bf16,
-                add: add.then_some(out),
+                add: None,
                 scale: 1.0,
             });
         };
         match &self.dropout {
             None if self.ranks > 0 => {
-                through_a(self.scratch.dxa, self.scratch.factors, self.ranks, dx, true);
+                through_a(self.scratch.dxa, self.scratch.factors, self.ranks, dx);
             }
             None => {}
             Some(dropout) => {
-                for (p, a) in self.adapters() {
+                for (i, (p, a)) in self.adapters().enumerate() {
                     let (dxa, raw) = (self.ranks_of(p, self.scratch.dxa), self.scratch.dropped);
-                    through_a(dxa, self.a_of(p), a.rank, raw, false);
-                    self.drop(dropout, a.module, raw, true, dx);
+                    through_a(dxa, self.a_of(p), a.rank, raw);
+                    self.drop(dropout, a.module, raw, i > 0, dx);
                 }
             }
         }
+        let to = (dx, self.inputs);
+        let mut add = (self.ranks > 0).then_some(to);
+        self.weights(self.places.iter(), |first, columns, w| {
+            self.product(Product {
+                size: [tokens, self.inputs, columns],
+                a: Operand::new(dout + first as u64 * BF16, width),
+                b: Operand::new(w, self.inputs),
+                out: to,
+                precision: Precision::Bf16,
+                add,
+                scale: 1.0,
+            });
+            add = Some(to);
+        });
     }
 }

@@ -633,7 +633,6 @@ impl Backend for Cuda {
             norms.k_norm.first(heads.dim),
             norms.rope.first(norms.rope.len()),
             positions.first(tokens),
-            tokens,
             heads.query,
             heads.kv,
             heads.dim,
@@ -641,7 +640,8 @@ impl Backend for Cuda {
             qk.first(tokens * heads.qk()),
             rstd.first(tasks),
         ];
-        self.launch_shaped("qk_norm_rope", [tasks.div_ceil(4), 1, 1], 128, 0, args);
+        let grid = [tokens, (heads.query + heads.kv).div_ceil(4), 1];
+        self.launch_shaped("qk_norm_rope", grid, 128, 0, args);
     }
 
     fn qk_norm_rope_backward(
@@ -661,13 +661,12 @@ impl Backend for Cuda {
             norms.k_norm.first(heads.dim),
             norms.rope.first(norms.rope.len()),
             positions.first(tokens),
-            tokens,
             heads.query,
             heads.kv,
             heads.dim,
             dqkv.first(tokens * heads.qkv()),
         ];
-        let grid = [tasks.div_ceil(4), 1, 1];
+        let grid = [tokens, (heads.query + heads.kv).div_ceil(4), 1];
         self.launch_shaped("qk_norm_rope_backward", grid, 128, 0, args);
     }
 
@@ -740,8 +739,8 @@ impl Backend for Cuda {
 
     fn swiglu(&self, gate_up: &Buffer<bf16>, [tokens, width]: [usize; 2], out: &mut Buffer<bf16>) {
         let len = tokens * width;
-        let args = args![gate_up.first(2 * len), tokens, width, out.first(len)];
-        self.launch_each("swiglu", len / 8, args);
+        let args = args![gate_up.first(2 * len), width, out.first(len)];
+        self.launch("swiglu", tokens, args);
     }
 
     fn swiglu_backward(
@@ -755,11 +754,10 @@ impl Backend for Cuda {
         let args = args![
             gate_up.first(2 * len),
             dout.first(len),
-            tokens,
             width,
             dgate_up.first(2 * len),
         ];
-        self.launch_each("swiglu_backward", len / 8, args);
+        self.launch("swiglu_backward", tokens, args);
     }
 
     fn head_loss(
