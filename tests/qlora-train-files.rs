@@ -962,7 +962,7 @@ fn targets_and_patterns_that_match_nothing_are_refused() {
         ),
         (
             "target_modules: [q_proj, x_proj]",
-            "lora.target_modules holds `x_proj`, which matches nothing",
+            "train.yaml:1: lora.target_modules holds `x_proj`, which matches nothing",
         ),
         (
             "target_modules: [all-linear]",
@@ -975,7 +975,7 @@ fn targets_and_patterns_that_match_nothing_are_refused() {
         ),
         (
             "rank_pattern: {q_proj: 0}",
-            "lora.rank_pattern is 0 for `q_proj`",
+            "train.yaml:1: lora.rank_pattern.q_proj is 0",
         ),
         (
             "rank_pattern: {q_proj: 129}",
@@ -983,11 +983,11 @@ fn targets_and_patterns_that_match_nothing_are_refused() {
         ),
         (
             "alpha_pattern: {'layers.9.*': 4}",
-            "lora.alpha_pattern holds `layers.9.*`",
+            "train.yaml:1: lora.alpha_pattern holds `layers.9.*`",
         ),
         (
             "alpha_pattern: {q_proj: -1}",
-            "lora.alpha_pattern is -1 for `q_proj`",
+            "train.yaml:1: lora.alpha_pattern.q_proj is -1",
         ),
     ] {
         tool.file("train.yaml", &format!("lora: {{{lora}}}\n"));

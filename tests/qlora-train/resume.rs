@@ -362,6 +362,23 @@ fn a_flipped_bit_is_seen_wherever_it_is() {
     let other = format!("{}{}{}", &run[..at], "0".repeat(64), &run[at + 64..]);
     tool.file("whole/run.json", &other);
     merge("again").says("whole was trained on other bytes than");
+    // In the only checkpoint: what going on without it would mean is said.
+    fs::remove_file(tool.folder().join("out/adapter_model.safetensors")).unwrap();
+    let steps = |name: &str| name.strip_prefix("step-")?.parse::<u64>().ok();
+    let checkpoints = fs::read_dir(tool.folder().join("out/checkpoints")).unwrap();
+    let mut checkpoints: Vec<_> = checkpoints
+        .map(|entry| entry.unwrap())
+        .filter_map(|entry| Some((steps(entry.file_name().to_str()?)?, entry.path())))
+        .collect();
+    checkpoints.sort();
+    let (_, last) = checkpoints.pop().unwrap();
+    for (_, path) in checkpoints {
+        fs::remove_dir_all(path).unwrap();
+    }
+    flip(last.join("state.safetensors"));
+    train(&tool, "out", &["--resume"])
+        .exits(4)
+        .says("there is none before it: without it the run begins anew");
 }
 
 #[test]
@@ -574,5 +591,14 @@ fn rescaled_rows_and_ranks_of_their_own_are_resumed_to_the_byte() {
     );
     train(&tool, "other", &["--init-adapter", "whole"])
         .exits(2)
-        .says("--init-adapter: its ranks, alphas, target modules or DoRA");
+        .says("--init-adapter is of another kind: lora.rank_pattern or alpha_pattern is another");
+    tool.file(
+        "train.yaml",
+        &config
+            .replace("rank: 4", "rank: 3")
+            .replace("use_dora: true, ", ""),
+    );
+    train(&tool, "other", &["--init-adapter", "whole"])
+        .exits(2)
+        .says("lora.rank is 4 there and 3 here, lora.use_dora is true there and false here;");
 }

@@ -84,8 +84,8 @@ fn rows_that_teach_nothing_are_refused_by_line() {
             "key `messages`: turn 1: no role `developer`: there are system, user, assistant, tool; write `system`?",
         ),
         (
-            r#"{"messages":[{"role":"user","content":[]},{"role":"assistant","content":"a"}]}"#,
-            "key `messages`: turn 1: `content` is a list of parts",
+            r#"{"messages":[{"role":"user","content":[{"type":"image_url"}]},{"role":"assistant","content":"a"}]}"#,
+            "key `messages`: turn 1: `content` holds other parts",
         ),
         ("{", "not a JSON object"),
         (r#"{"v":99,"id":"x"}"#, "version 99"),
@@ -383,7 +383,10 @@ fn a_prompt_template_is_the_users_turn() {
         .exits(3)
         .says("pairs.jsonl:1: key `autor`: missing, and the prompt template names it; the nearest there is `author`");
     for (template, said) in [
-        ("{{ tweet", "data.prompt_template: syntax error"),
+        (
+            "{{ tweet",
+            "train.yaml:6: data.prompt_template is no template: syntax error",
+        ),
         (
             "{{ tweet }}{{ reply }}",
             "`reply`, which is what the model is to learn",
@@ -391,11 +394,11 @@ fn a_prompt_template_is_the_users_turn() {
         ("{ tweet }", "names no field of the pair"),
         (
             "{% if tweet_lang %}{{ tweet_lang|nothing }}{% endif %}{{ tweet }}",
-            "data.prompt_template: unknown filter",
+            "data.prompt_template is no template: unknown filter",
         ),
         (
             "{{ tweet }}{{ nothing() }}",
-            "data.prompt_template: unknown function",
+            "data.prompt_template is no template: unknown function",
         ),
     ] {
         with(template);

@@ -33,8 +33,10 @@ impl Source {
             }
             None => "no turn of the assistant: nothing to compare with",
         };
+        let lists = ["messages", "conversations", "completion"];
+        let key = lists.into_iter().find(|key| record.contains(key));
         Err(record::Error::Field {
-            key: "messages".into(),
+            key: key.unwrap_or("messages").into(),
             cause: cause.into(),
         })
     }

@@ -340,10 +340,11 @@ impl Folder {
             return Ok(Found::Fresh(folder));
         };
         let (state, cut) = read_checkpoint(&checkpoint).with_context(|| {
-            format!(
-                "{}: delete it to go on from the one before",
-                checkpoint.display()
-            )
+            let remedy = match checkpoints(path).is_ok_and(|all| all.len() > 1) {
+                true => "delete it to go on from the one before",
+                false => "there is none before it: without it the run begins anew",
+            };
+            format!("{}: {remedy}", checkpoint.display())
         })?;
         folder.cut(cut.metrics_bytes, cut.timing_bytes)?;
         Ok(Found::Resumed(folder, Box::new(state)))

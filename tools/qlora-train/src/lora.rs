@@ -1,34 +1,36 @@
 //! What the settings' `lora` section means for a model.
 
+use std::fmt::Display;
+
 use anyhow::Result;
-use cli::Failure;
+use cli::{Failure, Resolved};
 use qwen3::{Adapter, AdapterConfig, Config, LoraLayout, Targets, Unfit};
 use settings::{TargetModules, TrainSettings};
 
 /// The largest alpha: far beyond what is of use.
 pub const MOST_ALPHA: f64 = 1e6;
 
-fn usage(cause: String) -> anyhow::Error {
-    Failure::Usage(cause).into()
-}
-
 /// What is trained and where its values lie; refuses what matches nothing.
-pub fn layout(settings: &TrainSettings, config: &Config) -> Result<(AdapterConfig, LoraLayout)> {
+pub fn layout(
+    resolved: &Resolved<TrainSettings>,
+    config: &Config,
+) -> Result<(AdapterConfig, LoraLayout)> {
+    let settings = &resolved.settings;
     let lora = &settings.lora;
     let width = config.hidden_size;
     for (name, &rank) in &lora.rank_pattern {
         if !(1..=width).contains(&rank) {
-            let cause = "a rank is at least 1 and at most as the model is wide";
-            return Err(usage(format!(
-                "lora.rank_pattern is {rank} for `{name}`: {cause} ({width})"
-            )));
+            let key = format!("lora.rank_pattern.{name}");
+            let most = "a rank is at least 1 and at most as the model is wide";
+            let cause = format!("is {rank}: {most} ({width})");
+            return Err(resolved.wrong(&key, cause).into());
         }
     }
     for (name, &alpha) in &lora.alpha_pattern {
         if !(alpha > 0.0 && alpha <= MOST_ALPHA) {
-            return Err(usage(format!(
-                "lora.alpha_pattern is {alpha} for `{name}`; it must be above 0 and at most {MOST_ALPHA}"
-            )));
+            let key = format!("lora.alpha_pattern.{name}");
+            let cause = format!("is {alpha}; it must be above 0 and at most {MOST_ALPHA}");
+            return Err(resolved.wrong(&key, cause).into());
         }
     }
     // PEFT keeps a revision elsewhere than in the name.
@@ -49,15 +51,42 @@ pub fn layout(settings: &TrainSettings, config: &Config) -> Result<(AdapterConfi
         alpha_pattern: lora.alpha_pattern.clone().into_iter().collect(),
     };
     let layout = LoraLayout::new(config, &adapter)
-        .map_err(|Unfit { key, reason }| usage(format!("lora.{key} {reason}")))?;
+        .map_err(|Unfit { key, reason }| resolved.wrong(&format!("lora.{key}"), reason))?;
     Ok((adapter, layout))
 }
 
-/// The values of an adapter to start from, which must be of the settings' kind.
-pub fn values_of(given: &Adapter, layout: &LoraLayout, config: &Config) -> Result<Vec<f32>> {
-    if LoraLayout::new(config, &given.config)? != *layout {
-        let cause = "--init-adapter: its ranks, alphas, target modules or DoRA are not those of `lora` in the settings";
-        return Err(usage(cause.into()));
+/// The values of an adapter to start from, which must be of the settings' kind, `ours`.
+pub fn values_of(
+    given: &Adapter,
+    ours: &AdapterConfig,
+    layout: &LoraLayout,
+    config: &Config,
+) -> Result<Vec<f32>> {
+    let theirs = &given.config;
+    if LoraLayout::new(config, theirs)? == *layout {
+        return Ok(layout.flatten(&given.pairs));
     }
-    Ok(layout.flatten(&given.pairs))
+    let mut others = Vec::new();
+    let mut compare = |key: &str, theirs: &dyn Display, ours: &dyn Display| {
+        let [theirs, ours] = [theirs, ours].map(ToString::to_string);
+        if theirs != ours {
+            others.push(format!("lora.{key} is {theirs} there and {ours} here"));
+        }
+    };
+    compare("rank", &theirs.rank, &ours.rank);
+    compare("alpha", &theirs.alpha, &ours.alpha);
+    compare("use_rslora", &theirs.rslora, &ours.rslora);
+    compare("use_dora", &theirs.dora, &ours.dora);
+    if theirs.targets != ours.targets {
+        others.push("lora.target_modules is another".into());
+    }
+    let patterns = |a: &AdapterConfig| (a.rank_pattern.clone(), a.alpha_pattern.clone());
+    if patterns(theirs) != patterns(ours) {
+        others.push("lora.rank_pattern or alpha_pattern is another".into());
+    }
+    let cause = format!(
+        "--init-adapter is of another kind: {}; write here what its adapter_config.json has, or start afresh",
+        others.join(", ")
+    );
+    Err(Failure::Usage(cause).into())
 }

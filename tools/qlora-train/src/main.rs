@@ -217,13 +217,13 @@ impl Tool for QloraTrain {
 
         let (device, which) = Device::open(self.device)?;
         let model = &settings.model.path;
-        let model_path = match hub::find(model) {
-            None if self.dry_run => {
+        let model_path = match self.dry_run {
+            true => hub::find(app, model)?.ok_or_else(|| {
                 let cause =
                     format!("no model {model} on this machine, and --dry-run downloads none");
-                return Err(Failure::Usage(cause).into());
-            }
-            _ => hub::fetch(app, model, "--model or `model.path`")?,
+                Failure::Usage(cause)
+            })?,
+            false => hub::fetch(app, model, "--model or `model.path`")?,
         };
         let checkpoint = Checkpoint::open(&model_path)?;
         let Some((data, out)) = to_train else {
@@ -233,7 +233,7 @@ impl Tool for QloraTrain {
         };
         let config = checkpoint.config();
         check_fits(&resolved, config)?;
-        lora::layout(settings, config)?;
+        lora::layout(&resolved, config)?;
         let chat = Chat::load(&model_path)?;
         chat.check(config, &GenerationConfig::load(&model_path)?)?;
 
@@ -254,7 +254,7 @@ impl Tool for QloraTrain {
         let initial = initial
             .map(|folder| Adapter::load(folder, config))
             .transpose()?;
-        let rows = rows::load(app, data, rejects, settings, &chat, before.as_ref())?;
+        let rows = rows::load(app, data, rejects, &resolved, &chat, before.as_ref())?;
         if let Some(last) = origin.steps.last()
             && last.written != rows.read() as u64
         {
@@ -428,7 +428,7 @@ impl Tool for QloraTrain {
 /// Settings that parse and cannot work.
 fn check(app: &App, resolved: &Resolved<TrainSettings>) -> Result<()> {
     let settings = &resolved.settings;
-    rows::wording(settings)?;
+    rows::wording(resolved)?;
     let (l, t) = (&settings.lora, &settings.training);
     if let Some(Err(cause)) = t.max_memory.as_deref().map(memory::parse) {
         return Err(resolved.wrong("training.max_memory", cause).into());

@@ -63,8 +63,8 @@ impl Plan {
         let t = &settings.training;
         let rows_per_step = rows_per_step(resolved)?;
         let epochs = (t.num_epochs * rows.train.len() as f64 / rows_per_step as f64).ceil() as u64;
-        let (adapter, layout) = lora::layout(settings, config)?;
-        let given = initial.map(|given| lora::values_of(given, &layout, config));
+        let (adapter, layout) = lora::layout(resolved, config)?;
+        let given = initial.map(|given| lora::values_of(given, &adapter, &layout, config));
         Ok(Self {
             steps: t.max_steps.unwrap_or(epochs).max(1),
             rows_per_step,

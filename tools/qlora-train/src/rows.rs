@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use cli::{App, Failure};
+use cli::{App, Failure, Resolved};
 use engine::rng::{Purpose, Stream};
 use jsonl::{Lines, Position, Records, Rejects};
 use qwen3::{Chat, Form, Message, PromptTemplate, Seen, Wording};
@@ -120,16 +120,17 @@ pub fn load(
     app: &App,
     data: &Path,
     rejects: Rejected<'_>,
-    settings: &TrainSettings,
+    resolved: &Resolved<TrainSettings>,
     chat: &Chat,
     before: Option<&Seen>,
 ) -> Result<Rows> {
+    let settings = &resolved.settings;
     let mut kept = match rejects {
         Rejected::Kept(path) => app.rejects("--rejects", path)?,
         Rejected::Dropped => Rejects::create(None)?,
     };
     let mut records = Records::new(Lines::open(data)?, app.common().max_bad_lines);
-    let wording = wording(settings)?;
+    let wording = wording(resolved)?;
     let progress = app.progress("rows", None);
     let mut next = |kept: &mut Rejects| -> Result<Option<Source>> {
         let read = records.next_with(kept, |record| source(record, &wording))?;
@@ -164,12 +165,14 @@ pub fn load(
 }
 
 /// How rows are put to the model.
-pub fn wording(settings: &TrainSettings) -> Result<Wording, Failure> {
+pub fn wording(resolved: &Resolved<TrainSettings>) -> Result<Wording, Failure> {
+    let settings = &resolved.settings;
     Ok(Wording {
         normalized: settings.data.text == TextChoice::Normalized,
         system_prompt: settings.data.system_prompt.clone(),
-        prompt: PromptTemplate::new(&settings.data.prompt_template)
-            .map_err(|error| Failure::Usage(format!("data.prompt_template: {error}")))?,
+        prompt: PromptTemplate::new(&settings.data.prompt_template).map_err(|error| {
+            resolved.wrong("data.prompt_template", format!("is no template: {error}"))
+        })?,
     })
 }
 

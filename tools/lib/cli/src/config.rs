@@ -77,9 +77,13 @@ impl<T> Resolved<T> {
     }
 
     /// The error for a value that parses and cannot be, with where it was given: `cause`
-    /// goes on from the key, as in `is 0; it must be above 0`.
+    /// goes on from the key, as in `is 0; it must be above 0`. Of a map, its first entry
+    /// tells where.
     pub fn wrong(&self, key: &str, cause: impl fmt::Display) -> Failure {
-        let given = self.leaves.iter().find(|(path, ..)| path == key);
+        let given = self.leaves.iter().find(|(path, ..)| {
+            let rest = path.strip_prefix(key);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        });
         Failure::Usage(match given {
             Some((.., source)) if source != DEFAULT => format!("{source}: {key} {cause}"),
             _ => format!("{key} {cause}"),

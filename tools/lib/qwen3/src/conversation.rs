@@ -1,5 +1,5 @@
 //! What a line of data puts to the model: a tweet→reply pair, a conversation under
-//! `messages`, or a `prompt` with its `completion`.
+//! `messages` (or ShareGPT's `conversations`), or a `prompt` with its `completion`.
 //!
 //! Training and generation read lines here, so that they ask in the same words. What
 //! the chat template would drop or render as nonsense without a word is refused: roles
@@ -47,9 +47,9 @@ pub struct Wording {
 pub enum Form {
     /// A tweet with its reply.
     Pair,
-    /// `prompt` with `completion`.
+    /// `prompt` with `completion`, both texts.
     Prompt,
-    /// `messages`.
+    /// A list of turns: `messages`, `conversations`, or `prompt` with `completion`.
     Messages,
 }
 
@@ -82,7 +82,7 @@ impl Wording {
     pub fn read(&self, record: &Record) -> Result<Conversation, Error> {
         // What is null, as in the rows of a table with columns for every form, is not there.
         let mut answers = Vec::new();
-        for key in ["messages", "completion", "reply"] {
+        for key in ["messages", "conversations", "completion", "reply"] {
             if record.get::<IgnoredAny>(key)?.is_some() {
                 answers.push(key);
             }
@@ -97,12 +97,30 @@ impl Wording {
             [answer] => Some(answer),
             _ if asks("prompt")? => Some("completion"),
             _ if asks("tweet")? => Some("reply"),
-            _ => ["messages", "completion", "prompt", "tweet", "reply"]
-                .into_iter()
-                .find(|key| record.contains(key)),
+            _ => [
+                "messages",
+                "conversations",
+                "completion",
+                "prompt",
+                "tweet",
+                "reply",
+            ]
+            .into_iter()
+            .find(|key| record.contains(key)),
         };
-        if form == Some("messages") {
-            let (tools, messages) = (tools(record)?, messages(record)?);
+        if form.is_none() {
+            return Err(Error::NoForm);
+        }
+        let tools = tools(record)?;
+        let lists = ["prompt", "completion"]
+            .map(|key| Ok(matches!(record.get(key)?, Some(Value::Array(_)))));
+        let lists = lists.into_iter().collect::<Result<Vec<_>, Error>>()?;
+        let turns = match form {
+            Some(key @ ("messages" | "conversations")) => Some(turns(record, key)?),
+            Some("completion" | "prompt") if lists == [true, true] => Some(answered(record)?),
+            _ => None,
+        };
+        if let Some(messages) = turns {
             return Ok(Conversation {
                 form: Form::Messages,
                 row: name(&(&messages, &tools)),
@@ -116,9 +134,10 @@ impl Wording {
         if matches!(form, Some("completion" | "prompt")) {
             let text = |key: &str| match record.get(key)? {
                 Some(Value::String(text)) => Ok(text),
-                Some(Value::Array(_)) => {
-                    Err(wrong(key, "is a list: put all turns under `messages`"))
-                }
+                Some(Value::Array(_)) => Err(wrong(
+                    key,
+                    "is a list, and its other half is none: put all turns under `messages`",
+                )),
                 Some(_) => Err(wrong(key, "is not a text")),
                 None => Ok(String::new()),
             };
@@ -133,7 +152,6 @@ impl Wording {
             if !record.contains("completion") {
                 return Err(Error::Missing("completion".into()));
             }
-            let tools = tools(record)?;
             return Ok(Conversation {
                 form: Form::Prompt,
                 row: name(&(&prompt, &completion, &tools)),
@@ -144,11 +162,7 @@ impl Wording {
                 tools,
             });
         }
-        if form.is_none() {
-            return Err(Error::NoForm);
-        }
         let pair = record.pair()?;
-        let tools = tools(record)?;
         // The same pair may come without the cleaned texts, or with nothing else.
         let text = |raw: &str, cleaned: &str| -> Result<Value, Error> {
             match raw.trim().is_empty() {
@@ -225,23 +239,55 @@ fn in_order(value: Value) -> Value {
     }
 }
 
-/// The turns under `messages`.
-fn messages(record: &Record) -> Result<Vec<Message>, Error> {
-    let turns: Vec<Value> = record.require("messages")?;
+/// The turns of a list: `{"role", "content"}`, or ShareGPT's `{"from", "value"}` under
+/// `conversations`, whose roles have other names.
+fn turns(record: &Record, key: &str) -> Result<Vec<Message>, Error> {
+    let turns: Vec<Value> = record.require(key)?;
     if turns.is_empty() {
-        return Err(wrong(
-            "messages",
-            "has no turns: nothing to learn or to answer",
-        ));
+        return Err(wrong(key, "has no turns: nothing to learn or to answer"));
     }
-    let number = |turn: Value, i: usize| {
-        message(turn).map_err(|cause| wrong("messages", format!("turn {i}: {cause}")))
+    let number = |mut turn: Value, i: usize| {
+        if key == "conversations" {
+            rename(&mut turn);
+        }
+        message(turn).map_err(|cause| wrong(key, format!("turn {i}: {cause}")))
     };
     turns
         .into_iter()
         .zip(1..)
         .map(|(t, i)| number(t, i))
         .collect()
+}
+
+/// A turn of ShareGPT's as one of ours; what is none stays as it is.
+fn rename(turn: &mut Value) {
+    let Value::Object(turn) = turn else { return };
+    for (theirs, ours) in [("from", "role"), ("value", "content")] {
+        if !turn.contains_key(ours)
+            && let Some(value) = turn.remove(theirs)
+        {
+            turn.insert(ours.into(), value);
+        }
+    }
+    if let Some(Value::String(role)) = turn.get_mut("role")
+        && let Some(&(_, meant)) = ALIASES.iter().find(|(name, _)| name == role)
+    {
+        *role = meant.into();
+    }
+}
+
+/// The turns of a `prompt` and its `completion`. Every assistant turn of a conversation is
+/// learnt, so the prompt must have none.
+fn answered(record: &Record) -> Result<Vec<Message>, Error> {
+    let mut all = turns(record, "prompt")?;
+    if all.iter().any(|turn| turn.role == "assistant") {
+        return Err(wrong(
+            "prompt",
+            "has turns of the assistant, which would be learnt as well: if they shall be, put all turns under `messages`",
+        ));
+    }
+    all.extend(turns(record, "completion")?);
+    Ok(all)
 }
 
 fn message(turn: Value) -> Result<Message, String> {
@@ -283,8 +329,15 @@ fn message(turn: Value) -> Result<Message, String> {
             turn.insert("content".into(), Value::Null);
         }
         None => return Err("no `content`".into()),
-        Some(Value::Array(_)) => {
-            return Err("`content` is a list of parts: join their texts to one string; there is no model for images here".into());
+        Some(Value::Array(parts)) => {
+            let text = |part: &Value| match part["type"] == "text" {
+                true => part["text"].as_str().map(str::to_owned),
+                false => None,
+            };
+            let Some(text) = parts.iter().map(text).collect::<Option<String>>() else {
+                return Err(r#"`content` holds other parts than {"type": "text", "text": "…"}: there is no model for images here"#.into());
+            };
+            turn.insert("content".into(), text.into());
         }
         Some(_) => return Err("`content` is not a text".into()),
     }
@@ -396,6 +449,26 @@ mod tests {
     }
 
     #[test]
+    fn other_spellings_of_turns_are_the_same_row() {
+        let turns = |line: &str| {
+            let read = read(line).unwrap();
+            assert_eq!(read.form, Form::Messages, "{line}");
+            (read.row, read.messages)
+        };
+        let ours = turns(
+            r#"{"messages":[{"role":"system","content":"s"},{"role":"user","content":"u v"},{"role":"assistant","content":"a"}]}"#,
+        );
+        for line in [
+            r#"{"conversations":[{"from":"system","value":"s"},{"from":"human","value":"u v"},{"from":"gpt","value":"a"}]}"#,
+            r#"{"conversations":[{"role":"system","content":"s"},{"role":"user","content":"u v"},{"role":"assistant","content":"a"}],"messages":null}"#,
+            r#"{"messages":[{"role":"system","content":"s"},{"role":"user","content":[{"type":"text","text":"u "},{"type":"text","text":"v"}]},{"role":"assistant","content":"a"}]}"#,
+            r#"{"prompt":[{"role":"system","content":"s"},{"role":"user","content":"u v"}],"completion":[{"role":"assistant","content":"a"}]}"#,
+        ] {
+            assert_eq!(turns(line), ours, "{line}");
+        }
+    }
+
+    #[test]
     fn a_row_is_named_by_its_texts_alone() {
         let row = |line: &str| read(line).unwrap().row;
         let pair = row(r#"{"id":"1","tweet":"t","reply":"r"}"#);
@@ -468,8 +541,12 @@ mod tests {
             (turn(r#"{"content":"x"}"#), "turn 2: no `role`"),
             (turn(r#"{"role":"user"}"#), "turn 2: no `content`"),
             (
-                turn(r#"{"role":"user","content":[{"type":"text","text":"x"}]}"#),
-                "list of parts: join",
+                turn(r#"{"role":"user","content":[{"type":"text","text":"x"},{"type":"image"}]}"#),
+                "no model for images",
+            ),
+            (
+                turn(r#"{"role":"user","content":[{"type":"text"}]}"#),
+                "turn 2: `content` holds other parts",
             ),
             (
                 turn(r#"{"role":"assistant","content":"","tool_calls":"x"}"#),
@@ -511,8 +588,24 @@ mod tests {
             ),
             (r#"{"messages":[],"tools":"[]"}"#.into(), "without quotes"),
             (
-                r#"{"conversations":[]}"#.into(),
+                r#"{"text":"x"}"#.into(),
                 "`tweet` with `reply`, `messages`, or `prompt` with `completion`",
+            ),
+            (
+                r#"{"conversations":[{"from":"human","value":"x"},{"from":"narrator","value":"y"}]}"#.into(),
+                "key `conversations`: turn 2: no role `narrator`",
+            ),
+            (
+                r#"{"conversations":[{"from":"human"}]}"#.into(),
+                "key `conversations`: turn 1: no `content`",
+            ),
+            (
+                r#"{"prompt":[{"role":"assistant","content":"x"}],"completion":[{"role":"assistant","content":"y"}]}"#.into(),
+                "key `prompt`: has turns of the assistant, which would be learnt",
+            ),
+            (
+                r#"{"prompt":"x","completion":[{"role":"assistant","content":"y"}]}"#.into(),
+                "key `completion`: is a list, and its other half is none",
             ),
             (r#"{"prompt":"x"}"#.into(), "`completion` is missing"),
             // Columns of every form, and no answer.
