@@ -175,12 +175,7 @@ impl Task {
             params: &params,
         };
         let how = Generation {
-            sampling: Sampling {
-                temperature: 0.0,
-                top_k: 0,
-                top_p: 1.0,
-                seed: 0,
-            },
+            sampling: Sampling::GREEDY,
             max_new_tokens: NEW,
             stop_ids: &[],
             slots: PROMPTS,

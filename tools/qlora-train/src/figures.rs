@@ -12,32 +12,45 @@ use crate::folder::Folder;
 /// A line of metrics.jsonl for an update.
 #[derive(Serialize)]
 pub struct StepLine {
+    /// Updates done, this one included.
     pub step: u64,
+    /// Passes over the training rows, begun ones in part.
     pub epoch: f64,
     /// Token mean of the negative log-likelihood over the step, in nats.
     pub loss: f64,
     /// Global norm of the gradient before clipping.
     pub grad_norm: f64,
+    /// Of this update, before `lora.lr_ratio`.
     pub learning_rate: f64,
+    /// Of the step's rows, without padding.
     pub tokens: usize,
+    /// Of these, those that were to be predicted.
     pub supervised_tokens: usize,
 }
 
 /// A line of metrics.jsonl for an evaluation.
 #[derive(Serialize)]
 pub struct EvalLine {
+    /// Updates done before it.
     pub step: u64,
+    /// Token mean of the negative log-likelihood over the held-out rows, in nats.
     pub eval_loss: f64,
+    /// Its exponential.
     pub eval_perplexity: f64,
+    /// Predicted tokens of the held-out rows.
     pub eval_tokens: usize,
 }
 
 /// A line of timing.jsonl.
 #[derive(Serialize)]
 pub struct TimeLine {
+    /// Updates done, this one included.
     pub step: u64,
+    /// Wall time of the update.
     pub seconds: f64,
+    /// Of the step's tokens, padding not counted.
     pub tokens_per_second: f64,
+    /// Most memory taken so far, of the GPU or of the processor's, in 10⁶ bytes, where it tells.
     pub peak_memory_mb: Option<usize>,
 }
 

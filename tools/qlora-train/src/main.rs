@@ -27,7 +27,7 @@ mod train;
 mod verify;
 mod watch;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -164,22 +164,8 @@ impl Tool for QloraTrain {
         if let Some(command) = &self.command {
             return command.run(app);
         }
-        let on = |given: bool, value: bool| given.then_some(value);
-        let flags = Flags::new()
-            .set("model.path", &self.model)
-            .set("model.quantization", &self.quantization)
-            .set("model.lm_head", &self.lm_head)
-            .set("training.max_steps", &self.steps)
-            .set("training.max_memory", &self.max_memory)
-            .set("training.batch_size", &self.batch_size)
-            .set("training.learning_rate", &self.learning_rate)
-            .set("training.seed", &self.seed)
-            .set("training.shuffle", &on(self.no_shuffle, false))
-            .set("training.packing", &on(self.no_packing, false))
-            .set("data.shuffled_replies", &on(self.shuffled_replies, true));
-        let Some(resolved) =
-            app.settings::<TrainSettings>(&["model", "lora", "training", "data"], flags)?
-        else {
+        let sections = ["model", "lora", "training", "data"];
+        let Some(resolved) = app.settings::<TrainSettings>(&sections, self.flags())? else {
             return Ok(());
         };
         let settings = &resolved.settings;
@@ -191,29 +177,8 @@ impl Tool for QloraTrain {
         check(app, &resolved)?;
         // The first call takes SIGUSR1 over, which would end the process while it loads.
         app.asked_to_save()?;
-        let to_train = match (&self.data, &self.out) {
-            (Some(data), Some(out)) => Some((data, out)),
-            (None, None) if self.save_quantized.is_some() => None,
-            _ => return Err(Failure::Usage("--data and --out are needed".into()).into()),
-        };
+        let to_train = self.to_train()?;
         let to_save = self.save_quantized.as_deref();
-        if let Some(folder) = to_save.filter(|f| f.exists() && !self.resume) {
-            let cause = format!(
-                "--save-quantized {} exists; name another folder",
-                folder.display()
-            );
-            return Err(Failure::Usage(cause).into());
-        }
-        if let Some((_, out)) = to_train
-            && out.exists()
-            && !self.resume
-        {
-            let cause = format!(
-                "--out {} exists; --resume goes on with it, or name another folder",
-                out.display()
-            );
-            return Err(Failure::Usage(cause).into());
-        }
 
         let (device, which) = Device::open(self.device)?;
         let model = &settings.model.path;
@@ -242,18 +207,7 @@ impl Tool for QloraTrain {
             true => rows::Rejected::Dropped,
             false => rows::Rejected::Kept(self.rejects.as_deref()),
         };
-        let initial = self.init_adapter.as_deref();
-        let before = initial
-            .map(|folder| -> Result<Seen> {
-                let what = || format!("--init-adapter {}", folder.display());
-                Ok(Seen::read(folder)
-                    .with_context(what)?
-                    .unwrap_or_else(Seen::unknown))
-            })
-            .transpose()?;
-        let initial = initial
-            .map(|folder| Adapter::load(folder, config))
-            .transpose()?;
+        let (initial, before) = self.started_from(config)?.unzip();
         let rows = rows::load(app, data, rejects, &resolved, &chat, before.as_ref())?;
         if let Some(last) = origin.steps.last()
             && last.written != rows.read() as u64
@@ -272,8 +226,17 @@ impl Tool for QloraTrain {
             app.warn(doubt);
         }
         if rows.eval.is_empty() && (t.early_stopping_patience > 0 || t.load_best_model_at_end) {
-            let cause = "no row is held out, so there is no best: set data.eval_fraction, or give rows `split: eval`";
-            return Err(Failure::Usage(cause.into()).into());
+            let (key, value) = match t.load_best_model_at_end {
+                true => ("training.load_best_model_at_end", "true".into()),
+                false => (
+                    "training.early_stopping_patience",
+                    t.early_stopping_patience.to_string(),
+                ),
+            };
+            let cause = format!(
+                "is {value}, but no row is held out, so there is no best: set data.eval_fraction, or give rows `split: eval`"
+            );
+            return Err(resolved.wrong(key, cause).into());
         }
 
         let identity = |pass_tokens| -> Result<Identity> {
@@ -284,24 +247,7 @@ impl Tool for QloraTrain {
             Ok(Identity {
                 v: 1,
                 version: env!("CARGO_PKG_VERSION").into(),
-                // Where the model lies, is kept, how often a checkpoint is saved and what is
-                // warned of change no result.
-                settings: resolved
-                    .show(PrintConfig::Key)
-                    .lines()
-                    .filter(|line| {
-                        ![
-                            "model.path",
-                            "model.cache",
-                            "training.save_",
-                            "training.spike_factor",
-                            "training.max_memory",
-                        ]
-                        .iter()
-                        .any(|key| line.starts_with(key))
-                    })
-                    .map(String::from)
-                    .collect(),
+                settings: that_decide(&resolved),
                 pass_tokens,
                 data: rows.sha256.clone(),
                 model: checkpoint.fingerprint()?,
@@ -423,6 +369,78 @@ impl Tool for QloraTrain {
             }
         }
     }
+}
+
+impl QloraTrain {
+    /// The settings that flags give.
+    fn flags(&self) -> Flags {
+        let on = |given: bool, value: bool| given.then_some(value);
+        Flags::new()
+            .set("model.path", &self.model)
+            .set("model.quantization", &self.quantization)
+            .set("model.lm_head", &self.lm_head)
+            .set("training.max_steps", &self.steps)
+            .set("training.max_memory", &self.max_memory)
+            .set("training.batch_size", &self.batch_size)
+            .set("training.learning_rate", &self.learning_rate)
+            .set("training.seed", &self.seed)
+            .set("training.shuffle", &on(self.no_shuffle, false))
+            .set("training.packing", &on(self.no_packing, false))
+            .set("data.shuffled_replies", &on(self.shuffled_replies, true))
+    }
+
+    /// The data and the folder of a run; none where only a base is saved. Refuses folders
+    /// that are there already.
+    fn to_train(&self) -> Result<Option<(&Path, &Path)>, Failure> {
+        let to_train = match (&self.data, &self.out) {
+            (Some(data), Some(out)) => Some((data.as_path(), out.as_path())),
+            (None, None) if self.save_quantized.is_some() => None,
+            _ => return Err(Failure::Usage("--data and --out are needed".into())),
+        };
+        let (saved, out) = (self.save_quantized.as_deref(), to_train.map(|(_, out)| out));
+        for (flag, folder, remedy) in [
+            ("--save-quantized", saved, "name another folder"),
+            (
+                "--out",
+                out,
+                "--resume goes on with it, or name another folder",
+            ),
+        ] {
+            if let Some(folder) = folder.filter(|f| f.exists() && !self.resume) {
+                let cause = format!("{flag} {} exists; {remedy}", folder.display());
+                return Err(Failure::Usage(cause));
+            }
+        }
+        Ok(to_train)
+    }
+
+    /// The adapter to start from, and the rows that it has seen.
+    fn started_from(&self, config: &Config) -> Result<Option<(Adapter, Seen)>> {
+        let Some(folder) = &self.init_adapter else {
+            return Ok(None);
+        };
+        let seen = Seen::read(folder);
+        let seen = seen.with_context(|| format!("--init-adapter {}", folder.display()))?;
+        let adapter = Adapter::load(folder, config)?;
+        Ok(Some((adapter, seen.unwrap_or_else(Seen::unknown))))
+    }
+}
+
+/// The settings that a run's results depend on: where the model lies and is kept, how often
+/// a checkpoint is saved and what is warned of change none.
+fn that_decide(resolved: &Resolved<TrainSettings>) -> Vec<String> {
+    const INDIFFERENT: [&str; 5] = [
+        "model.path",
+        "model.cache",
+        "training.save_",
+        "training.spike_factor",
+        "training.max_memory",
+    ];
+    let all = resolved.show(PrintConfig::Key);
+    all.lines()
+        .filter(|line| !INDIFFERENT.iter().any(|key| line.starts_with(key)))
+        .map(String::from)
+        .collect()
 }
 
 /// Settings that parse and cannot work.

@@ -302,12 +302,7 @@ fn compute(checkpoint: &Checkpoint, adapter: Option<&Path>, stop_ids: &[u32]) ->
     let lora = adapter.as_ref().map(OwnedLora::lora);
 
     let how = Generation {
-        sampling: Sampling {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            seed: 0,
-        },
+        sampling: Sampling::GREEDY,
         max_new_tokens: NEW_TOKENS,
         stop_ids,
         slots: 1,

@@ -117,12 +117,7 @@ fn replies_take_their_room_at_once_and_leave_the_rest_to_decoded_weights() {
     let mut model = Model::load(cuda, &checkpoint, Storage::AsStored).unwrap();
 
     let how = Generation {
-        sampling: Sampling {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            seed: 0,
-        },
+        sampling: Sampling::GREEDY,
         max_new_tokens: 4,
         stop_ids: &[],
         slots: 2,

@@ -225,12 +225,7 @@ fn train<B: Backend>(model: &Model<B>, keep: Keep, steps: u32, extras: Extras) -
             ids: &ids[3][..7],
         },
     ];
-    let sampling = Sampling {
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        seed: 0,
-    };
+    let sampling = Sampling::GREEDY;
     let how = Generation {
         sampling,
         max_new_tokens: 5,

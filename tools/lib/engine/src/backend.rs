@@ -232,6 +232,16 @@ pub struct Sampling {
     pub seed: u64,
 }
 
+impl Sampling {
+    /// The most likely token, whatever the seed.
+    pub const GREEDY: Self = Self {
+        temperature: 0.0,
+        top_k: 0,
+        top_p: 1.0,
+        seed: 0,
+    };
+}
+
 /// Values on their way back from the device.
 pub trait Reading {
     /// Waits for them.

@@ -671,12 +671,7 @@ fn optimiser() {
 #[test]
 fn greedy_sampling_takes_the_first_of_the_best() {
     let logits = vec![0.0, 3.0, -1.0, 3.0, /**/ 5.0, 1.0, 2.0, 4.9];
-    let how = Sampling {
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        seed: 0,
-    };
+    let how = Sampling::GREEDY;
     let mut out = vec![9; 2];
     let keys = vec![0, 1];
     let mut ws = scratch(16 * 4);

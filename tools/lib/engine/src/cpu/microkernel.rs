@@ -73,11 +73,15 @@ pub(super) unsafe fn multiply(
     }
     #[cfg(target_arch = "x86_64")]
     {
+        /// # Safety
+        /// As of `multiply`, on a processor that has these features.
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
         unsafe fn avx512(target: Target, into: Into, first: Term<'_>, second: Option<Term<'_>>) {
             // SAFETY: as of `multiply`.
             unsafe { panels::<true, 16, 3, 8>(target, into, first, second) }
         }
+        /// # Safety
+        /// As of `multiply`, on a processor that has these features.
         #[target_feature(enable = "avx2,fma")]
         unsafe fn avx2(target: Target, into: Into, first: Term<'_>, second: Option<Term<'_>>) {
             // SAFETY: as of `multiply`.

@@ -4,13 +4,6 @@ use crate::support::*;
 use engine::Sampling;
 use qwen3::{Completion, Finish, Generation, Prompt, generate};
 
-const GREEDY: Sampling = Sampling {
-    temperature: 0.0,
-    top_k: 0,
-    top_p: 1.0,
-    seed: 0,
-};
-
 fn prompts() -> Vec<Vec<u32>> {
     let prompt = |seed: u32, len: u32| (0..len).map(|i| (seed + 5 * i * i) % 61).collect();
     [(1, 5), (2, 1), (3, 70), (4, 12), (5, 30), (6, 2), (7, 9)]
@@ -73,7 +66,7 @@ fn oracle_greedy(twins: &Twins, prompt: &[u32], count: usize) -> Vec<u32> {
 fn greedy_replies_are_the_oracles() {
     let twins = Twins::new(true, 3);
     let all: Vec<usize> = (0..prompts().len()).collect();
-    let replies = run(&twins, GREEDY, 3, &[], &all);
+    let replies = run(&twins, Sampling::GREEDY, 3, &[], &all);
     for (prompt, reply) in prompts().iter().zip(&replies) {
         assert_eq!(reply.finish, Finish::Length);
         assert_eq!(reply.ids, oracle_greedy(&twins, prompt, 20));
@@ -83,9 +76,9 @@ fn greedy_replies_are_the_oracles() {
 #[test]
 fn a_stop_token_ends_a_reply_and_is_not_part_of_it() {
     let twins = Twins::new(true, 3);
-    let free = run(&twins, GREEDY, 3, &[], &[0, 3, 4]);
+    let free = run(&twins, Sampling::GREEDY, 3, &[], &[0, 3, 4]);
     let stop = free[1].ids[4];
-    let stopped = run(&twins, GREEDY, 2, &[stop], &[0, 3, 4]);
+    let stopped = run(&twins, Sampling::GREEDY, 2, &[stop], &[0, 3, 4]);
     for (free, stopped) in free.iter().zip(stopped) {
         match free.ids.iter().position(|&id| id == stop) {
             None => assert_eq!(stopped, *free),
@@ -126,7 +119,7 @@ fn the_models_last_position_ends_a_reply() {
         ids: &ids,
     };
     let how = Generation {
-        sampling: GREEDY,
+        sampling: Sampling::GREEDY,
         max_new_tokens: 20,
         stop_ids: &[],
         slots: 1,

@@ -215,12 +215,7 @@ fn greedy_replies_match_transformers() {
         .map(|(number, ids)| Prompt { number, ids })
         .collect();
     let how = Generation {
-        sampling: Sampling {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            seed: 0,
-        },
+        sampling: Sampling::GREEDY,
         max_new_tokens: 24,
         stop_ids: &[],
         slots: 3,
