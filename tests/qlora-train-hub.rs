@@ -4,8 +4,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use harness::Tool;
 use harness::server::{Reply, Request, Server};
@@ -15,6 +17,9 @@ use sha2::{Digest, Sha256};
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const WEIGHTS: &str = "model.safetensors";
 const FOLDER: &str = "data/cache/models/demo/tiny";
+
+/// Where most models name their licence.
+const README: &[u8] = b"---\nlibrary_name: transformers\nlicense: apache-2.0\n---\n# Tiny\n";
 
 /// The demo's model as a repository, with files in it that nobody here wants.
 fn files() -> Arc<BTreeMap<String, Vec<u8>>> {
@@ -32,9 +37,10 @@ fn files() -> Arc<BTreeMap<String, Vec<u8>>> {
         .iter()
         .map(|name| (name.to_string(), fs::read(folder.join(name)).unwrap()))
         .collect();
+    files.insert("README.md".into(), README.into());
+    files.insert("LICENSE".into(), b"Apache License\n".to_vec());
     for name in [
         "pytorch_model.bin",
-        "README.md",
         ".gitattributes",
         "onnx/model.safetensors",
     ] {
@@ -50,8 +56,10 @@ fn sha256(bytes: &[u8]) -> String {
         .collect()
 }
 
-/// What `git ls-files --stage tests/demo/model` says of the small files.
-const BLOBS: [(&str, &str); 6] = [
+/// What `git hash-object` says of the small files.
+const BLOBS: [(&str, &str); 8] = [
+    ("LICENSE", "ce3b7affaed22edd5210fe08a3ff8c1e917cf201"),
+    ("README.md", "3c997337f3eb6392481ba28e78b81c9aee60c714"),
     ("NOTICE", "b64dcfc439367a4cd0bc530655b13f7148572f5b"),
     (
         "chat_template.jinja",
@@ -141,6 +149,7 @@ fn tool(hub: &Server) -> Tool {
     Tool::new(env!("CARGO_BIN_EXE_qlora-train"))
         .env("HF_ENDPOINT", &hub.url())
         .env("HF_TOKEN", "hf_secret")
+        .env("HF_HUB_CACHE", "hf/hub")
 }
 
 const FETCH: [&str; 4] = ["--model", "demo/tiny", "--save-quantized", "four"];
@@ -156,8 +165,7 @@ fn is_whole(tool: &Tool) {
         .collect();
     found.sort();
     let wanted = |name: &&String| {
-        ![".gitattributes", "README.md", "pytorch_model.bin"].contains(&name.as_str())
-            && !name.contains('/')
+        ![".gitattributes", "pytorch_model.bin"].contains(&name.as_str()) && !name.contains('/')
     };
     assert!(found.iter().eq(files.keys().filter(wanted)), "{found:?}");
     for name in found {
@@ -326,6 +334,8 @@ fn a_revision_is_fetched_beside_the_rest_and_stands_beside_the_name() {
     assert_eq!(config["revision"], "v2");
     let card = tool.read("run/README.md");
     assert!(card.contains("base_model: \"demo/tiny\"\n"), "{card}");
+    let licence = "The base model's is `apache-2.0` (its README.md). ";
+    assert!(card.contains(licence), "{card}");
     for words in [
         "demo/tiny@v2",
         "base = \"demo/tiny\"\n",
@@ -336,9 +346,319 @@ fn a_revision_is_fetched_beside_the_rest_and_stands_beside_the_name() {
         assert!(card.contains(words), "{words}\n{card}");
     }
     // The adapter alone leads to the base of that revision.
+    let from = format!("demo/tiny@v2 is taken from {FOLDER}@v2");
     let merged = "merge --adapter run --out merged --no-check";
     let merged: Vec<_> = merged.split(' ').collect();
-    tool.run(&merged, "").exits(0);
+    tool.run(&merged, "").exits(0).says(&from);
+    let inspect = || -> Value {
+        let inspect = ["inspect", "run", "--json"];
+        let run = tool.run(&inspect, "").exits(0).says(&from);
+        serde_json::from_str(&run.stdout).unwrap()
+    };
+    let inspected = inspect();
+    assert_eq!(inspected["base"], "demo/tiny@v2");
+
+    // A base that is there by the plain name is another one, here of other layers.
+    let other = tool.folder().join(FOLDER);
+    fs::create_dir_all(&other).unwrap();
+    let config = tool.read(&format!("{FOLDER}@v2/config.json"));
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    config["num_hidden_layers"] = json!(1);
+    config["layer_types"] = Value::Null;
+    fs::write(other.join("config.json"), config.to_string()).unwrap();
+    assert_eq!(inspect(), inspected);
+    let plain = tool
+        .run(&["inspect", "run", "--model", FOLDER], "")
+        .exits(0);
+    assert!(plain.stdout.contains("the base has 1"), "{plain}");
+    // --verify looks for it there too, and gets as far as the Python that is not there.
+    let verify = ["inspect", "run", "--verify", "--python", "no-such-python"];
+    let run = tool.run(&verify, "").exits(4).says(&from);
+    assert!(run.stderr.contains("no-such-python cannot be run"), "{run}");
+}
+
+/// The cache of `hf download` and transformers, as huggingface_hub 2.4.0 lays it out (see
+/// "Understand caching" in its documentation): links to blobs that are named by their hash.
+struct HubCache(PathBuf);
+
+impl HubCache {
+    /// The demo's model in it, its main branch, fetched whole.
+    fn new(tool: &Tool) -> Self {
+        Self::of(tool, &files())
+    }
+
+    fn of(tool: &Tool, files: &BTreeMap<String, Vec<u8>>) -> Self {
+        let cache = Self(tool.folder().join("hf/hub/models--demo--tiny"));
+        cache.refer("main", COMMIT);
+        for folder in ["blobs", "snapshots"] {
+            fs::create_dir_all(cache.0.join(folder)).unwrap();
+        }
+        fs::create_dir(cache.snapshot()).unwrap();
+        let flat = files.iter().filter(|(name, _)| !name.contains('/'));
+        for (name, bytes) in flat {
+            let small = BLOBS.iter().find(|(small, _)| small == name);
+            let hash = match name.ends_with(".safetensors") {
+                true => sha256(bytes),
+                false => small.map_or(format!("{:040x}", bytes.len()), |(_, id)| (*id).into()),
+            };
+            let blob = cache.0.join("blobs").join(&hash);
+            fs::write(blob, bytes).unwrap();
+            let link = Path::new("../../blobs").join(hash);
+            symlink(link, cache.snapshot().join(name)).unwrap();
+        }
+        cache
+    }
+
+    fn refer(&self, revision: &str, commit: &str) {
+        fs::create_dir_all(self.0.join("refs")).unwrap();
+        fs::write(self.0.join("refs").join(revision), commit).unwrap();
+    }
+
+    fn snapshot(&self) -> PathBuf {
+        self.0.join("snapshots").join(COMMIT)
+    }
+
+    fn blob_of(&self, name: &str) -> PathBuf {
+        self.snapshot().join(name).canonicalize().unwrap()
+    }
+
+    /// Every name with its time and what it links to or how long it is.
+    fn look(&self) -> Vec<String> {
+        let mut seen = Vec::new();
+        let mut folders = vec![self.0.clone()];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).unwrap().flatten() {
+                let (path, found) = (entry.path(), entry.metadata().unwrap());
+                let to = fs::read_link(&path).ok();
+                let when = found.modified().unwrap();
+                seen.push(format!("{path:?} {to:?} {} {when:?}", found.len()));
+                if found.is_dir() {
+                    folders.push(path);
+                }
+            }
+        }
+        seen.sort();
+        seen
+    }
+}
+
+const TAKEN: &str = "demo/tiny is taken from the Hugging Face cache: hf/hub/models--demo--tiny/snapshots/0123456789ab";
+
+#[test]
+fn what_others_have_fetched_is_not_fetched_again() {
+    let store = store(|reply, _| reply);
+    let hub = hub(&store);
+    let tool = tool(&hub);
+    let cache = HubCache::new(&tool);
+    let before = cache.look();
+    let quantize = |model: &str, out: &str| {
+        let run = ["--model", model, "--save-quantized", out];
+        tool.run(&run, "")
+    };
+    quantize("demo/tiny", "one").exits(0).says(TAKEN);
+    assert!(!tool.folder().join("data/cache/models/demo").exists());
+    // Whichever revision leads there: a tag, or the commit itself.
+    cache.refer("v2", COMMIT);
+    quantize("demo/tiny@v2", "two")
+        .exits(0)
+        .says("demo/tiny@v2 is taken");
+    fs::remove_dir_all(cache.0.join("refs")).unwrap();
+    quantize(&format!("demo/tiny@{COMMIT}"), "three").exits(0);
+    cache.refer("main", COMMIT);
+    assert_eq!(hub.requests().len(), 0);
+    for out in ["two", "three"] {
+        let bytes = |out: &str| fs::read(tool.folder().join(out).join(WEIGHTS)).unwrap();
+        assert!(bytes(out) == bytes("one"), "{out}");
+    }
+    // A revision that nobody fetched is not another one.
+    let dry = "--model demo/tiny@v3 --data rows.jsonl --out run --dry-run";
+    tool.file("rows.jsonl", "{}\n");
+    tool.run(&dry.split(' ').collect::<Vec<_>>(), "").exits(2);
+
+    // Nothing was written there but what this test wrote.
+    let after = cache.look();
+    let same = |seen: &Vec<String>| -> Vec<String> {
+        let ours = |line: &&String| !line.contains("refs");
+        seen.iter().filter(ours).cloned().collect()
+    };
+    assert_eq!(same(&after), same(&before));
+
+    // Our own download goes first, and a folder of that path before all.
+    let own = tool.folder().join(FOLDER);
+    fs::create_dir_all(own.parent().unwrap()).unwrap();
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/demo/model");
+    symlink(demo.canonicalize().unwrap(), &own).unwrap();
+    let from = format!("demo/tiny is taken from {FOLDER}\n");
+    quantize("demo/tiny", "four").exits(0).says(&from);
+    symlink(
+        tool.folder().join("data/cache/models/demo"),
+        tool.folder().join("demo"),
+    )
+    .unwrap();
+    let run = quantize("demo/tiny", "five").exits(0);
+    assert!(!run.stderr.contains("is taken from"), "{run}");
+    assert_eq!(hub.requests().len(), 0);
+}
+
+/// It is common there: transformers fetches what it is asked for, `hf download` what it
+/// is told.
+#[test]
+fn half_of_a_model_in_the_hugging_face_cache_is_none() {
+    let store = store(|reply, _| reply);
+    let hub = hub(&store);
+    let tool = tool(&hub);
+    tool.file("rows.jsonl", "{}\n");
+    let dry = "--model demo/tiny --data rows.jsonl --out run --dry-run";
+    let dry: Vec<_> = dry.split(' ').collect();
+    let cache = HubCache::new(&tool);
+    fs::remove_file(cache.snapshot().join(".gitattributes")).unwrap();
+    let lacks = |what: &str| {
+        tool.run(&dry, "")
+            .exits(2)
+            .says(&format!("snapshots/{COMMIT} lacks {what}\n"))
+            .says("no model demo/tiny on this machine");
+    };
+    // The rows are no rows: the model was found.
+    let whole = || tool.run(&dry, "").exits(3).says(TAKEN);
+    whole();
+    for name in [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        WEIGHTS,
+    ] {
+        // The link, and then what it leads to.
+        for path in [cache.snapshot().join(name), cache.blob_of(name)] {
+            let aside = tool.folder().join("aside");
+            fs::rename(&path, &aside).unwrap();
+            lacks(name);
+            fs::rename(&aside, &path).unwrap();
+        }
+    }
+    // The template stands in either.
+    let (template, settings) = ("chat_template.jinja", "tokenizer_config.json");
+    fs::remove_file(cache.snapshot().join(template)).unwrap();
+    whole();
+    let settings = cache.snapshot().join(settings);
+    let mut keys: Value = serde_json::from_slice(&fs::read(&settings).unwrap()).unwrap();
+    let text = keys.as_object_mut().unwrap().remove("chat_template");
+    fs::write(&settings, keys.to_string()).unwrap();
+    lacks(template);
+    let text = text.unwrap();
+    fs::write(cache.snapshot().join(template), text.as_str().unwrap()).unwrap();
+    whole();
+    // The repository has none, and that is known.
+    fs::remove_file(cache.snapshot().join("generation_config.json")).unwrap();
+    let asked = cache.0.join(".no_exist").join(COMMIT);
+    fs::create_dir_all(&asked).unwrap();
+    fs::write(asked.join("generation_config.json"), "").unwrap();
+    whole();
+    fs::remove_dir_all(asked).unwrap();
+    lacks("generation_config.json");
+    fs::write(cache.snapshot().join(".gitattributes"), "").unwrap();
+    whole();
+
+    // Shards: all that the list names.
+    let second = "model-00002-of-00002.safetensors";
+    let list = json!({"weight_map": {"a": WEIGHTS, "b": second}});
+    let index = cache.snapshot().join("model.safetensors.index.json");
+    fs::write(&index, list.to_string()).unwrap();
+    lacks(second);
+    fs::write(&index, "{").unwrap();
+    lacks("a readable model.safetensors.index.json");
+    fs::remove_file(&index).unwrap();
+    whole();
+    // Weights in another form are no weights.
+    let pickled = cache.snapshot().join("pytorch_model.bin");
+    assert!(pickled.exists());
+    fs::remove_file(cache.snapshot().join(WEIGHTS)).unwrap();
+    lacks(WEIGHTS);
+    // A commit's name is a name, not a way out of the cache.
+    cache.refer("main", "../snapshots");
+    let run = tool.run(&dry, "").exits(2);
+    assert!(!run.stderr.contains("Hugging Face cache"), "{run}");
+    cache.refer("main", COMMIT);
+
+    assert_eq!(hub.requests().len(), 0);
+    tool.run(&FETCH, "")
+        .exits(0)
+        .says("downloading demo/tiny at");
+    is_whole(&tool);
+}
+
+#[test]
+fn what_is_damaged_in_the_hugging_face_cache_is_fetched_and_left_there() {
+    let store = store(|reply, _| reply);
+    let hub = hub(&store);
+    let tool = tool(&hub);
+    let cache = HubCache::new(&tool);
+    // As since huggingface_hub 2: a blob may be a link to a store that names it otherwise.
+    let blob = cache.blob_of(WEIGHTS);
+    let stored = tool.folder().join("hf/hub/stored-by-another-hash");
+    fs::rename(&blob, &stored).unwrap();
+    symlink(&stored, &blob).unwrap();
+    tool.run(&FETCH, "").exits(0).says(TAKEN);
+
+    let whole = fs::read(&stored).unwrap();
+    let when = fs::metadata(&stored).unwrap().modified().unwrap();
+    let mut damaged = whole.clone();
+    damaged[2_000_000] ^= 1;
+    fs::write(&stored, &damaged).unwrap();
+    // It was held against its name once, and by length and time it is the same.
+    let set_time = |when| {
+        let file = fs::File::options().write(true).open(&stored).unwrap();
+        file.set_modified(when).unwrap();
+    };
+    let quantize = |out: &str| {
+        let run = ["--model", "demo/tiny", "--save-quantized", out];
+        tool.run(&run, "").exits(0)
+    };
+    set_time(when);
+    quantize("once").says(TAKEN);
+    assert_eq!(hub.requests().len(), 0);
+
+    set_time(when + Duration::from_secs(1));
+    let run = quantize("again")
+        .says("warning: demo/tiny is not taken from the Hugging Face cache: hf/hub/models--demo--tiny/")
+        .says(&format!("is damaged: hf/hub/models--demo--tiny/blobs/{}", sha256(&whole)))
+        .says(&format!("has the SHA-256 {}", sha256(&damaged)))
+        .says("downloading demo/tiny at");
+    assert!(!run.stderr.contains("delete"), "{run}");
+    is_whole(&tool);
+    assert!(fs::read(&stored).unwrap() == damaged);
+}
+
+/// Values that were no numbers before they were fetched have the hash that they are
+/// named by; the advice on a folder of ours would spoil the other snapshots there.
+#[test]
+fn nobody_is_told_to_delete_in_the_hugging_face_cache() {
+    let store = store(|reply, _| reply);
+    let hub = hub(&store);
+    let tool = tool(&hub);
+    let mut wrong = (*files()).clone();
+    let weights = wrong.get_mut(WEIGHTS).unwrap();
+    let end = weights.len() - 2;
+    weights[end..].copy_from_slice(&0x7fc0_u16.to_le_bytes());
+    let cache = HubCache::of(&tool, &wrong);
+    cache.refer("v2", COMMIT);
+    let row = json!({"prompt": "Good morning", "completion": "And to you"});
+    tool.file("rows.jsonl", &format!("{row}\n"));
+    for (model, advice) in [
+        ("demo/tiny", "`hf download demo/tiny --force-download`, and"),
+        (
+            "demo/tiny@v2",
+            "`hf download demo/tiny --force-download --revision v2`, and",
+        ),
+    ] {
+        let train = format!("--model {model} --data rows.jsonl --steps 1 --out {model}-run");
+        let run = tool
+            .run(&train.split(' ').collect::<Vec<_>>(), "")
+            .exits(4)
+            .says("the loss is no longer a number")
+            .says(advice);
+        assert!(!run.stderr.contains("delete"), "{run}");
+    }
 }
 
 #[test]

@@ -93,10 +93,7 @@ impl Named {
         let config: AdapterConfig = serde_json::from_str(&text).with_context(shown)?;
         let base = config.base_model_name_or_path;
         let base = base.filter(|name| !name.is_empty());
-        Ok(base.map(|base| match config.revision {
-            Some(revision) if !Path::new(&base).exists() => format!("{base}@{revision}"),
-            _ => base,
-        }))
+        Ok(base.map(|base| hub::named(&base, config.revision.as_deref())))
     }
 
     /// Fails before anything is read where there is no adapter, or a half-trained one.

@@ -101,7 +101,7 @@ impl Inspect {
         let mut problems = Vec::new();
         let (findings, base, with) = if adapter.into_iter().any(has) {
             let (found, base) =
-                adapter::inspect(&self.folder, self.model.as_deref(), &mut problems)?;
+                adapter::inspect(app, &self.folder, self.model.as_deref(), &mut problems)?;
             (Findings::Adapter(found), base, Some(self.folder.as_path()))
         } else if has("config.json") {
             let found = model::inspect(app, &self.folder, &mut problems);

@@ -111,7 +111,7 @@ impl Merge {
         }
         let model_path = match &self.model {
             Some(model) => hub::fetch(app, model, "--model")?,
-            None => base_of(&self.adapter)?,
+            None => base_of(app, &self.adapter)?,
         };
         let base = Checkpoint::open(&model_path)?;
         let adapter = Adapter::load(&self.adapter, base.config())?;
@@ -174,7 +174,7 @@ impl Merge {
 }
 
 /// The base that an adapter names, if it is here.
-fn base_of(adapter: &Path) -> Result<PathBuf> {
+fn base_of(app: &App, adapter: &Path) -> Result<PathBuf> {
     let path = adapter.join("adapter_config.json");
     let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let config: serde_json::Value =
@@ -182,11 +182,8 @@ fn base_of(adapter: &Path) -> Result<PathBuf> {
     let named = config["base_model_name_or_path"]
         .as_str()
         .unwrap_or_default();
-    let named = match config["revision"].as_str() {
-        Some(revision) if !Path::new(named).exists() => format!("{named}@{revision}"),
-        _ => named.to_owned(),
-    };
-    hub::find(&named).ok_or_else(|| {
+    let named = hub::named(named, config["revision"].as_str());
+    hub::find(app, &named)?.ok_or_else(|| {
         let cause = format!("the adapter's base `{named}` is not here: name it with --model");
         Failure::Usage(cause).into()
     })

@@ -469,10 +469,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
                     Some(_) => " (or those of --init-adapter are too large)",
                     None => "",
                 };
-                let again = match job.base == Path::new(&job.settings.model.path) {
-                    true => format!("put the model's files into {base} again"),
-                    false => format!("delete the folder {base}, to have it downloaded again"),
-                };
+                let again = hub::remedy(&job.settings.model.path, job.base);
                 format!(
                     "nothing was learnt yet, so values in the base model's folder are no numbers{adapter}: \
                      `qlora-train inspect '{base}'` says which; {again}, and train in another \

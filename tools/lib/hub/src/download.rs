@@ -11,7 +11,7 @@ use sha2::digest::DynDigest;
 use sha2::{Digest, Sha256};
 
 use crate::name::Name;
-use crate::{Error, Event, Plan};
+use crate::{Error, Event, INDEX, Plan};
 
 /// The hub's account of a commit.
 #[derive(Deserialize)]
@@ -47,13 +47,9 @@ impl Commit {
 }
 
 impl Sibling {
-    /// The hash that the hub knows the file by, before its first byte. A blob's begins
-    /// with its length (Pro Git, "Git Objects"); the hub has no repository of SHA-256's.
+    /// The hash that the hub knows the file by, before its first byte.
     fn hash(&self) -> Box<dyn DynDigest> {
-        match self.lfs {
-            Some(_) => Box::new(Sha256::new()),
-            None => Box::new(Sha1::new_with_prefix(format!("blob {}\0", self.size))),
-        }
+        hasher(self.lfs.is_some(), self.size)
     }
 
     /// What that hash is called and must come to, if the hub says so.
@@ -66,16 +62,27 @@ impl Sibling {
     }
 }
 
-fn is_wanted(name: &str) -> bool {
+/// The hash that the hub knows a file of that size by, before its first byte. A blob's
+/// begins with its length (Pro Git, "Git Objects"); the hub has no repository of SHA-256's.
+pub(crate) fn hasher(is_large: bool, size: u64) -> Box<dyn DynDigest> {
+    match is_large {
+        true => Box::new(Sha256::new()),
+        false => Box::new(Sha1::new_with_prefix(format!("blob {size}\0"))),
+    }
+}
+
+/// Whether a file of that name is read here. The licence stands in the last of them, often
+/// in no other.
+pub(crate) fn is_wanted(name: &str) -> bool {
     let weights = name.starts_with("model") && name.ends_with(".safetensors");
     let index = name.ends_with(".index.json");
     let other = [".json", ".jinja", ".txt"]
         .iter()
         .any(|end| name.ends_with(end))
         && !index;
-    let legal = ["LICENSE", "NOTICE"].contains(&name);
+    let legal = ["NOTICE", "LICENSE", "LICENSE.md", "README.md"].contains(&name);
     let plain = !name.starts_with('.') && !name.contains(['/', '\\']);
-    plain && (weights || other || legal || name == "model.safetensors.index.json")
+    plain && (weights || other || legal || name == INDEX)
 }
 
 /// Downloads all files to `folder`.
@@ -126,7 +133,7 @@ async fn one(
         .open(&part)
         .map_err(Error::io(&part))?;
     let mut hash = file.hash();
-    let mut length = read_into(&mut out, &mut *hash).map_err(Error::io(&part))?;
+    let mut length = read_into(&mut out, &mut *hash, |_| ()).map_err(Error::io(&part))?;
     if length > file.size {
         out.set_len(0).map_err(Error::io(&part))?;
         (hash, length) = (file.hash(), 0);
@@ -170,8 +177,12 @@ async fn one(
     fs::rename(&part, &target).map_err(Error::io(&target))
 }
 
-/// Hashes what is there already; its length.
-fn read_into(file: &mut File, hash: &mut dyn DynDigest) -> io::Result<u64> {
+/// Hashes what is there already, and tells how much of it is done; its length.
+pub(crate) fn read_into(
+    file: &mut File,
+    hash: &mut dyn DynDigest,
+    mut tell: impl FnMut(u64),
+) -> io::Result<u64> {
     let (mut buffer, mut length) = (vec![0; 1 << 20], 0);
     loop {
         match file.read(&mut buffer)? {
@@ -179,12 +190,13 @@ fn read_into(file: &mut File, hash: &mut dyn DynDigest) -> io::Result<u64> {
             n => {
                 hash.update(&buffer[..n]);
                 length += n as u64;
+                tell(length);
             }
         }
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

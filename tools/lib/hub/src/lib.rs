@@ -1,14 +1,18 @@
 //! Models by their name on the Hugging Face hub: `Qwen/Qwen3-8B` is downloaded
 //! once, to `data/cache/models/Qwen/Qwen3-8B`; `Qwen/Qwen3-8B@REVISION`, a branch,
-//! tag or commit of it, to a folder of its own beside that.
+//! tag or commit of it, to a folder of its own beside that. What `hf download` or
+//! transformers have fetched is taken from their cache.
 //!
-//! A small client of our own: the hub's crate (hf-hub 1.0) brings 284 others along,
-//! its storage backend and a second TLS library among them, and of what it does we
-//! need two requests. What matters here is the rest: a file appears under its name
-//! only after its hash was found right (SHA-256, of a small one git's blob id), an
-//! interrupted download goes on where it was, at the same commit, and the token goes
-//! to the hub and nowhere else.
+//! A small client of our own, of two requests. The hub's crate, hf-hub 0.5.0, compares
+//! no hash with what came; it asks for the rest of a file and does not look whether the
+//! answer is the rest (206) or all of it (200), so that a file that is too long passes for
+//! a success; and it does not read `HF_TOKEN`. (1.0 brings 284 crates along, its storage
+//! backend and a second TLS library among them.) Here a file appears under its name only
+//! after its hash was found right (SHA-256, of a small one git's blob id), an interrupted
+//! download goes on where it was, at the same commit, and the token goes to the hub and
+//! nowhere else.
 
+mod cache;
 mod download;
 mod error;
 mod name;
@@ -28,9 +32,10 @@ use httpclient::{Client, Policy, Retrying, Scheme, Secret};
 use serde::{Deserialize, Serialize};
 
 pub use error::Error;
-pub use name::parts;
-pub use tool::fetch;
+pub use name::{named, parts};
+pub use tool::{fetch, find};
 
+use cache::{Checking, Snapshot};
 use name::Name;
 
 /// The hub, unless `HF_ENDPOINT` names a mirror.
@@ -38,6 +43,10 @@ pub const ENDPOINT: &str = "https://huggingface.co";
 
 /// Where downloaded models lie, by their names.
 pub const FOLDER: &str = "data/cache/models";
+
+/// The weights, and where there are several files of them, the list.
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
 
 /// What a download is of; with it, the folder is whole or can be made so.
 const STATE: &str = ".hub.json";
@@ -50,17 +59,73 @@ const ATTEMPTS_OF_A_GUESS: u32 = 3;
 pub struct Hub {
     endpoint: String,
     token: Option<String>,
+    cache: Option<PathBuf>,
 }
 
-/// How a download goes.
+/// How it goes.
 #[derive(Debug, Clone)]
 pub enum Event {
-    /// Once, before the first byte.
+    /// A model of that name is on this machine.
+    Found(Found),
+    /// The Hugging Face cache's is not taken.
+    Passed(Passed),
+    /// Once, before so many bytes of the Hugging Face cache are read.
+    Checks(u64),
+    /// Once, before the first byte of a download.
     Begins(Plan),
-    /// Bytes that are here, of [`Plan::bytes`].
+    /// Bytes that are here or were read, of [`Plan::bytes`] or of what is checked.
     Bytes(u64),
     /// A request failed and is going to be repeated.
     Retrying(Retrying),
+}
+
+/// Which of the models of a name is taken.
+#[derive(Debug, Clone)]
+pub struct Found {
+    /// The name as it was asked for.
+    pub model: String,
+    /// Where it lies.
+    pub folder: PathBuf,
+    /// Whether that is the Hugging Face cache.
+    pub in_cache: bool,
+}
+
+impl fmt::Display for Found {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let of = match self.in_cache {
+            true => "the Hugging Face cache: ",
+            false => "",
+        };
+        write!(
+            f,
+            "{} is taken from {of}{}",
+            self.model,
+            self.folder.display()
+        )
+    }
+}
+
+/// Why what the Hugging Face cache has is not taken.
+#[derive(Debug, Clone)]
+pub struct Passed {
+    /// The name as it was asked for.
+    pub model: String,
+    /// Where it lies.
+    pub folder: PathBuf,
+    /// What is the matter with it.
+    pub cause: String,
+}
+
+impl fmt::Display for Passed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} is not taken from the Hugging Face cache: {} {}",
+            self.model,
+            self.folder.display(),
+            self.cause
+        )
+    }
 }
 
 /// What is going to be downloaded.
@@ -123,34 +188,91 @@ impl State {
     }
 }
 
-/// Where a model lies, if it is on this machine: in the folder of that path, or under
-/// that name in [`FOLDER`], put there by hand, or downloaded and whole still.
-pub fn find(model: &str) -> Option<PathBuf> {
-    let has_config = |folder: &Path| folder.join("config.json").exists();
-    if has_config(Path::new(model)) {
-        return Some(model.into());
-    }
-    let folder = Name::parse(model)?.folder();
-    let whole = match State::read(&folder) {
-        Some(state) => state.holds(&folder) && has_config(&folder) && has_weights(&folder),
-        None => has_config(&folder),
-    };
-    whole.then_some(folder)
-}
-
 fn has_weights(folder: &Path) -> bool {
     let files = fs::read_dir(folder).into_iter().flatten().flatten();
     let mut names = files.map(|file| file.file_name());
     names.any(|name| name.to_string_lossy().ends_with(".safetensors"))
 }
 
+/// What brings right files into `folder`, where the model of that name was taken from and
+/// is damaged: the end of a sentence that tells what to do. In the Hugging Face cache
+/// several snapshots share a blob, so nothing is to be deleted there by hand.
+pub fn remedy(model: &str, folder: &Path) -> String {
+    let shown = folder.display();
+    match Name::parse(model) {
+        _ if folder == Path::new(model) => format!("put the model's files into {shown} again"),
+        Some(name) if !folder.starts_with(FOLDER) => {
+            let revision = name
+                .revision
+                .map(|revision| format!(" --revision {revision}"));
+            format!(
+                "have it fetched again by `hf download {} --force-download{}`",
+                name.repository,
+                revision.unwrap_or_default()
+            )
+        }
+        _ => format!("delete the folder {shown}, to have it downloaded again"),
+    }
+}
+
 impl Hub {
     /// The hub at `endpoint` ([`ENDPOINT`] where there is none), with a token for what
-    /// is private or gated.
-    pub fn new(endpoint: Option<String>, token: Option<String>) -> Self {
+    /// is private or gated, and the folder that is the Hugging Face cache.
+    pub fn new(endpoint: Option<String>, token: Option<String>, cache: Option<PathBuf>) -> Self {
         Self {
             endpoint: endpoint.unwrap_or_else(|| ENDPOINT.into()),
             token,
+            cache,
+        }
+    }
+
+    /// Where a model lies, if it is on this machine: in the folder of that path; under
+    /// that name in [`FOLDER`], put there by hand, or downloaded and whole still; in the
+    /// Hugging Face cache, if it is whole there. `told` hears which.
+    pub fn find(&self, model: &str, mut told: impl FnMut(Event)) -> Option<PathBuf> {
+        let has_config = |folder: &Path| folder.join("config.json").exists();
+        if has_config(Path::new(model)) {
+            return Some(model.into());
+        }
+        let name = Name::parse(model)?;
+        let folder = name.folder();
+        let whole = match State::read(&folder) {
+            Some(state) => state.holds(&folder) && has_config(&folder) && has_weights(&folder),
+            None => has_config(&folder),
+        };
+        let (folder, in_cache) = match whole {
+            true => (folder, false),
+            false => (self.find_in_cache(&name, &mut told)?, true),
+        };
+        told(Event::Found(Found {
+            model: model.into(),
+            folder: folder.clone(),
+            in_cache,
+        }));
+        Some(folder)
+    }
+
+    fn find_in_cache(&self, name: &Name<'_>, told: &mut impl FnMut(Event)) -> Option<PathBuf> {
+        let snapshot = Snapshot::find(self.cache.as_deref()?, name)?;
+        let fit = match snapshot.lacks() {
+            Some(what) => Err(format!("lacks {what}")),
+            None => snapshot.check(|check| {
+                told(match check {
+                    Checking::Of(bytes) => Event::Checks(bytes),
+                    Checking::Bytes(bytes) => Event::Bytes(bytes),
+                });
+            }),
+        };
+        match fit {
+            Ok(()) => Some(snapshot.folder),
+            Err(cause) => {
+                told(Event::Passed(Passed {
+                    model: name.to_string(),
+                    folder: snapshot.folder,
+                    cause,
+                }));
+                None
+            }
         }
     }
 
@@ -158,8 +280,8 @@ impl Hub {
     ///
     /// # Errors
     /// Where there is no such model, or it does not come whole.
-    pub fn fetch(&self, model: &str, told: impl FnMut(Event)) -> Result<PathBuf, Error> {
-        if let Some(folder) = find(model) {
+    pub fn fetch(&self, model: &str, mut told: impl FnMut(Event)) -> Result<PathBuf, Error> {
+        if let Some(folder) = self.find(model, &mut told) {
             return Ok(folder);
         }
         let name = Name::parse(model).filter(|_| !Path::new(model).exists());

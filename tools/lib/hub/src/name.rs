@@ -55,6 +55,16 @@ pub fn parts(model: &str) -> (&str, Option<&str>) {
     }
 }
 
+/// The inverse of [`parts`], as an adapter names its base: a repository and the revision
+/// beside it. A folder has none, and a name that holds one keeps it.
+pub fn named(base: &str, revision: Option<&str>) -> String {
+    let bare = Name::parse(base).is_some_and(|name| name.revision.is_none());
+    match revision.filter(|revision| !revision.is_empty()) {
+        Some(revision) if bare && !Path::new(base).exists() => format!("{base}@{revision}"),
+        _ => base.into(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,5 +91,14 @@ mod tests {
         assert_eq!(parts("Qwen/Qwen3-8B@v1"), ("Qwen/Qwen3-8B", Some("v1")));
         assert_eq!(parts("Qwen/Qwen3-8B"), ("Qwen/Qwen3-8B", None));
         assert_eq!(parts("/models/a@b"), ("/models/a@b", None));
+        for model in ["Qwen/Qwen3-8B@v1", "Qwen/Qwen3-8B", "/models/a@b"] {
+            let (base, revision) = parts(model);
+            assert_eq!(named(base, revision), model);
+        }
+        // A pull request's is no folder's name here, and must not become the main branch.
+        assert_eq!(named("a/b", Some("refs/pr/1")), "a/b@refs/pr/1");
+        assert_eq!(named("a/b@v1", Some("v2")), "a/b@v1");
+        assert_eq!(named("/models/a", Some("v2")), "/models/a");
+        assert_eq!(named("a/b", Some("")), "a/b");
     }
 }

@@ -1,12 +1,11 @@
 //! The hub as a tool speaks of it: the environment, progress, exit codes.
 
-use std::cell::OnceCell;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use cli::{App, Failure};
+use cli::{App, Failure, env_or_dotenv};
 
-use crate::{Error, Event, Hub};
+use crate::{Error, Event, Hub, cache};
 
 /// Where a model lies, after downloading it if need be from the hub that the
 /// environment names. `remedy` is the flag or key that names another model.
@@ -15,29 +14,57 @@ use crate::{Error, Event, Hub};
 /// As [`Hub::fetch`]; a model that cannot be meant and an address or a token that
 /// cannot be used are wrong usage.
 pub fn fetch(app: &App, model: &str, remedy: &str) -> Result<PathBuf> {
-    let hub = Hub::new(
-        cli::env_or_dotenv("HF_ENDPOINT")?,
-        cli::env_or_dotenv("HF_TOKEN")?,
-    );
-    let progress = OnceCell::new();
-    let fetched = hub.fetch(model, |event| match event {
+    hub()?
+        .fetch(model, telling(app))
+        .map_err(|error| match error {
+            Error::NoModel(_) => Failure::Usage(format!("{error}, with {remedy}")).into(),
+            Error::Config(_) => {
+                let cause = format!("HF_ENDPOINT and HF_TOKEN, environment or .env: {error}");
+                Failure::Usage(cause).into()
+            }
+            error => error.into(),
+        })
+}
+
+/// Where a model lies, if it is on this machine, as [`Hub::find`].
+///
+/// # Errors
+/// If `.env` cannot be read.
+pub fn find(app: &App, model: &str) -> Result<Option<PathBuf>> {
+    Ok(hub()?.find(model, telling(app)))
+}
+
+fn hub() -> Result<Hub> {
+    let cache = cache::folder(env_or_dotenv)?;
+    let [endpoint, token] = ["HF_ENDPOINT", "HF_TOKEN"].map(env_or_dotenv);
+    Ok(Hub::new(endpoint?, token?, cache))
+}
+
+/// Shows how it goes.
+fn telling(app: &App) -> impl FnMut(Event) {
+    let mut progress = None;
+    move |event| match event {
+        Event::Found(found) => {
+            progress = None;
+            app.info(found);
+        }
+        Event::Passed(passed) => {
+            progress = None;
+            app.warn(passed);
+        }
+        Event::Checks(bytes) => {
+            let what = "checking the Hugging Face cache, MB";
+            progress = Some(app.progress(what, Some(bytes / 1_000_000)));
+        }
         Event::Begins(plan) => {
             app.info(&plan);
-            progress.get_or_init(|| app.progress("downloading MB", Some(plan.bytes / 1_000_000)));
+            progress = Some(app.progress("downloading MB", Some(plan.bytes / 1_000_000)));
         }
         Event::Bytes(bytes) => {
-            if let Some(progress) = progress.get() {
+            if let Some(progress) = &progress {
                 progress.set(bytes / 1_000_000);
             }
         }
         Event::Retrying(retry) => app.warn(retry),
-    });
-    fetched.map_err(|error| match error {
-        Error::NoModel(_) => Failure::Usage(format!("{error}, with {remedy}")).into(),
-        Error::Config(_) => {
-            let cause = format!("HF_ENDPOINT and HF_TOKEN, environment or .env: {error}");
-            Failure::Usage(cause).into()
-        }
-        error => error.into(),
-    })
+    }
 }

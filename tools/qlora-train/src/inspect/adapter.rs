@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use cli::App;
 use qwen3::{AdapterConfig, Config, Module, Strength, Targets, Unfit};
 use safetensors::{Dtype, SafeTensors};
 use serde::Serialize;
@@ -95,6 +96,7 @@ const MAGNITUDE: &str = "lora_magnitude_vector";
 
 /// Looks at the adapter; its base's folder too, if there is one.
 pub fn inspect(
+    app: &App,
     folder: &Path,
     model: Option<&Path>,
     problems: &mut Vec<Problem>,
@@ -117,9 +119,13 @@ pub fn inspect(
     let settings = read_settings(folder, &mut say)?;
     let text = |key: &str| settings.get(key).and_then(Value::as_str).map(str::to_owned);
     let base_name = text("base_model_name_or_path").filter(|name| !name.is_empty());
+    let base_name = base_name.map(|name| hub::named(&name, text("revision").as_deref()));
     let base = match model {
         Some(path) => Some(path.to_owned()),
-        None => base_name.as_deref().and_then(hub::find),
+        None => match &base_name {
+            Some(name) => hub::find(app, name)?,
+            None => None,
+        },
     };
     let config = base.as_deref().map(Config::load).transpose()?;
 
