@@ -46,7 +46,8 @@ use crate::systems::Named;
 #[command(version, after_long_help = cli::after_help(EXAMPLES))]
 struct GenEval {
     /// Base model: a folder in Hugging Face layout, or a name on the hub, such as
-    /// Qwen/Qwen3-8B, that is downloaded to data/cache/models [default: the adapter's own]
+    /// Qwen/Qwen3-8B, that lies in the Hugging Face cache or is downloaded to
+    /// data/cache/models [default: the adapter's own]
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
     /// An adapter, PEFT format; DIR alone is called `lora`; may be given again

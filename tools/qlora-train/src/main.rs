@@ -55,7 +55,8 @@ struct QloraTrain {
     #[command(subcommand)]
     command: Option<commands::Command>,
     /// Base model: a folder in Hugging Face layout, or a name on the hub, such as
-    /// Qwen/Qwen3-8B, that is downloaded to data/cache/models
+    /// Qwen/Qwen3-8B, that lies in the Hugging Face cache or is downloaded to
+    /// data/cache/models
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
     /// Training rows, JSONL; `-` for standard input
