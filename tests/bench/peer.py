@@ -18,7 +18,9 @@ import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import peft
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -81,7 +83,7 @@ def main():
         "rows": args.rows, "sorted": args.sort, "threads": args.threads, "tokens": tokens,
         "per_s": tokens / wall, "per_cpu_s": tokens / cpu,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
-        "load": os.getloadavg()[0], "torch": torch.__version__}))
+        "load": os.getloadavg()[0], "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}))
 
 
 main()

@@ -7,6 +7,7 @@
 
 mod machine;
 mod model;
+mod peer;
 mod rows;
 mod task;
 
@@ -39,6 +40,10 @@ struct Bench {
     /// Only what has this in its name, such as `train-real f32`
     #[arg(long, default_value = "")]
     only: String,
+    /// Training alone, in turn with transformers and PEFT, by a Python that has them
+    /// (tests/parity/run makes one: data/cache/parity/venv/bin/python)
+    #[arg(long, value_name = "PYTHON")]
+    peer: Option<PathBuf>,
 }
 
 #[derive(Subcommand)]
@@ -51,6 +56,30 @@ enum One {
         #[arg(long)]
         models: PathBuf,
     },
+}
+
+/// Where figures come from.
+#[derive(Serialize)]
+struct Origin {
+    machine: Machine,
+    date: String,
+    version: &'static str,
+    commit: String,
+    command: String,
+}
+
+impl Origin {
+    /// This machine, now.
+    fn new() -> Result<Self> {
+        let now = OffsetDateTime::now_utc().replace_nanosecond(0)?;
+        Ok(Self {
+            machine: Machine::new(),
+            date: now.format(&Rfc3339)?,
+            version: env!("CARGO_PKG_VERSION"),
+            commit: machine::commit(),
+            command: std::env::args().collect::<Vec<_>>().join(" "),
+        })
+    }
 }
 
 /// A line of figures.
@@ -66,11 +95,8 @@ struct Line<'a> {
     /// The most memory, in MB; median.
     peak_mb: f64,
     runs: &'a [Measured],
-    machine: &'a Machine,
-    date: &'a str,
-    version: &'static str,
-    commit: &'a str,
-    command: &'a str,
+    #[serde(flatten)]
+    origin: &'a Origin,
 }
 
 fn main() -> Result<()> {
@@ -85,11 +111,7 @@ fn main() -> Result<()> {
         .filter(|task| name(task).contains(&bench.only))
         .collect();
     ensure!(!tasks.is_empty(), "nothing is called {}", bench.only);
-    let (machine, commit) = (Machine::new(), machine::commit());
-    let date = OffsetDateTime::now_utc()
-        .replace_nanosecond(0)?
-        .format(&Rfc3339)?;
-    let command = std::env::args().collect::<Vec<_>>().join(" ");
+    let origin = Origin::new()?;
 
     let models = tempfile::tempdir().context("a folder for the models")?;
     model::write(
@@ -97,6 +119,9 @@ fn main() -> Result<()> {
         model::middling(),
         DType::F32,
     )?;
+    if let Some(python) = &bench.peer {
+        return peer::compare(python, bench.runs, models.path(), &tasks, &origin);
+    }
     if tasks.iter().any(|task| task.what == What::Quantise) {
         model::write(&models.path().join("wide"), model::wide(), DType::BF16)?;
     }
@@ -119,24 +144,15 @@ fn main() -> Result<()> {
     );
     let mut out = Output::stdout();
     for (&task, runs) in tasks.iter().zip(&runs) {
-        let median = |of: fn(&Measured) -> f64| {
-            let mut values: Vec<f64> = runs.iter().map(of).collect();
-            values.sort_by(f64::total_cmp);
-            let middle = values.len() / 2;
-            (values[(values.len() - 1) / 2] + values[middle]) / 2.0
-        };
+        let middle = |of: fn(&Measured) -> f64| median(&runs.iter().map(of).collect::<Vec<_>>());
         let line = Line {
             v: 1,
             task,
-            per_s: median(|run| run.amount / run.wall_s),
-            per_cpu_s: median(|run| run.amount / run.cpu_s),
-            peak_mb: median(|run| run.peak_mb),
+            per_s: middle(|run| run.amount / run.wall_s),
+            per_cpu_s: middle(|run| run.amount / run.cpu_s),
+            peak_mb: middle(|run| run.peak_mb),
             runs,
-            machine: &machine,
-            date: &date,
-            version: env!("CARGO_PKG_VERSION"),
-            commit: &commit,
-            command: &command,
+            origin: &origin,
         };
         let (unit, scale) = match task.what {
             What::Quantise => ("MB", 1e6),
@@ -152,6 +168,13 @@ fn main() -> Result<()> {
         out.json(&line)?;
     }
     Ok(out.finish()?)
+}
+
+/// The middle of these values, of which there is at least one.
+fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    (values[(values.len() - 1) / 2] + values[values.len() / 2]) / 2.0
 }
 
 /// `train-real f32 2`, as the arguments are.
