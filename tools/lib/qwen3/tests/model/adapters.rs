@@ -178,7 +178,8 @@ fn logits_and_losses_match_peft() {
         let losses = f.model.losses(&mut pass, &batch, Some(adapter.lora()));
         let nll = distance(&losses.unwrap().wait().unwrap(), &f.case.nll.concat());
         println!("{}: logits off by {off:.1e}, losses by {nll:.1e}", f.name);
-        // Measured (2026-11-23) 6.8e-7 and 2.6e-7 at most.
+        // Measured (2026-11-30) 6.4e-7 and 2.9e-7 at most, with AVX-512, with AVX2 and
+        // without either (CPUID masked).
         assert!(off < 3e-6 && nll < 2e-6, "{}: {off:e} {nll:e}", f.name);
     }
 }
@@ -229,10 +230,10 @@ fn training_matches_peft() {
             "{}: gradients off by {gradient_off:.1e}, losses {loss_off:.1e}, norms {norm_off:.1e}, values at the end {trained_off:.1e}",
             f.name
         );
-        // Measured (2026-11-23) at most 2.3e-6, 2.2e-7, 7.0e-7 and 8.0e-6.
+        // Measured (2026-11-30) at most 2.8e-6, 2.5e-7, 2.0e-6 and 6.7e-6, on the same CPUs.
         assert!(gradient_off < 1e-5, "{}: {gradient_off:e}", f.name);
         assert!(
-            loss_off < 2e-6 && norm_off < 5e-6,
+            loss_off < 1e-6 && norm_off < 5e-6,
             "{}: {loss_off:e} {norm_off:e}",
             f.name
         );
@@ -246,16 +247,20 @@ fn fresh_magnitudes_are_pefts() {
     let mut seen = 0;
     for f in fixtures().into_iter().filter(|f| f.adapter.config.dora) {
         let values = f.model.initial(&f.layout, 3).unwrap();
+        let mut worst = 0.0_f32;
         for (name, range) in f.parts() {
             let Some(theirs) = f.tensor(&format!("initial.{name}")) else {
                 assert!(!name.ends_with("magnitude_vector"), "{name}");
                 continue;
             };
-            let off = distance(&values[range], &theirs);
-            assert!(off < 1e-6, "{} {name}: {off:e}", f.name);
+            worst = worst.max(distance(&values[range], &theirs));
             seen += 1;
         }
-        // So that it changes nothing yet: with B = 0 the adapter is the base.
+        // Measured (2026-11-30) 2.6e-7, on every CPU named above.
+        println!("{}: magnitudes off by {worst:.1e}", f.name);
+        assert!(worst < 1e-6, "{}: {worst:e}", f.name);
+        // So that it changes nothing yet: with B = 0 the adapter is the base, to the bit,
+        // for a magnitude and its norm are the same sum.
         let params = f.model.adapter_params(&f.layout, &values).unwrap();
         let lora = Lora {
             layout: &f.layout,
@@ -263,7 +268,7 @@ fn fresh_magnitudes_are_pefts() {
         };
         let ids: &[u32] = &f.rows[1].ids;
         let [with, without] = [Some(lora), None].map(|l| f.model.logits(&[ids], l).unwrap());
-        assert!(distance(&with, &without) < 1e-6);
+        assert!(with == without, "{}", f.name);
     }
     assert_eq!(seen, 14 + 14 + 4);
 }

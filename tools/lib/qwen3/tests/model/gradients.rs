@@ -7,6 +7,12 @@ use engine::rng::{Purpose, Stream, drop_threshold, dropout_factors};
 use engine::{Backend, Cpu, Neftune, Ragged};
 use qwen3::{AdapterConfig, Keep, LoraLayout, Module, Pass, StepNoise};
 
+/// The oracle computes in f64, so that these bound our rounding. Measured on 2026-11-30:
+/// 3.7e-7 and 3.4e-6 at most of 24 runs, 0, 1000, 2000, … added to the seeds of weights
+/// and adapters, each with AVX-512, with AVX2 and without either (CPUID masked).
+const NLL: f32 = 2e-6;
+const GRADIENT: f32 = 1e-5;
+
 #[test]
 fn losses_and_every_gradient_match_autograd() {
     for (tied, rank) in [(true, 3), (false, 5)] {
@@ -28,8 +34,9 @@ fn losses_and_every_gradient_match_autograd() {
             .losses_and_gradients(&mut pass, &batch, twins.lora(), None, (&mut grads, scale))
             .unwrap();
         let got = got.wait().unwrap();
-        println!("tied {tied}: nll off by {:e}", distance(&got, &want));
-        assert!(distance(&got, &want) < 2e-6);
+        let off = distance(&got, &want);
+        println!("tied {tied}: nll off by {off:.1e}");
+        assert!(off < NLL, "{off:e}");
 
         let (_, gradients) = twins
             .oracle
@@ -42,12 +49,12 @@ fn losses_and_every_gradient_match_autograd() {
                 for (range, factor) in [(a, "A"), (b, "B")] {
                     let want = floats(&gradients[&peft(layer, target, factor)]);
                     let off = distance(&grads[range], &want);
-                    assert!(off < 2e-5, "{layer} {target} {factor}: {off}");
+                    assert!(off < GRADIENT, "{layer} {target} {factor}: {off:e}");
                     worst = worst.max(off);
                 }
             }
         }
-        println!("tied {tied}: gradients off by {worst:e}");
+        println!("tied {tied}: gradients off by {worst:.1e}");
     }
 }
 
@@ -120,13 +127,15 @@ fn dropout_gradients_match_autograd() {
     let oracle_rows = oracle_batch(&rows);
     let nll = twins.oracle.nll(&oracle_rows, Some(&twins.oracle_lora));
     let want = floats(&nll.unwrap());
-    assert!(distance(&losses, &want) < 2e-6);
+    let nll_off = distance(&losses, &want);
+    assert!(nll_off < NLL, "{nll_off:e}");
     let (_, gradients) = twins
         .oracle
         .lora_gradients(&oracle_rows, &twins.oracle_lora)
         .unwrap();
     // The oracle's loss is a mean; ours is a sum scaled by 0.01.
     let scale = 0.01 * losses.len() as f32;
+    let mut worst = 0.0_f32;
     for layer in 0..twins.model.config().layers {
         for (module, target) in modules() {
             let (a, b) = twins.layout.ranges(layer, module).unwrap();
@@ -134,10 +143,12 @@ fn dropout_gradients_match_autograd() {
                 let mut want = floats(&gradients[&peft(layer, target, factor)]);
                 want.iter_mut().for_each(|x| *x *= scale);
                 let off = distance(&grads[range], &want);
-                assert!(off < 2e-5, "{layer} {target} {factor}: {off}");
+                assert!(off < GRADIENT, "{layer} {target} {factor}: {off:e}");
+                worst = worst.max(off);
             }
         }
     }
+    println!("dropout: nll off by {nll_off:.1e}, gradients by {worst:.1e}");
 }
 
 #[test]
@@ -151,8 +162,7 @@ fn packing_changes_nothing() {
         distance(&packed, &single),
         distance(&packed_grads, &single_grads),
     ];
-    // Measured 1.3e-7 and 8.1e-7 (2026-11-23), the rounding of differently cut sums;
-    // the limits are six times and more above, for another machine's products.
+    // The rounding of differently cut sums: measured 3.0e-7 and 9.2e-7 at most, as above.
     println!("losses {:.1e}, gradients {:.1e}", off[0], off[1]);
     assert!(off[0] < 2e-6 && off[1] < 5e-6, "{off:?}");
 }
@@ -222,11 +232,15 @@ fn a_pass_is_reused_across_sizes_without_a_trace() {
     let (_, both) = step(&twins, Keep::All, &[(0, &rows), (0, small)], [0.0; 2]);
     let (_, large) = step(&twins, Keep::All, &[(0, &rows)], [0.0; 2]);
     let sum: Vec<f32> = large.iter().zip(&fresh).map(|(a, b)| a + b).collect();
-    assert!(distance(&both, &sum) < 1e-6);
+    let off = distance(&both, &sum);
+    println!("reused: off by {off:.1e}");
+    // Sums in another order: measured 1.0e-7 at most, as above.
+    assert!(off < 5e-7, "{off:e}");
 }
 
 /// Backward stops below the lowest adapter; what it still computes must be the
-/// same as with all adapters present. The absent ones have B = 0 on the full side.
+/// same as with all adapters present. The absent ones have B = 0 on the full side:
+/// they add zeros, which changes no bit.
 #[test]
 fn a_subset_of_modules_has_the_gradients_of_the_full_set() {
     let rows = rows();
@@ -267,8 +281,8 @@ fn a_subset_of_modules_has_the_gradients_of_the_full_set() {
             for &module in kept {
                 let (a, b) = whole.ranges(layer, module).unwrap();
                 let (pa, pb) = twins.layout.ranges(layer, module).unwrap();
-                assert!(distance(&got[pa], &full[a]) < 1e-5, "{layer} {module} A");
-                assert!(distance(&got[pb], &full[b]) < 1e-5, "{layer} {module} B");
+                assert!(got[pa] == full[a], "{layer} {module} A");
+                assert!(got[pb] == full[b], "{layer} {module} B");
             }
         }
     }
@@ -281,7 +295,9 @@ fn the_base_alone_matches_the_oracle() {
     let mut pass = Pass::new(Keep::Nothing);
     let got = twins.model.losses(&mut pass, &batch(&rows), None).unwrap();
     let want = floats(&twins.oracle.nll(&oracle_batch(&rows), None).unwrap());
-    assert!(distance(&got.wait().unwrap(), &want) < 2e-6);
+    let off = distance(&got.wait().unwrap(), &want);
+    println!("base alone: nll off by {off:.1e}");
+    assert!(off < NLL, "{off:e}");
 }
 
 #[test]

@@ -193,6 +193,8 @@ pub fn oracle_batch(rows: &[Tokens]) -> autograd::Batch {
 /// `max |a - b| / max |b|`.
 pub fn distance(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
+    // `max` would pass over what is not a number.
+    assert!(a.iter().chain(b).all(|x| x.is_finite()));
     let top = b.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
     let off = a
         .iter()
