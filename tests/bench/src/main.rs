@@ -40,7 +40,7 @@ struct Bench {
     /// Only what has this in its name, such as `train-real f32`
     #[arg(long, default_value = "")]
     only: String,
-    /// Training alone, in turn with transformers and PEFT, by a Python that has them
+    /// Training in f32 alone, in turn with transformers and PEFT, by a Python that has them
     /// (tests/parity/run makes one: data/cache/parity/venv/bin/python)
     #[arg(long, value_name = "PYTHON")]
     peer: Option<PathBuf>,
@@ -188,7 +188,8 @@ fn name(task: &Task) -> String {
 
 /// Measures in a process of its own.
 fn measure(task: &Task, models: &Path) -> Result<Measured> {
-    let output = Command::new(std::env::current_exe()?)
+    // This very program, though its file may have been built anew meanwhile.
+    let output = Command::new("/proc/self/exe")
         .arg("measure")
         .args(name(task).split(' '))
         .arg("--models")

@@ -1,6 +1,8 @@
 //! Training here and by transformers and PEFT (`peer.py`), in turn: what disturbs the
-//! machine disturbs both sides of a pair, so the ratio of a pair is what counts.
+//! machine disturbs both sides of a pair, so the ratio of a pair is what counts. A pair of
+//! each workload, and then all again, so that a disturbance is spread over them.
 
+use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -18,6 +20,9 @@ const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/peer.py");
 struct Theirs {
     rows: String,
     sorted: bool,
+    threads: usize,
+    /// Real ones.
+    tokens: u64,
     per_s: f64,
     per_cpu_s: f64,
     peak_mb: f64,
@@ -27,45 +32,83 @@ struct Theirs {
     peft: String,
 }
 
-/// The median of the pairs' ratios, ours by theirs, with the least and the most.
+/// Values with their median, the least and the most.
 #[derive(Serialize)]
-struct Ratio {
+struct Spread {
+    /// In the order of measuring.
+    each: Vec<f64>,
     median: f64,
     least: f64,
     most: f64,
 }
 
-impl Ratio {
-    fn new(ratios: &[f64]) -> Self {
+impl Spread {
+    fn new(each: Vec<f64>) -> Self {
         Self {
-            median: median(ratios),
-            least: ratios.iter().copied().fold(f64::INFINITY, f64::min),
-            most: ratios.iter().copied().fold(0.0, f64::max),
+            median: median(&each),
+            least: each.iter().copied().fold(f64::INFINITY, f64::min),
+            most: each.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+            each,
         }
     }
 }
 
-/// One workload, both sides.
+/// What both sides train on, and how fast they were.
+struct Workload {
+    task: Task,
+    rows: &'static str,
+    /// Theirs take rows of like length together.
+    sorted: bool,
+    pairs: Vec<(Measured, Theirs)>,
+}
+
+impl Workload {
+    /// Those of a task, none where theirs does not do it.
+    fn of(task: Task) -> Vec<Self> {
+        let (rows, orders) = match (task.base, task.what) {
+            (Base::F32, What::TrainEqual) => ("equal", &[false][..]),
+            (Base::F32, What::TrainReal) => ("real", &[false, true][..]),
+            _ => return Vec::new(),
+        };
+        let workload = |&sorted| Self {
+            task,
+            rows,
+            sorted,
+            pairs: Vec::new(),
+        };
+        orders.iter().map(workload).collect()
+    }
+
+    fn name(&self) -> String {
+        let order = if self.sorted { " sorted" } else { "" };
+        format!("{}{order} {}", self.rows, self.task.threads)
+    }
+
+    fn spread(&self, of: impl Fn(&Measured, &Theirs) -> f64) -> Spread {
+        Spread::new(self.pairs.iter().map(|(a, b)| of(a, b)).collect())
+    }
+}
+
+/// The figures of a workload.
 #[derive(Serialize)]
 struct Line<'a> {
     v: u64,
     rows: &'static str,
-    /// Theirs took rows of like length together.
     sorted: bool,
     threads: usize,
-    /// Real tokens per CPU-second.
-    per_cpu_s: Ratio,
+    /// Ours by theirs, pair by pair: real tokens per CPU-second.
+    per_cpu_s: Spread,
     /// Real tokens per second by the clock.
-    per_s: Ratio,
+    per_s: Spread,
     /// Peak of resident memory.
-    memory: Ratio,
-    ours: &'a [Measured],
-    theirs: &'a [Theirs],
+    memory: Spread,
+    ours: Vec<&'a Measured>,
+    theirs: Vec<&'a Theirs>,
     #[serde(flatten)]
     origin: &'a Origin,
 }
 
-/// Measures pairs, `runs` of each workload, and tells them as JSON lines and a table.
+/// Measures `runs` pairs of each workload, and tells them as JSON lines and a table.
 pub fn compare(
     python: &Path,
     runs: u32,
@@ -73,75 +116,77 @@ pub fn compare(
     tasks: &[Task],
     origin: &Origin,
 ) -> Result<()> {
-    let mut out = Output::stdout();
-    let heads = ["ours", "theirs", "ratio", "least–most", "memory"];
-    let [ours, theirs, ratio, between, memory] = heads;
-    eprintln!(
-        "{:24} {ours:>7} {theirs:>7} {ratio:>6} {between:>12} {memory:>7}",
-        "tokens per CPU-second"
+    let mut workloads: Vec<Workload> = tasks.iter().copied().flat_map(Workload::of).collect();
+    ensure!(
+        !workloads.is_empty(),
+        "the other side only trains, in f32: `--only \"train-equal f32\"` or `--only \"train-real f32\"`"
     );
-    for &task in tasks.iter().filter(|task| task.base == Base::F32) {
-        let rows = match task.what {
-            What::TrainEqual => "equal",
-            What::TrainReal => "real",
-            What::Generate | What::Quantise => continue,
-        };
-        let orders = if rows == "real" {
-            &[false, true][..]
-        } else {
-            &[false]
-        };
-        for &sorted in orders {
-            let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-            for _ in 0..runs {
-                ours.push(measure(&task, models).with_context(|| name(&task))?);
-                theirs.push(peer(python, rows, sorted, task.threads)?);
+    let on_terminal = io::stderr().is_terminal();
+    for run in 1..=runs {
+        for workload in &mut workloads {
+            if on_terminal {
+                eprint!("\r\x1b[Kpair {run} of {runs}: {}", workload.name());
             }
-            let ratio = |of: &dyn Fn(&Measured, &Theirs) -> f64| {
-                let pairs = ours.iter().zip(&theirs);
-                Ratio::new(&pairs.map(|(a, b)| of(a, b)).collect::<Vec<_>>())
-            };
-            let line = Line {
-                v: 1,
-                rows,
-                sorted,
-                threads: task.threads,
-                per_cpu_s: ratio(&|a, b| a.amount / a.cpu_s / b.per_cpu_s),
-                per_s: ratio(&|a, b| a.amount / a.wall_s / b.per_s),
-                memory: ratio(&|a, b| a.peak_mb / b.peak_mb),
-                ours: &ours,
-                theirs: &theirs,
-                origin,
-            };
-            let own: Vec<f64> = ours.iter().map(|run| run.amount / run.cpu_s).collect();
-            let other: Vec<f64> = theirs.iter().map(|run| run.per_cpu_s).collect();
-            let Ratio {
-                median: middle,
+            let ours = measure(&workload.task, models).with_context(|| name(&workload.task))?;
+            workload.pairs.push((ours, peer(python, workload)?));
+        }
+    }
+    if on_terminal {
+        eprint!("\r\x1b[K");
+    }
+    eprintln!("tokens per CPU-second, medians (least to most); pairs of ours by theirs");
+    eprintln!(
+        "{:16} {:21} {:21} {:19} memory  pairs",
+        "rows, threads", "ours", "theirs", "ratio"
+    );
+    let mut out = Output::stdout();
+    for workload in &workloads {
+        let line = Line {
+            v: 1,
+            rows: workload.rows,
+            sorted: workload.sorted,
+            threads: workload.task.threads,
+            per_cpu_s: workload.spread(|a, b| a.amount / a.cpu_s / b.per_cpu_s),
+            per_s: workload.spread(|a, b| a.amount / a.wall_s / b.per_s),
+            memory: workload.spread(|a, b| a.peak_mb / b.peak_mb),
+            ours: workload.pairs.iter().map(|(ours, _)| ours).collect(),
+            theirs: workload.pairs.iter().map(|(_, theirs)| theirs).collect(),
+            origin,
+        };
+        let shown = |spread: &Spread, digits: usize| {
+            let Spread {
+                median,
                 least,
                 most,
-            } = line.per_cpu_s;
-            let what = format!(
-                "{rows}{}, threads: {}",
-                if sorted { ", sorted" } else { "" },
-                task.threads
-            );
-            eprintln!(
-                "{what:24} {:>7.0} {:>7.0} {middle:>6.2} {:>12} {:>7.2}",
-                median(&own),
-                median(&other),
-                format!("{least:.2}–{most:.2}"),
-                line.memory.median,
-            );
-            out.json(&line)?;
-        }
+                ..
+            } = spread;
+            format!("{median:.digits$} ({least:.digits$} to {most:.digits$})")
+        };
+        let pairs: Vec<_> = line
+            .per_cpu_s
+            .each
+            .iter()
+            .map(|r| format!("{r:.2}"))
+            .collect();
+        eprintln!(
+            "{:16} {:21} {:21} {:19} {:>6.2}  {}",
+            workload.name(),
+            shown(&workload.spread(|a, _| a.amount / a.cpu_s), 0),
+            shown(&workload.spread(|_, b| b.per_cpu_s), 0),
+            shown(&line.per_cpu_s, 2),
+            line.memory.median,
+            pairs.join(" "),
+        );
+        out.json(&line)?;
     }
     Ok(out.finish()?)
 }
 
-fn peer(python: &Path, rows: &str, sorted: bool, threads: usize) -> Result<Theirs> {
+fn peer(python: &Path, workload: &Workload) -> Result<Theirs> {
+    let threads = workload.task.threads.to_string();
     let mut command = Command::new(python);
-    command.args([SCRIPT, "--rows", rows, "--threads", &threads.to_string()]);
-    if sorted {
+    command.args([SCRIPT, "--rows", workload.rows, "--threads", &threads]);
+    if workload.sorted {
         command.arg("--sort");
     }
     let output = command
