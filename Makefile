@@ -200,7 +200,7 @@ check: lint test ## formatting, lints, tests
 test-parity: $(MINILM)/model.safetensors | build ## compare with the Python packages, live
 	tests/parity/run
 
-bench: | build ## time training and generating on this machine's CPU (minutes); with PEER=python beside PEFT
+bench: | build ## time training on this CPU (PEER=python: beside PEFT)
 	@mkdir -p output/logs
 	@$(BIN)/bench $(if $(PEER),--peer $(PEER)) > output/logs/bench_$(STAMP).jsonl.part
 	@mv output/logs/bench_$(STAMP).jsonl{.part,} && echo output/logs/bench_$(STAMP).jsonl
