@@ -30,7 +30,7 @@ transformers.utils.logging.disable_progress_bar()
 DEMO = pathlib.Path(__file__).parents[2] / "demo/model"
 LAYERS = 2
 # Sums of four products in another order land on the other side of a rounding to float16:
-# over seeds 1 to 3 in 5 to 17 of 3,739,136 values (2026-11-30). PART is four times the worst.
+# over seeds 1 to 5 in 5 to 17 of 3,739,136 values (2026-11-30). PART is four times the worst.
 PART = 2e-5
 TEXTS = ["Rain again, and no umbrella 🌂", "<|im_start|>user\nTea?<|im_end|>\n", "naïve   spaces\n\nשלום"]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Tea?"}]

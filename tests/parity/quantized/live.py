@@ -23,8 +23,6 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 transformers.logging.set_verbosity_error()
 # Seeds 1 to 4: 7.7e-6 at most (2026-11-23); room for another machine's sums.
 LOGIT_TOLERANCE = 5e-5
-
-
 # Tied, hidden and intermediate size: of the last, gate_proj is 12,415 values, an odd number
 # that ends 63 values into a block. Its logits are not compared: bitsandbytes' AVX-512 decodes
 # wrongly where 64 does not divide the columns.
@@ -34,13 +32,13 @@ SHAPES = [(True, 128, 192), (False, 128, 192), (False, 65, 191)]
 def differing(state, packed, weight):
     """What of a weight in 4 bits is not as bitsandbytes makes it: how many bytes of codes, codes
     of scales and largest scales, and how many of the latter's codes bitsandbytes' CPU path has
-    otherwise.
+    otherwise (told, not judged).
 
     Two of its CPU paths are not taken. A block that is not full it divides by its largest,
     where its CUDA kernel multiplies by the reciprocal as everywhere: zeros fill it up here,
-    which changes nothing else. Codes of scales it looks up in a table of 65,536 entries, one
-    off in some, where the CUDA kernel takes the nearest: its generic path, which it takes for
-    doubles, does too. The offset is ours, after it was found to be the mean of the scales but
+    which changes nothing else. Codes of scales it looks up in a table of 65,536 entries, off
+    in some, near zero by several, where the CUDA kernel takes the nearest: its generic path,
+    which it takes for doubles, does too. The offset is ours, after it was found to be the mean of the scales but
     for the order of summing; the scales themselves are not in the file, only their codes."""
     values = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64))
     codes, plain = bitsandbytes.functional.quantize_4bit(
@@ -52,10 +50,8 @@ def differing(state, packed, weight):
     shifted = plain.absmax - offset
     nearest, largest = torch.ops.bitsandbytes.quantize_blockwise.default(shifted.double(), nested.code.double(), 256)
     looked_up, _ = torch.ops.bitsandbytes.quantize_blockwise.default(shifted, nested.code, 256)
-    off = state.absmax.int() - looked_up.int()
-    assert off.abs().max() <= 1
     wrong = (packed.flatten() != codes).sum() + (state.absmax != nearest).sum() + (nested.absmax != largest).sum()
-    return int(wrong), int((off != 0).sum())
+    return int(wrong), int((state.absmax != looked_up).sum())
 
 
 def main():
