@@ -381,6 +381,59 @@ fn a_flipped_bit_is_seen_wherever_it_is() {
         .says("there is none before it: without it the run begins anew");
 }
 
+/// What stands beside a checkpoint's tensors decides where a run goes on.
+#[test]
+fn a_checkpoint_of_another_step_or_run_is_refused() {
+    let tool = tool();
+    train(&tool, "whole", &[]).exits(0);
+    let resumed = |out: &str, change: &dyn Fn(&std::path::Path)| {
+        let folder = tool.folder().join(out);
+        let other = tool.folder().join("whole");
+        Command::new("cp")
+            .arg("-r")
+            .args([&other, &folder])
+            .status()
+            .unwrap();
+        fs::remove_file(folder.join("adapter_model.safetensors")).unwrap();
+        change(&folder);
+        train(&tool, out, &["--resume"])
+    };
+    let newest = |folder: &std::path::Path| folder.join("checkpoints/step-12");
+    let state = |folder: &std::path::Path| newest(folder).join("state.json");
+    let replaced = |file: PathBuf, from: &str, to: &str| {
+        let text = fs::read_to_string(&file).unwrap();
+        assert!(text.contains(from), "{text}");
+        fs::write(&file, text.replace(from, to)).unwrap();
+    };
+    resumed("step", &|folder| {
+        replaced(state(folder), "\"step\":12", "\"step\":10")
+    })
+    .exits(4)
+    .says("step-12: delete it to go on from the one before: state.json is not as it was written");
+    resumed("renamed", &|folder| {
+        fs::rename(newest(folder), folder.join("checkpoints/step-20")).unwrap()
+    })
+    .exits(4)
+    .says("step-20: delete it to go on from the one before: is of step 12");
+    // As a whole, with the figures that belong to it.
+    train(&tool, "seed", &["--seed", "7"]).exits(0);
+    resumed("foreign", &|folder| {
+        let seed = tool.folder().join("seed");
+        fs::remove_dir_all(newest(folder)).unwrap();
+        Command::new("cp")
+            .arg("-r")
+            .args([newest(&seed), newest(folder)])
+            .status()
+            .unwrap();
+        fs::copy(seed.join("metrics.jsonl"), folder.join("metrics.jsonl")).unwrap();
+    })
+    .exits(4)
+    .says("is of another run than run.json");
+    // Nothing changed: the same bytes.
+    resumed("same", &|_| ()).exits(0);
+    same(&tool, "whole", "same");
+}
+
 #[test]
 fn the_data_is_never_written() {
     let tool = tool();

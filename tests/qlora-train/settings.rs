@@ -172,3 +172,26 @@ fn examples_of_the_help_run() {
     );
     assert!(tool.run(&["--man"], "").exits(0).stdout.contains(".TH"));
 }
+
+/// Of what is no UTF-8, only what is a setting matters.
+#[test]
+fn variables_of_any_bytes_are_no_panic() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    let tool = tool();
+    let odd = OsStr::from_bytes(b"\xff");
+    let status = |name: &OsStr| {
+        let mut command = tool.command(&["--print-config"]);
+        let output = command.env(name, odd).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code(), said)
+    };
+    assert_eq!(status(OsStr::new("FOO")).0, Some(0));
+    assert_eq!(status(OsStr::from_bytes(b"F\xff")).0, Some(0));
+    let (code, said) = status(OsStr::new("PAIRS__LORA__RANK"));
+    assert_eq!(code, Some(2), "{said}");
+    assert!(
+        said.contains("environment variable PAIRS__LORA__RANK: is not UTF-8"),
+        "{said}"
+    );
+}

@@ -54,7 +54,7 @@ impl std::str::FromStr for Named {
 impl Named {
     /// The settings that the adapter was trained with, where qlora-train left them.
     pub fn trained_with(&self) -> Result<Option<TrainSettings>> {
-        let path = self.folder.join("train.yaml");
+        let path = self.folder.join(qwen3::SETTINGS);
         if !path.exists() {
             return Ok(None);
         }

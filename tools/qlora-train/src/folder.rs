@@ -137,6 +137,26 @@ struct Cut {
     timing_bytes: u64,
     /// SHA-256 of state.safetensors: a flipped bit would train on, unseen.
     state: String,
+    /// SHA-256 of the run's run.json: another's checkpoint would train on, unseen.
+    run: String,
+    /// SHA-256 of all the above, see [`Cut::sum`].
+    sum: String,
+}
+
+impl Cut {
+    /// What `sum` must be.
+    fn sum(&self) -> String {
+        let Self {
+            step,
+            metrics_bytes,
+            timing_bytes,
+            state,
+            run,
+            ..
+        } = self;
+        let all = format!("{step} {metrics_bytes} {timing_bytes} {state} {run}");
+        cli::sha256_hex(all.as_bytes())
+    }
 }
 
 const CHECKPOINTS: &str = "checkpoints";
@@ -149,7 +169,7 @@ const OURS: [&str; 9] = [
     "timing.jsonl",
     CHECKPOINTS,
     "README.md",
-    "train.yaml",
+    qwen3::SETTINGS,
     qwen3::ROWS,
     SUMS,
     SUMMED[0],
@@ -159,7 +179,7 @@ const OURS: [&str; 9] = [
 /// The files of a finished adapter that make what it computes.
 const SUMMED: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
-/// Notes the sums of the adapter's files, which lie in `part` still, and of its rows.
+/// Notes the sums of the adapter's files, which lie in `part` still, of its rows and settings.
 pub fn write_sums(folder: &Path, part: &Path) -> Result<()> {
     let mut text = String::new();
     for name in SUMMED {
@@ -167,9 +187,11 @@ pub fn write_sums(folder: &Path, part: &Path) -> Result<()> {
         let sum = cli::sha256_file(&file).with_context(|| file.display().to_string())?;
         text.push_str(&format!("{sum}  {name}\n"));
     }
-    let rows = folder.join(qwen3::ROWS);
-    let sum = cli::sha256_file(&rows).with_context(|| rows.display().to_string())?;
-    text.push_str(&format!("{sum}  {}\n", qwen3::ROWS));
+    for name in [qwen3::ROWS, qwen3::SETTINGS] {
+        let file = folder.join(name);
+        let sum = cli::sha256_file(&file).with_context(|| file.display().to_string())?;
+        text.push_str(&format!("{sum}  {name}\n"));
+    }
     Ok(jsonl::write_atomically(
         &folder.join(SUMS),
         text.as_bytes(),
@@ -339,7 +361,7 @@ impl Folder {
             folder.cut(0, 0)?;
             return Ok(Found::Fresh(folder));
         };
-        let (state, cut) = read_checkpoint(&checkpoint).with_context(|| {
+        let (state, cut) = read_checkpoint(&checkpoint, &run).with_context(|| {
             let remedy = match checkpoints(path).is_ok_and(|all| all.len() > 1) {
                 true => "delete it to go on from the one before",
                 false => "there is none before it: without it the run begins anew",
@@ -480,12 +502,15 @@ impl Folder {
             synced(&file, &tensors)?;
             self.metrics.sync_all()?;
             self.timing.sync_all()?;
-            let cut = Cut {
+            let mut cut = Cut {
                 step: state.step,
                 metrics_bytes: self.metrics.metadata()?.len(),
                 timing_bytes: self.timing.metadata()?.len(),
                 state: cli::sha256_hex(&tensors),
+                run: cli::sha256_file(&self.path.join("run.json"))?,
+                sum: String::new(),
             };
+            cut.sum = cut.sum();
             synced(&part.join("state.json"), &serde_json::to_vec(&cut)?)?;
             fs::rename(&part, &target)?;
             File::open(self.checkpoints())?.sync_all()?;
@@ -530,8 +555,20 @@ fn synced(path: &Path, bytes: &[u8]) -> Result<()> {
     Ok(file.sync_all()?)
 }
 
-fn read_checkpoint(path: &Path) -> Result<(State, Cut)> {
-    let cut: Cut = serde_json::from_slice(&fs::read(path.join("state.json"))?)?;
+/// The state that a checkpoint holds, if it is the run's whose run.json is `run`.
+fn read_checkpoint(path: &Path, run: &Path) -> Result<(State, Cut)> {
+    let cut = serde_json::from_slice(&fs::read(path.join("state.json"))?);
+    let cut: Cut = cut.context("state.json")?;
+    anyhow::ensure!(cut.sum == cut.sum(), "state.json is not as it was written");
+    anyhow::ensure!(
+        path.file_name() == Some(format!("step-{}", cut.step).as_ref()),
+        "is of step {}",
+        cut.step
+    );
+    anyhow::ensure!(
+        cli::sha256_file(run)? == cut.run,
+        "is of another run than run.json"
+    );
     let bytes = fs::read(path.join("state.safetensors"))?;
     anyhow::ensure!(
         cli::sha256_hex(&bytes) == cut.state,

@@ -581,7 +581,7 @@ fn put_into(
     adapter.save(&part, config)?;
     jsonl::write_atomically(&folder.join("README.md"), card.as_bytes())?;
     let snapshot = serde_saphyr::to_string(settings).context("writing the settings")?;
-    jsonl::write_atomically(&folder.join("train.yaml"), snapshot.as_bytes())?;
+    jsonl::write_atomically(&folder.join(qwen3::SETTINGS), snapshot.as_bytes())?;
     jsonl::write_atomically(&folder.join(ROWS), seen.to_lines().as_bytes())?;
     write_sums(folder, &part)?;
     for name in ["adapter_config.json", "adapter_model.safetensors"] {

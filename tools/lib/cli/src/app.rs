@@ -101,7 +101,7 @@ impl App {
             self.common.config.as_deref(),
             sections,
             flags,
-            std::env::vars(),
+            config::environment()?,
         )?;
         let Some(form) = self.common.print_config else {
             return Ok(Some(resolved));

@@ -96,11 +96,27 @@ impl<T> Resolved<T> {
     }
 }
 
+/// The variables that are settings. Others may be what they like, also no UTF-8.
+pub(crate) fn environment() -> Result<Vec<(String, String)>, Failure> {
+    let ours = std::env::vars_os()
+        .filter(|(name, _)| name.as_encoded_bytes().starts_with(ENV_PREFIX.as_bytes()));
+    ours.map(|(name, value)| {
+        let shown = name.to_string_lossy().into_owned();
+        match (name.into_string(), value.into_string()) {
+            (Ok(name), Ok(value)) => Ok((name, value)),
+            _ => Err(Failure::Usage(format!(
+                "environment variable {shown}: is not UTF-8"
+            ))),
+        }
+    })
+    .collect()
+}
+
 pub(crate) fn resolve<T>(
     file: Option<&Path>,
     sections: &[&str],
     flags: Flags,
-    environment: impl Iterator<Item = (String, String)>,
+    environment: impl IntoIterator<Item = (String, String)>,
 ) -> Result<Resolved<T>, Failure>
 where
     T: Default + Serialize + DeserializeOwned,
@@ -129,6 +145,7 @@ where
         Ok(())
     };
     let mut variables: Vec<_> = environment
+        .into_iter()
         .filter(|(name, _)| name.starts_with(ENV_PREFIX))
         .collect();
     variables.sort();

@@ -27,6 +27,9 @@ use crate::weights::{bf16s, f16s, f32s};
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
 pub(crate) const SUMS: &str = "SHA256SUMS";
+
+/// The settings that an adapter was trained with: by them it is asked in the same words.
+pub const SETTINGS: &str = "train.yaml";
 const PREFIX: &str = "base_model.model.";
 /// PEFT takes the `.weight` off when it saves.
 const MAGNITUDE: &str = "lora_magnitude_vector";
@@ -121,12 +124,11 @@ pub struct Adapter {
 
 /// What helps where there is no sum of an adapter's files in `folder`.
 pub fn note_sums(folder: &Path) -> String {
-    let rows = match folder.join(ROWS).exists() {
-        true => format!(" {ROWS}"),
-        false => String::new(),
-    };
+    let there = [CONFIG, TENSORS, ROWS, SETTINGS].into_iter();
+    let there = there.filter(|name| [CONFIG, TENSORS].contains(name) || folder.join(name).exists());
+    let there = there.collect::<Vec<_>>().join(" ");
     format!(
-        "if you trust the adapter, note its sums: `(cd '{}' && sha256sum {CONFIG} {TENSORS}{rows} > {SUMS})`",
+        "if you trust the adapter, note its sums: `(cd '{}' && sha256sum {there} > {SUMS})`",
         folder.display()
     )
 }
@@ -146,6 +148,10 @@ pub fn check_sums(folder: &Path) -> Result<()> {
             let reason = format!("has no sum of {name}; {}", note_sums(folder));
             return Err(Error::file(&folder.join(SUMS), reason));
         }
+    }
+    // Whoever asks by them says that they are missing; changed, they ask in other words.
+    if let Some(text) = read_text_if_there(&folder.join(SETTINGS))? {
+        sums.check(folder, SETTINGS, text.as_bytes())?;
     }
     Ok(())
 }

@@ -311,6 +311,26 @@ fn sums_that_say_nothing_are_no_sums() {
         fs::write(&sums, format!("0{between}README.md\n{lines}")).unwrap();
         Adapter::load(folder.path(), &model).unwrap();
     }
+    // Settings that are gone change nothing of what is computed; changed, they do of what is asked.
+    let settings = folder.path().join("train.yaml");
+    fs::write(&settings, "data: {system_prompt: Be brief.}\n").unwrap();
+    let all = [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "train.yaml",
+    ];
+    fs::write(&sums, all.map(|name| line(name, "  ")).concat()).unwrap();
+    Adapter::load(folder.path(), &model).unwrap();
+    for changed in ["", "data: {system_prompt: Be long.}\n"] {
+        fs::write(&settings, changed).unwrap();
+        refused(
+            folder.path(),
+            &model,
+            &["train.yaml", "is not as it was written"],
+        );
+    }
+    fs::remove_file(&settings).unwrap();
+    Adapter::load(folder.path(), &model).unwrap();
     for text in ["", "what is this\n", &line(names[0], "  ")] {
         fs::write(&sums, text).unwrap();
         refused(folder.path(), &model, &["SHA256SUMS", "has no sum of"]);
