@@ -581,10 +581,9 @@ fn collecting(server: &Server, config: &str) -> Vec<String> {
 #[test]
 fn where_the_rest_cannot_be_written_nothing_is_paid_for() {
     let (tool, server) = (with_token(), apify(1, nothing));
-    tool.file("plain", "");
-    fetch(&tool, &server, &["--unpaired", "plain/rest.jsonl"])
+    fetch(&tool, &server, &["--unpaired", "/proc/rest.jsonl"])
         .exits(4)
-        .says("plain");
+        .says("/proc/rest.jsonl");
     fetch(&tool, &server, &["--max-bad-lines", "1"])
         .exits(2)
         .says("--unpaired");

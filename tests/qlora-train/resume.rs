@@ -444,8 +444,37 @@ fn the_data_is_never_written() {
         .says("--rejects ./pairs.jsonl: is the file of --data too");
     train(&tool, "out", &["--log", "pairs.jsonl"])
         .exits(2)
-        .says("--log pairs.jsonl: is the file of --data too");
+        .says("--log pairs.jsonl: is there and holds something else");
     assert_eq!(tool.read("pairs.jsonl"), before);
+}
+
+#[test]
+fn rejects_and_log_are_never_written_over_something_else() {
+    let tool = tool();
+    train(&tool, "first", &["--steps", "1"]).exits(0);
+    tool.file("other.jsonl", &pairs(3));
+    for file in [
+        "train.yaml",
+        "other.jsonl",
+        "first/adapter_model.safetensors",
+        "first/adapter_config.json",
+        "first/metrics.jsonl",
+        "first/run.json",
+    ] {
+        let before = fs::read(tool.folder().join(file)).unwrap();
+        for flag in ["--rejects", "--log"] {
+            train(&tool, "out", &[flag, file])
+                .exits(2)
+                .says(&format!("{flag} {file}: is there and holds something else"));
+            let after = fs::read(tool.folder().join(file)).unwrap();
+            assert!(after == before, "{flag} {file}");
+        }
+    }
+    train(&tool, "out", &["--rejects", "nosuch/rejects.jsonl"])
+        .exits(2)
+        .says("there is no folder nosuch");
+    assert!(!tool.folder().join("nosuch").exists());
+    assert!(!tool.folder().join("out").exists());
 }
 
 #[test]

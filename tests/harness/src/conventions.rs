@@ -109,6 +109,36 @@ impl Conventions {
             .says("is a folder");
     }
 
+    /// Files beside the output that hold something else stay as they are, and no folder is
+    /// made for a misspelt one: exit 2. What a run has written the next one writes again.
+    pub fn others_files(&self, tool: &Tool) {
+        let help = tool.run(&["--help"], "").exits(0).stdout;
+        let beside = [self.rejects, "--log", "--summary"];
+        let beside = beside.iter().filter(|flag| help.contains(**flag));
+        for flag in beside {
+            for text in ["precious\n", "{\"precious\":1}\n", "\u{0}", "[{"] {
+                let file = tool.file("mine", text);
+                tool.run(&self.with(&[flag, &file]), &self.input)
+                    .exits(2)
+                    .says(&format!("{flag} {file}: is there and holds something else"));
+                assert_eq!(tool.read("mine"), text, "{flag}");
+            }
+            tool.run(&self.with(&[flag, "none/such"]), &self.input)
+                .exits(2)
+                .says(&format!("{flag} none/such: there is no folder none"));
+            assert!(!tool.folder().join("none").exists(), "{flag}");
+            let bad_line = format!("{}no JSON\n", self.input);
+            let mut arguments = self.with(&["--max-bad-lines", "1", flag, "own"]);
+            if *flag != self.rejects {
+                arguments.extend([self.rejects, "rejects"].map(String::from));
+            }
+            tool.run(&arguments, &bad_line).exits(0);
+            assert!(!tool.read("own").is_empty(), "{flag}");
+            tool.run(&arguments, &bad_line).exits(0);
+            std::fs::remove_file(tool.folder().join("own")).expect("a file");
+        }
+    }
+
     /// A key that does not exist: exit 2, naming the nearest; nothing written.
     pub fn bad_key(&self, tool: &Tool) {
         let (section, key) = self.key.rsplit_once('.').expect("a dotted key");
@@ -254,7 +284,7 @@ macro_rules! conventions {
     ($setup:expr) => {
         mod conventions {
             use super::*;
-            $crate::conventions!(@each $setup; reader_gone disk_full bad_line files_apart bad_key unknown_field empty_input same_bytes help);
+            $crate::conventions!(@each $setup; reader_gone disk_full bad_line files_apart others_files bad_key unknown_field empty_input same_bytes help);
         }
     };
     (@each $setup:expr; $($check:ident)*) => {

@@ -1,7 +1,5 @@
 //! Every system's answer to every pair, and what they add up to.
 
-use std::cell::Cell;
-
 use anyhow::{Context, Result};
 use cli::{App, Failure, Progress};
 use engine::{Backend, Sampling};
@@ -76,7 +74,6 @@ struct UnderWay<'a> {
     progress: Progress<'a>,
     total: u64,
     kept: bool,
-    told: Cell<bool>,
 }
 
 impl<'a> UnderWay<'a> {
@@ -90,7 +87,6 @@ impl<'a> UnderWay<'a> {
             app,
             total,
             kept,
-            told: Cell::new(false),
         })
     }
 
@@ -101,11 +97,6 @@ impl<'a> UnderWay<'a> {
     /// So many replies are there, those of the block in hand included.
     fn at(&self, replies: u64, system: &str) {
         self.progress.set_with(replies, system);
-        if self.interrupted() && !self.told.replace(true) {
-            self.app.info(
-                "interrupted: the replies in hand are finished and kept; a second signal ends it at once",
-            );
-        }
     }
 
     /// After a block, of which so many replies in all are kept.

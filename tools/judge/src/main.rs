@@ -211,7 +211,7 @@ impl Judge {
     fn read(&self, app: &App, pairs: &[(String, String)]) -> anyhow::Result<(Vec<Entry>, Counts)> {
         let mut rejects = app.rejects("--rejects", self.rejects.as_deref())?;
         if let Some(path) = &self.summary {
-            app.claim("--summary", path)?;
+            app.claim("--summary", path, &["judge"])?;
         }
         let mut records = Records::new(Lines::open("-".as_ref())?, self.common.max_bad_lines);
         let mut entries = Vec::new();

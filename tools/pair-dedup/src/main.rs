@@ -126,7 +126,7 @@ impl Tool for PairDedup {
 
         let mut dropped = app.rejects("--dropped", self.dropped.as_deref())?;
         if let Some(path) = &self.summary {
-            app.claim("--summary", path)?;
+            app.claim("--summary", path, &["tool"])?;
         }
         let (mut rows, bad) = self.read(&mut dropped)?;
         let read = rows.len();

@@ -69,7 +69,7 @@ impl Tool for PairValidate {
 
         let mut rejects = app.rejects("--rejects", self.rejects.as_deref())?;
         if let Some(path) = &self.summary {
-            app.claim("--summary", path)?;
+            app.claim("--summary", path, &["tool"])?;
         }
         let mut out = Output::stdout();
         let mut records = Records::new(Lines::open(Path::new("-"))?, self.common.max_bad_lines);

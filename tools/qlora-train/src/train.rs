@@ -72,6 +72,10 @@ pub fn run<B: Backend>(
     trainer.estimate()?;
     // The first call takes the signals over: from here on they wait for a step's end.
     job.app.interrupted()?;
+    match fresh {
+        true => job.app.keeps("there is no checkpoint yet"),
+        false => trainer.keeps(),
+    }
     if fresh {
         trainer.evaluate()?;
     }
@@ -388,7 +392,16 @@ impl<'a, B: Backend> Trainer<'a, B> {
             moments,
         };
         let keep = self.job.settings.training.save_total_limit;
-        self.lines.folder.save(&state, keep)
+        self.lines.folder.save(&state, keep)?;
+        self.keeps();
+        Ok(())
+    }
+
+    /// Notes what an end without a checkpoint leaves.
+    fn keeps(&self) {
+        let step = self.step;
+        let kept = format_args!("the last checkpoint is that of step {step}, --resume goes on");
+        self.job.app.keeps(kept);
     }
 
     /// All adapter parameters as they are now. The loss tells of those before an update

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs::{File, Metadata};
-use std::io::{IsTerminal, Write};
+use std::io::{self, BufRead, BufReader, IsTerminal, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +15,9 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::config::{self, Flags, Resolved};
+use crate::messages::Messages;
 use crate::progress::Progress;
+use crate::signals::{self, Kept};
 use crate::{Common, Failure};
 
 /// How many records came in, went out and were refused.
@@ -31,12 +33,12 @@ pub struct Counts {
 
 /// A running tool.
 pub struct App {
-    name: String,
+    messages: Arc<Messages>,
     common: Common,
-    bars: MultiProgress,
-    log: Mutex<Option<File>>,
     counts: Mutex<Option<Counts>>,
     interrupted: OnceLock<Arc<AtomicBool>>,
+    /// What there is if a second signal ends the process.
+    kept: Kept,
     save: OnceLock<Arc<AtomicBool>>,
     /// Flags and the files that they read or write.
     claimed: Mutex<Vec<(String, PathBuf)>>,
@@ -44,20 +46,13 @@ pub struct App {
 
 impl App {
     pub(crate) fn new(name: String, common: Common) -> anyhow::Result<Self> {
-        let log = match &common.log {
-            None => None,
-            Some(path) => {
-                let open = || -> std::io::Result<File> {
-                    if let Some(folder) = path.parent().filter(|f| !f.as_os_str().is_empty()) {
-                        std::fs::create_dir_all(folder)?;
-                    }
-                    File::options().create(true).append(true).open(path)
-                };
-                let file =
-                    open().map_err(|e| Failure::Usage(format!("--log {}: {e}", path.display())))?;
-                Some(file)
-            }
-        };
+        let log =
+            match &common.log {
+                None => None,
+                Some(path) => Some(open_log(path).map_err(|cause| {
+                    Failure::Usage(format!("--log {}: {cause}", path.display()))
+                })?),
+            };
         if let Some(threads) = common.threads {
             rayon::ThreadPoolBuilder::new()
                 .num_threads(threads.into())
@@ -65,12 +60,11 @@ impl App {
                 .context("starting the threads")?;
         }
         Ok(Self {
-            name,
+            messages: Arc::new(Messages::new(name, log)),
             common,
-            bars: MultiProgress::new(),
-            log: Mutex::new(log),
             counts: Mutex::new(None),
             interrupted: OnceLock::new(),
+            kept: Kept::default(),
             save: OnceLock::new(),
             claimed: Mutex::default(),
         })
@@ -78,7 +72,7 @@ impl App {
 
     /// The tool's name.
     pub fn name(&self) -> &str {
-        &self.name
+        self.messages.name()
     }
 
     /// The arguments that all tools share.
@@ -120,7 +114,7 @@ impl App {
             return Err(Failure::Usage(cause).into());
         }
         if let Some(path) = path {
-            self.claim(flag, path)?;
+            self.claim(flag, path, &["bad_line", "rejected", "dropped"])?;
         }
         Ok(jsonl::Rejects::create(path)?)
     }
@@ -133,7 +127,7 @@ impl App {
         }
         if let Some(log) = self.common.log.as_deref().filter(|log| is_same(log, path)) {
             // Not even this message may go there.
-            *self.log.lock().unwrap_or_else(|e| e.into_inner()) = None;
+            self.messages.leave_log();
             let cause = format!("--log {}: is the file of {flag} too", log.display());
             return Err(Failure::Usage(cause).into());
         }
@@ -142,13 +136,18 @@ impl App {
         Ok(())
     }
 
-    /// Refuses a path to write to that is a folder, standard input's or output's
-    /// own file, or another flag's: it would be overwritten while it is used.
-    pub fn claim(&self, flag: &str, path: &Path) -> anyhow::Result<()> {
+    /// Refuses a path to write to that is a folder or in none, standard input's or output's
+    /// own file, or another flag's: it would be overwritten while it is used. Also a file
+    /// that holds something else than this flag writes: what that is begins with an object
+    /// that has one of the keys `marks`.
+    pub fn claim(&self, flag: &str, path: &Path, marks: &[&str]) -> anyhow::Result<()> {
         let refuse = |cause: String| {
             let cause = format!("{flag} {}: {cause}", path.display());
             Err(Failure::Usage(cause).into())
         };
+        if let Err(cause) = folder_is_there(path) {
+            return refuse(cause);
+        }
         if let Ok(found) = path.metadata() {
             if found.is_dir() {
                 return refuse("is a folder".into());
@@ -172,13 +171,18 @@ impl App {
         if let Some((other, _)) = claimed.iter().find(|(_, other)| is_same(other, path)) {
             return refuse(format!("is the file of {other} too"));
         }
+        match holds_something_else(path, marks) {
+            Ok(false) => {}
+            Ok(true) => return refuse(SOMETHING_ELSE.into()),
+            Err(error) => return refuse(error.to_string()),
+        }
         claimed.push((flag.to_owned(), path.to_owned()));
         Ok(())
     }
 
     /// A message for the user.
     pub fn info(&self, message: impl fmt::Display) {
-        self.say(format_args!("{}: {message}", self.name));
+        self.messages.say(format_args!("{message}"));
     }
 
     /// A message that can be looked up: to the log at any rate, to the user unless
@@ -186,17 +190,13 @@ impl App {
     pub fn detail(&self, message: impl fmt::Display) {
         match self.common.quiet {
             false => self.info(message),
-            true => self.log_line(&printable(&format!("{}: {message}", self.name))),
+            true => self.messages.note(format_args!("{message}")),
         }
     }
 
     /// Something that may be wrong, and goes on.
     pub fn warn(&self, message: impl fmt::Display) {
-        self.say(format_args!("{}: warning: {message}", self.name));
-    }
-
-    pub(crate) fn error(&self, message: impl fmt::Display) {
-        self.say(format_args!("{}: {message}", self.name));
+        self.info(format_args!("warning: {message}"));
     }
 
     /// Sets the counts that the last line shows.
@@ -220,41 +220,28 @@ impl App {
     }
 
     pub(crate) fn bars(&self) -> Option<&MultiProgress> {
-        (!self.common.quiet && std::io::stderr().is_terminal()).then_some(&self.bars)
+        (!self.common.quiet && std::io::stderr().is_terminal()).then(|| self.messages.bars())
     }
 
     pub(crate) fn quiet(&self) -> bool {
         self.common.quiet
     }
 
-    /// From the first call on, SIGINT, SIGTERM and SIGHUP no longer end the process
-    /// but set the flag that this returns; a second SIGINT or SIGTERM ends it at once.
-    /// A second SIGHUP does not: one closed terminal may send several. One that was to
-    /// be ignored from the start, as nohup has it, still is.
+    /// Whether SIGINT, SIGTERM or SIGHUP came. From the first call on they no longer end
+    /// the process, unless one comes again, see [`signals::heed`].
     pub fn interrupted(&self) -> anyhow::Result<bool> {
-        use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
         if let Some(flag) = self.interrupted.get() {
             return Ok(flag.load(Ordering::Relaxed));
         }
-        let [interrupted, asked] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
-        let install = || -> std::io::Result<()> {
-            for signal in [SIGINT, SIGTERM] {
-                // The order matters: a signal between two of these lines is heeded already,
-                // and the first finds `asked` unset and passes.
-                flag::register(signal, Arc::clone(&interrupted))?;
-                flag::register_conditional_shutdown(signal, 130, Arc::clone(&asked))?;
-                flag::register(signal, Arc::clone(&asked))?;
-            }
-            if !is_ignored(SIGHUP) {
-                flag::register(SIGHUP, Arc::clone(&interrupted))?;
-            }
-            Ok(())
-        };
-        install().context("installing the signal handler")?;
-        Ok(self
-            .interrupted
-            .get_or_init(|| interrupted)
-            .load(Ordering::Relaxed))
+        let flag =
+            signals::heed(&self.messages, &self.kept).context("installing the signal handler")?;
+        let flag = self.interrupted.get_or_init(|| flag);
+        Ok(flag.load(Ordering::Relaxed))
+    }
+
+    /// What is kept if a second signal ends the process now, in words for its last message.
+    pub fn keeps(&self, what: impl fmt::Display) {
+        *self.kept.lock().unwrap_or_else(|e| e.into_inner()) = format!("; {what}");
     }
 
     /// Whether SIGUSR1 came since the last call. From the first call on, that
@@ -269,26 +256,6 @@ impl App {
         let flag = self.save.get_or_init(|| flag);
         Ok(flag.swap(false, Ordering::Relaxed))
     }
-
-    /// One line to stderr, past any progress bar, and to the log. That either
-    /// cannot be written must not end the work.
-    pub(crate) fn say(&self, line: fmt::Arguments<'_>) {
-        let text = printable(&line.to_string());
-        self.bars.suspend(|| {
-            let _ = writeln!(std::io::stderr().lock(), "{text}");
-        });
-        self.log_line(&text);
-    }
-
-    pub(crate) fn log_line(&self, text: &str) {
-        if let Some(log) = &mut *self.log.lock().unwrap_or_else(|e| e.into_inner()) {
-            let now = OffsetDateTime::now_utc()
-                .replace_nanosecond(0)
-                .unwrap_or_else(|_| OffsetDateTime::now_utc());
-            let stamp = now.format(&Rfc3339).unwrap_or_default();
-            let _ = writeln!(log, "{stamp} {text}");
-        }
-    }
 }
 
 /// From here on a write past the limit on a file's size (`ulimit -f`) fails like one to a
@@ -298,16 +265,53 @@ pub(crate) fn outlive_full_files() {
     let _ = flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
 }
 
-/// Whether this process was started with a signal ignored; also where the system does
-/// not tell, so that it keeps its way.
-fn is_ignored(signal: i32) -> bool {
-    let ignored = || {
-        let status = std::fs::read_to_string("/proc/self/status").ok()?;
-        let mask = (status.lines()).find_map(|line| line.strip_prefix("SigIgn:"))?;
-        let mask = u64::from_str_radix(mask.trim(), 16).ok()?;
-        Some(mask >> (signal - 1) & 1 == 1)
-    };
-    ignored().unwrap_or(true)
+/// What a file to write to must not be.
+const SOMETHING_ELSE: &str = "is there and holds something else; name another file";
+
+/// Whether a file is there whose first value is no object with one of these keys. One that
+/// is empty holds nothing, and what is no file is written to as it is.
+fn holds_something_else(path: &Path, marks: &[&str]) -> io::Result<bool> {
+    if !path.metadata().is_ok_and(|m| m.is_file() && m.len() > 0) {
+        return Ok(false);
+    }
+    let file = BufReader::new(File::open(path)?);
+    let mut values = serde_json::Deserializer::from_reader(file)
+        .into_iter::<serde_json::Map<String, serde_json::Value>>();
+    let first = values.next().and_then(Result::ok).unwrap_or_default();
+    Ok(!marks.iter().any(|mark| first.contains_key(*mark)))
+}
+
+/// Opens a log to go on with. A file that does not begin as one does is somebody's.
+fn open_log(path: &Path) -> Result<File, String> {
+    folder_is_there(path)?;
+    let error = |e: io::Error| e.to_string();
+    if path.metadata().is_ok_and(|m| m.is_file() && m.len() > 0) {
+        let mut begin = String::new();
+        let file = File::open(path).map_err(error)?;
+        // A line that is no text is none of a log either.
+        let _ = BufReader::new(file).take(64).read_line(&mut begin);
+        let stamp = begin.split(' ').next().unwrap_or_default();
+        if OffsetDateTime::parse(stamp, &Rfc3339).is_err() {
+            return Err(SOMETHING_ELSE.into());
+        }
+    }
+    File::options()
+        .create(true)
+        .append(true)
+        .open(path)
+        .map_err(error)
+}
+
+/// Refuses a path to a file in a folder that is not there: it is misspelt more often than
+/// it is to be made.
+fn folder_is_there(path: &Path) -> Result<(), String> {
+    match path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+    {
+        Some(folder) if !folder.is_dir() => Err(format!("there is no folder {}", folder.display())),
+        _ => Ok(()),
+    }
 }
 
 /// Whether both are names of one file, there or not.
@@ -317,21 +321,6 @@ fn is_same(a: &Path, b: &Path) -> bool {
         (Some(a), Some(b)) => a == b,
         _ => std::path::absolute(a).ok() == std::path::absolute(b).ok(),
     }
-}
-
-/// Messages may quote what strangers wrote: control characters, and marks that reorder
-/// a line, which a terminal would obey, are shown as escapes.
-fn printable(text: &str) -> String {
-    let mut shown = String::with_capacity(text.len());
-    for c in text.chars() {
-        let reorders = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-        if reorders || (c.is_control() && c != '\n' && c != '\t') {
-            shown.extend(c.escape_unicode());
-        } else {
-            shown.push(c);
-        }
-    }
-    shown
 }
 
 /// A secret's value: from the environment, else from `.env` in the current

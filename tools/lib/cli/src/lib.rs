@@ -8,7 +8,9 @@
 mod app;
 mod config;
 mod failure;
+mod messages;
 mod progress;
+mod signals;
 mod signature;
 
 use std::path::PathBuf;
@@ -125,7 +127,7 @@ pub fn main<T: Tool>() -> ExitCode {
         Err(error) => failure::exit_of(error),
     };
     match (&result, exit) {
-        (Err(error), exit) if exit != Exit::Done => app.error(failure::in_a_line(error)),
+        (Err(error), exit) if exit != Exit::Done => app.info(failure::in_a_line(error)),
         (Ok(()), _) => app.print_summary(),
         _ => {}
     }
