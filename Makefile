@@ -119,7 +119,7 @@ demo: $(EVAL)/tests.jsonl ## the whole pipeline on bundled data and a tiny model
 # lets `make -n` see the truth as well, once the tools are built.
 FORCE:
 define key
-+@[ -x $(BIN)/sigtest ] || exit 0; mkdir -p $(@D) && { $(1); } > $@.new && if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
++@[ -x $(BIN)/sigtest ] || exit 0; mkdir -p $(@D) output/logs && { $(1); } > $@.new && if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 endef
 
 $(RAW)/fetch.key: FORCE | build
