@@ -20,6 +20,13 @@ const MOST: usize = 1 << 20;
 /// Most layers.
 const LAYERS: usize = 1 << 12;
 
+/// Least that is added to a mean square: 0 would make no number of a row of zeros, and what
+/// is less than this is 0 in 32 bits, or close to it.
+const LEAST_EPS: f64 = 1e-30;
+
+/// Highest base of the rotary frequencies, ten thousand times what the longest contexts have.
+const MOST_THETA: f64 = 1e12;
+
 /// Most values of the rotary table, which is held whole, a cosine and a sine for each angle:
 /// a million positions of heads of 256.
 const ROTARY: usize = 1 << 28;
@@ -145,12 +152,9 @@ impl Config {
             let (key, most) = ("max_position_embeddings", ROTARY / config.head_dim);
             return Err(keys.too_large(key, config.max_positions, most));
         }
-        if !(0.0..=1.0).contains(&rms_eps) {
-            return Err(keys.wrong("rms_norm_eps", format!("is {rms_eps:?}, not from 0 to 1")));
-        }
-        if config.rope_theta <= 0.0 {
-            let reason = format!("is {:?}, not above 0", config.rope_theta);
-            return Err(keys.wrong("rope_theta", reason));
+        if !(LEAST_EPS..=1.0).contains(&rms_eps) {
+            let reason = format!("is {rms_eps:?}, not from {LEAST_EPS:?} to 1");
+            return Err(keys.wrong("rms_norm_eps", reason));
         }
         if !config.head_dim.is_multiple_of(2) {
             let reason = format!(
@@ -166,6 +170,8 @@ impl Config {
 /// The base of the rotary frequencies: `rope_theta`, or since transformers 5
 /// `rope_parameters.rope_theta`. Any scaling of positions is refused.
 fn rope_theta(keys: &Keys) -> Result<f64> {
+    let is_base = |theta: &f64| (1.0..=MOST_THETA).contains(theta);
+    let no_base = |value: &Value| format!("is {value}, not a number from 1 to {MOST_THETA:e}");
     for key in ["rope_scaling", "rope_parameters"] {
         let Some(map) = keys.optional::<Map<String, Value>>(key)? else {
             continue;
@@ -181,11 +187,16 @@ fn rope_theta(keys: &Keys) -> Result<f64> {
             );
             return Err(keys.wrong(key, reason));
         }
-        if let Some(theta) = map.get("rope_theta").and_then(Value::as_f64) {
-            return Ok(theta);
+        if let Some(value) = map.get("rope_theta").filter(|value| !value.is_null()) {
+            let theta = value.as_f64().filter(is_base);
+            return theta.ok_or_else(|| keys.wrong(&format!("{key}.rope_theta"), no_base(value)));
         }
     }
-    keys.required("rope_theta")
+    let theta = keys.required("rope_theta")?;
+    match is_base(&theta) {
+        true => Ok(theta),
+        false => Err(keys.wrong("rope_theta", no_base(&keys.map["rope_theta"]))),
+    }
 }
 
 /// How the model's authors mean it to be sampled, and where a reply ends.

@@ -361,7 +361,25 @@ fn what_changes_the_mathematics_is_refused_by_name() {
     config("rms_norm_eps", Value::Null, "missing");
     config("rms_norm_eps", json!(-1e-6), "is -1e-6");
     config("rms_norm_eps", json!(1e300), "is 1e300");
+    config("rms_norm_eps", json!(0), "is 0.0, not from 1e-30 to 1");
+    config("rms_norm_eps", json!(1e-50), "is 1e-50");
     config("rope_theta", json!(0), "is 0");
+    config("rope_theta", json!(-1e6), "is -1000000.0");
+    config(
+        "rope_theta",
+        json!(1e-9),
+        "is 1e-9, not a number from 1 to 1e12",
+    );
+    config("rope_theta", json!(1e300), "is 1e+300");
+    for theta in [json!(0), json!(1e300), json!("1e6")] {
+        Draft::new()
+            .set("rope_parameters", json!({"rope_theta": theta}))
+            .refused(&[
+                "config.json",
+                "`rope_parameters.rope_theta` is ",
+                "from 1 to 1e12",
+            ]);
+    }
     config(
         "quantization_config",
         json!({"quant_method": "gptq"}),
