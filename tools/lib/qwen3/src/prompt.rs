@@ -15,7 +15,7 @@ use minijinja::value::{Enumerator, Object};
 use minijinja::{AutoEscape, Environment, ErrorKind, State, UndefinedBehavior, Value};
 use serde_json::{Map, Value as Json};
 
-use crate::template::to_jinja;
+use crate::template::{exhausted, limit, to_jinja};
 
 /// A compiled template for the user's turn.
 #[derive(Debug)]
@@ -85,6 +85,7 @@ impl PromptTemplate {
             .build()
             .map_err(PromptError::Syntax)?;
         environment.set_syntax(syntax);
+        limit(&mut environment);
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         // `{% if lang %}` may ask for a field; `{{ lang }}` without one is an error.
         environment.set_undefined_behavior(UndefinedBehavior::SemiStrict);
@@ -167,7 +168,8 @@ impl PromptTemplate {
         let names = self.names.iter().map(String::as_str);
         let context = names.filter_map(|name| Some((name, value(name)?)));
         let template = self.environment.get_template(NAME)?;
-        template.render(Value::from_pairs(context))
+        let rendered = template.render(Value::from_pairs(context));
+        rendered.map_err(exhausted)
     }
 }
 
@@ -307,6 +309,10 @@ mod tests {
             (
                 "{% if tweet_likes > 5 %}{{ tweet }}{% endif %}",
                 "renders as nothing",
+            ),
+            (
+                "{% for i in range(99999) %}{% for j in range(99999) %}{{ tweet }}{% endfor %}{% endfor %}",
+                "double something",
             ),
         ] {
             let error = render(template, record.clone()).unwrap_err().to_string();

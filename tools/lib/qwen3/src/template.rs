@@ -8,7 +8,7 @@
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value, ValueKind};
-use minijinja::{AutoEscape, Environment, ErrorKind};
+use minijinja::{AutoEscape, Environment, ErrorKind, State};
 use minijinja_contrib::pycompat::unknown_method_callback;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value as Json};
@@ -82,6 +82,32 @@ pub(crate) struct Template {
 
 const NAME: &str = "chat template";
 
+/// What a template may use up: steps, or for each 64 bytes that it makes. The longest row that
+/// a model has positions for takes less than a quarter of it.
+const FUEL: u64 = 1 << 22;
+
+/// Ends templates, which are strangers' programs, that would run or grow without end.
+pub(crate) fn limit(environment: &mut Environment<'_>) {
+    environment.set_fuel(Some(FUEL));
+}
+
+/// Says what the limit was, where one was reached: the library speaks of fuel.
+pub(crate) fn exhausted(error: minijinja::Error) -> minijinja::Error {
+    match error.kind() {
+        ErrorKind::OutOfFuel => {
+            let line = error
+                .line()
+                .map_or(String::new(), |n| format!(" at line {n}"));
+            let cause = format!(
+                "it was ended{line} after {FUEL} steps, or as many pieces of text: does it repeat or double \
+                 something without end?"
+            );
+            minijinja::Error::new(ErrorKind::InvalidOperation, cause)
+        }
+        _ => error,
+    }
+}
+
 impl Template {
     /// The template as it was given.
     pub(crate) fn source(&self) -> String {
@@ -100,6 +126,7 @@ impl Template {
             .lstrip_blocks(true)
             .build()?;
         environment.set_syntax(syntax);
+        limit(&mut environment);
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_unknown_method_callback(unknown_method_callback);
         environment.add_filter("tojson", to_json);
@@ -155,6 +182,7 @@ impl Template {
         self.environment
             .get_template(NAME)?
             .render(Value::from_pairs(context))
+            .map_err(exhausted)
     }
 }
 
@@ -178,7 +206,7 @@ pub(crate) fn to_jinja(value: &Json) -> Value {
 /// `tojson` as transformers has it: Python's `json.dumps` with
 /// `ensure_ascii=False`, which escapes nothing for HTML and puts a space after
 /// each comma and colon. Its layout arguments are refused rather than ignored.
-fn to_json(value: &Value, options: Kwargs) -> Result<String, minijinja::Error> {
+fn to_json(state: &State, value: &Value, options: Kwargs) -> Result<String, minijinja::Error> {
     if options
         .get::<Option<bool>>("ensure_ascii")?
         .unwrap_or(false)
@@ -190,11 +218,25 @@ fn to_json(value: &Value, options: Kwargs) -> Result<String, minijinja::Error> {
     }
     options.assert_all_used()?;
     let mut out = String::new();
-    write_json(value, &mut out)?;
+    write_json(state, value, DEPTH, &mut out)?;
     Ok(out)
 }
 
-fn write_json(value: &Value, out: &mut String) -> Result<(), minijinja::Error> {
+/// Most levels of a value, those that a row's JSON may have. What a template makes may hold itself.
+const DEPTH: usize = 128;
+
+fn write_json(
+    state: &State,
+    value: &Value,
+    depth: usize,
+    out: &mut String,
+) -> Result<(), minijinja::Error> {
+    // A list may hold another a thousand times, and be small.
+    state.consume_fuel(1)?;
+    let Some(depth) = depth.checked_sub(1) else {
+        let cause = format!("tojson of a value of more than {DEPTH} levels");
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, cause));
+    };
     match value.kind() {
         ValueKind::None | ValueKind::Undefined => out.push_str("null"),
         ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
@@ -204,7 +246,7 @@ fn write_json(value: &Value, out: &mut String) -> Result<(), minijinja::Error> {
             out.push('[');
             for (i, item) in value.try_iter()?.enumerate() {
                 out.push_str(if i == 0 { "" } else { ", " });
-                write_json(&item, out)?;
+                write_json(state, &item, depth, out)?;
             }
             out.push(']');
         }
@@ -214,11 +256,15 @@ fn write_json(value: &Value, out: &mut String) -> Result<(), minijinja::Error> {
                 out.push_str(if i == 0 { "" } else { ", " });
                 write_text(&key.to_string(), out);
                 out.push_str(": ");
-                write_json(&value.get_item(&key)?, out)?;
+                write_json(state, &value.get_item(&key)?, depth, out)?;
             }
             out.push('}');
         }
-        _ => write_text(&value.to_string(), out),
+        _ => {
+            let text = value.to_string();
+            state.consume_fuel(text.len() as u64 / 64)?;
+            write_text(&text, out);
+        }
     }
     Ok(())
 }

@@ -339,6 +339,46 @@ fn a_template_that_does_not_write_what_is_said_is_refused() {
     }
 }
 
+/// Templates come with models, from anyone: none may take all time or memory there is.
+#[test]
+fn a_template_without_end_is_ended() {
+    let (config, stop_ids) = (model(1 << 18), stops(&[chat().turn_end()]));
+    let again = "{% set x = x ~ x %}".repeat(60);
+    let nested = "{% set x = [x, x] %}".repeat(60);
+    let loops = "{% for i in range(9999) %}".repeat(5) + &"{% endfor %}".repeat(5);
+    for (source, words) in [
+        (
+            format!("{{% set x = 'tea' %}}{again}{{{{ x }}}}"),
+            "double something",
+        ),
+        (
+            format!("{{% set x = [] %}}{nested}{{{{ x|tojson }}}}"),
+            "double something",
+        ),
+        (
+            "\n{{ 'tea' * 10000000000 }}".into(),
+            "ended at line 2 after",
+        ),
+        (loops, "double something"),
+        (
+            "{% set x = namespace() %}{% set x.x = x %}{{ x|tojson }}".into(),
+            "levels",
+        ),
+    ] {
+        let folder = copy(|f| std::fs::write(f.join("chat_template.jinja"), &source).unwrap());
+        let chat = Chat::load(folder.path()).unwrap();
+        let error = chat.check(&config, &stop_ids).unwrap_err().to_string();
+        assert!(
+            error.contains("chat_template.jinja: the chat template") && error.contains(words),
+            "{error}"
+        );
+    }
+    // As long as a line of data may be.
+    let tea = "tea ".repeat(4 << 20);
+    let text = chat().render(&exchange(&tea), &RenderOptions::default());
+    assert!(text.unwrap().contains(&tea));
+}
+
 #[test]
 fn a_template_may_refuse() {
     let folder = copy(|f| {
