@@ -1058,6 +1058,132 @@ fn folders_that_lack_a_file_are_told() {
         .says("nowhere");
 }
 
+/// Of a file that cannot be read nothing is known but that.
+#[test]
+fn only_the_cause_is_told_of_what_cannot_be_read() {
+    let tool = tool();
+    let problems = |folder: &str| -> Vec<(String, String)> {
+        let arguments = ["inspect", folder, "--json"];
+        let report = tool.run(&arguments, "").exits(0).records().remove(0);
+        let part = |p: &Value, key: &str| p[key].as_str().unwrap().to_owned();
+        let problems = report["problems"].as_array().unwrap().iter();
+        problems
+            .map(|p| (part(p, "file"), part(p, "cause")))
+            .collect()
+    };
+    let only = |folder: &str, file: &str, cause: &str| {
+        let found = problems(folder);
+        let [(in_file, why)] = &found[..] else {
+            panic!("{found:#?}")
+        };
+        assert!(in_file == file && why.contains(cause), "{found:?}");
+    };
+    adapter(&tool, "lora", 0.1);
+    let [settings, tensors] = ["adapter_config.json", "adapter_model.safetensors"];
+    let sums = |name: &str| {
+        let sum = cli::sha256_file(&tool.folder().join("lora").join(name)).unwrap();
+        format!("{sum}  {name}\n")
+    };
+    tool.file("lora/SHA256SUMS", &(sums(settings) + &sums(tensors)));
+    assert_eq!(problems("lora"), []);
+    for (name, lengths) in [(tensors, [0, 8, 2000]), (settings, [0, 1, 100])] {
+        let path = tool.folder().join("lora").join(name);
+        let whole = fs::read(&path).unwrap();
+        for length in lengths {
+            fs::write(&path, &whole[..length]).unwrap();
+            only("lora", name, "is not a");
+        }
+        fs::remove_file(&path).unwrap();
+        only("lora", name, "is missing");
+        fs::write(&path, &whole).unwrap();
+    }
+    let folder = copy_of(&tool, &tests("demo/model"), "base");
+    for (name, length, cause) in [
+        ("config.json", 10, "not valid JSON"),
+        ("model.safetensors", 0, "a download cut short?"),
+        ("model.safetensors", 1000, "a download cut short?"),
+        ("model.safetensors", 100_000, "a download cut short?"),
+        ("tokenizer.json", 1000, "not valid JSON"),
+    ] {
+        let path = folder.join(name);
+        let whole = fs::read(&path).unwrap();
+        fs::write(&path, &whole[..length]).unwrap();
+        only("base", name, cause);
+        fs::write(&path, &whole).unwrap();
+    }
+}
+
+/// What stands in a model file's place and is none: named, and not waited for.
+#[test]
+fn what_is_no_model_file_is_named() {
+    let tool = tool();
+    tool.file("rows.jsonl", "never read");
+    let refused = |words: &[&str]| {
+        let train = ["--model", "base", "--data", "rows.jsonl", "--out", "o"];
+        let trained = tool.run(&train, "").exits(4).stderr;
+        let inspected = tool.run(&["inspect", "base"], "").exits(0).stdout;
+        for word in words {
+            assert!(trained.contains(word), "{word}: {trained}");
+            assert!(inspected.contains(word), "{word}: {inspected}");
+        }
+    };
+    let folder = copy_of(&tool, &tests("demo/model"), "base");
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n";
+    for name in [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "README.md",
+    ] {
+        let path = folder.join(name);
+        let whole = fs::read(&path).unwrap_or_default();
+        fs::write(&path, pointer).unwrap();
+        if name != "README.md" {
+            refused(&[name, "a pointer of Git LFS", "`git lfs pull`"]);
+        }
+        fs::remove_file(&path).unwrap();
+        let made = Command::new("mkfifo").arg(&path).status().unwrap();
+        assert!(made.success());
+        match name {
+            // Of the card only the licence is wanted: it goes on to the rows.
+            "README.md" => {
+                let train = ["--model", "base", "--data", "rows.jsonl", "--out", "o"];
+                tool.run(&train, "").exits(3);
+            }
+            _ => refused(&[name, "is no regular file"]),
+        }
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, whole).unwrap();
+    }
+    let path = folder.join("model.safetensors");
+    fs::rename(&path, folder.join("pytorch_model.bin")).unwrap();
+    refused(&["holds pytorch_model.bin", "only safetensors are read"]);
+
+    adapter(&tool, "lora", 0.1);
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        let path = tool.folder().join("lora").join(name);
+        let whole = fs::read(&path).unwrap();
+        for (what, said) in [(Some(pointer), "Git LFS"), (None, "is no regular file")] {
+            fs::remove_file(&path).unwrap();
+            match what {
+                Some(text) => fs::write(&path, text).unwrap(),
+                None => drop(Command::new("mkfifo").arg(&path).status().unwrap()),
+            }
+            let inspected = tool.run(&["inspect", "lora"], "").exits(0).stdout;
+            assert_eq!(inspected.matches("problem: ").count(), 1, "{inspected}");
+            assert!(inspected.contains(said), "{inspected}");
+            let merge = ["merge", "--model", &model(), "--adapter", "lora"];
+            let merge = merge.iter().chain(&["--out", "m"]).collect::<Vec<_>>();
+            tool.run(&merge, "").exits(4).says(name).says(said);
+        }
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, whole).unwrap();
+    }
+}
+
 #[test]
 fn a_model_is_described() {
     let tool = tool();

@@ -58,8 +58,9 @@ impl Named {
         if !path.exists() {
             return Ok(None);
         }
-        let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-        let settings = serde_saphyr::from_str(&text).with_context(|| path.display().to_string())?;
+        let bytes = qwen3::read(&path)?;
+        let settings =
+            serde_saphyr::from_slice(&bytes).with_context(|| path.display().to_string())?;
         Ok(Some(settings))
     }
 
@@ -74,9 +75,8 @@ impl Named {
         if !path.exists() {
             return Ok(None);
         }
-        let shown = || path.display().to_string();
-        let text = std::fs::read_to_string(&path).with_context(shown)?;
-        let run: Run = serde_json::from_str(&text).with_context(shown)?;
+        let run = serde_json::from_slice::<Run>(&qwen3::read(&path)?);
+        let run = run.with_context(|| path.display().to_string())?;
         Ok(Some(run.model))
     }
 
@@ -88,9 +88,8 @@ impl Named {
             revision: Option<String>,
         }
         let path = self.folder.join("adapter_config.json");
-        let shown = || path.display().to_string();
-        let text = std::fs::read_to_string(&path).with_context(shown)?;
-        let config: AdapterConfig = serde_json::from_str(&text).with_context(shown)?;
+        let config = serde_json::from_slice::<AdapterConfig>(&qwen3::read(&path)?);
+        let config = config.with_context(|| path.display().to_string())?;
         let base = config.base_model_name_or_path;
         let base = base.filter(|name| !name.is_empty());
         Ok(base.map(|base| hub::named(&base, config.revision.as_deref())))

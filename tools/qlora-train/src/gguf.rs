@@ -310,7 +310,7 @@ impl Tokenizer {
     fn read(folder: &Path) -> Result<Self> {
         let path = folder.join("tokenizer.json");
         let shown = || path.display().to_string();
-        let bytes = std::fs::read(&path).with_context(shown)?;
+        let bytes = qwen3::read(&path)?;
         let read: Self = serde_json::from_slice(&bytes).with_context(shown)?;
         ensure!(
             read.model.r#type == "BPE",

@@ -176,9 +176,8 @@ impl Merge {
 /// The base that an adapter names, if it is here.
 fn base_of(app: &App, adapter: &Path) -> Result<PathBuf> {
     let path = adapter.join("adapter_config.json");
-    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let config: serde_json::Value =
-        serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+        serde_json::from_slice(&qwen3::read(&path)?).with_context(|| path.display().to_string())?;
     let named = config["base_model_name_or_path"]
         .as_str()
         .unwrap_or_default();

@@ -52,7 +52,7 @@ fn licence(folder: &Path) -> Option<(String, String)> {
         license_name: Option<String>,
     }
     let text = |name: &str| -> Option<String> {
-        let bytes = std::fs::read(folder.join(name)).ok()?;
+        let bytes = qwen3::read(&folder.join(name)).ok()?;
         Some(String::from_utf8_lossy(&bytes).into_owned())
     };
     if let Some(card) = text("README.md")

@@ -15,9 +15,9 @@
 //! tokenizer file's own padding (to 128) and truncation (at 128) are overridden.
 
 use std::cmp::Reverse;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{fs, io};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
@@ -194,7 +194,12 @@ impl Embedder {
 }
 
 fn read_checked(path: &Path, expected: &'static str) -> Result<Vec<u8>, Error> {
-    let bytes = fs::read(path).map_err(|cause| Error::Missing {
+    let read = || match path.metadata()?.is_file() {
+        true => fs::read(path),
+        // A pipe could be waited for without end.
+        false => Err(io::Error::other("is no regular file")),
+    };
+    let bytes = read().map_err(|cause| Error::Missing {
         path: path.to_owned(),
         cause,
     })?;

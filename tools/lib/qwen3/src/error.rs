@@ -1,7 +1,8 @@
 //! What can be wrong with a model's files, said with the file, the key or
 //! tensor, and what would be right.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 /// Why a model, a tokenizer or an adapter cannot be used.
@@ -115,22 +116,63 @@ impl Error {
     }
 }
 
-/// The bytes of a file.
-pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|source| Error::Read {
+/// Opens a file of a model or an adapter.
+///
+/// # Errors
+/// If there is none, or it is none: a pipe or a device could be waited for without end.
+pub(crate) fn open(path: &Path) -> Result<File> {
+    let unreadable = |source| Error::Read {
         path: path.into(),
         source,
-    })
+    };
+    if !path.metadata().map_err(unreadable)?.is_file() {
+        return Err(Error::file(path, "is no regular file"));
+    }
+    File::open(path).map_err(unreadable)
 }
 
-/// The text of a file, if there is such a file.
-pub(crate) fn read_text_if_there(path: &Path) -> Result<Option<String>> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(Error::Read {
-            path: path.into(),
-            source,
-        }),
+/// Refuses what git leaves in place of a large file that it was not asked for.
+pub(crate) fn refuse_pointer(path: &Path, bytes: &[u8]) -> Result<()> {
+    const BEGINS: &[u8] = b"version https://git-lfs.github.com/spec/";
+    match bytes.starts_with(BEGINS) {
+        true => Err(Error::file(
+            path,
+            "is a pointer of Git LFS, not the file itself: `git lfs pull` in its folder fetches that",
+        )),
+        false => Ok(()),
     }
+}
+
+/// The bytes of a file of a model or an adapter.
+///
+/// # Errors
+/// If it cannot be read, is no regular file, or only a pointer of Git LFS.
+pub fn read(path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let mut file = open(path)?;
+    file.read_to_end(&mut bytes).map_err(|source| Error::Read {
+        path: path.into(),
+        source,
+    })?;
+    refuse_pointer(path, &bytes)?;
+    Ok(bytes)
+}
+
+/// The text of a file of a model or an adapter, if there is such a file.
+pub(crate) fn read_text_if_there(path: &Path) -> Result<Option<String>> {
+    let bytes = match read(path) {
+        Ok(bytes) => bytes,
+        Err(Error::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
+    let text = String::from_utf8(bytes).map_err(|_| Error::Read {
+        path: path.into(),
+        source: io::Error::new(
+            io::ErrorKind::InvalidData,
+            "stream did not contain valid UTF-8",
+        ),
+    })?;
+    Ok(Some(text))
 }

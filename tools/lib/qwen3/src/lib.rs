@@ -39,7 +39,7 @@ pub use batch::{Batch, Row};
 pub use chat::{Chat, Encoded, LossOn};
 pub use config::{Config, GenerationConfig, Module, UnknownModule};
 pub use conversation::{Conversation, Form, Wording};
-pub use error::{Error, Result};
+pub use error::{Error, Result, read};
 pub use generate::{Completion, Finish, Generation, Prompt, Slots, generate};
 pub use lora::{Lora, LoraLayout, OwnedLora};
 pub use merged::Merged;

@@ -125,6 +125,7 @@ impl Seen {
             Err(Error::Read { source, .. }) => {
                 return Err(helps(format!("cannot be read: {source}")));
             }
+            Err(Error::File { reason, .. }) => return Err(helps(reason)),
             Err(other) => return Err(other),
         };
         if let Some(sums) = sums {

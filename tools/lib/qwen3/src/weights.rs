@@ -7,7 +7,6 @@
 //! memory. A checkpoint that bitsandbytes stored in 4 bits loads as it is.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use engine::nf4::{self, Absmax, BLOCK, NESTED_BLOCK, Nf4Tensor};
@@ -21,12 +20,14 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use crate::config::{Config, Keys, Module};
-use crate::error::{Error, Result, read};
+use crate::error::{Error, Result, open, read, refuse_pointer};
 use crate::fingerprint::{digest, hex};
 use crate::weight::{Stored, Values, Weight};
 
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 pub(crate) const SINGLE: &str = "model.safetensors";
+/// How weights were saved before safetensors.
+const PICKLES: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const FINAL_NORM: &str = "model.norm.weight";
 const LM_HEAD: &str = "lm_head.weight";
@@ -117,14 +118,17 @@ impl Shard {
             path: path.clone(),
             source,
         };
-        let file = File::open(&path).map_err(unreadable)?;
+        let file = open(&path)?;
         // SAFETY: nothing here writes to a model's files; another process that
         // shortens one while it is in use ends this one with SIGBUS, as it would
         // any program that maps weights.
         let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
+        refuse_pointer(&path, &map)?;
         let (size, header) = SafeTensors::read_metadata(&map).map_err(|error| {
             let reason = match error {
-                SafeTensorError::MetadataIncompleteBuffer | SafeTensorError::HeaderTooSmall => {
+                SafeTensorError::MetadataIncompleteBuffer
+                | SafeTensorError::HeaderTooSmall
+                | SafeTensorError::InvalidHeaderLength => {
                     format!(
                         "is {} bytes, not as long as its header says: a download cut short?",
                         map.len()
@@ -612,8 +616,15 @@ fn open_shards(folder: &Path) -> Result<(Vec<Shard>, BTreeMap<String, usize>)> {
     if !path.exists() {
         let single = folder.join(SINGLE);
         if !single.exists() {
-            let reason =
-                format!("holds neither {SINGLE} nor {INDEX}: not a model in Hugging Face layout");
+            let reason = match PICKLES.iter().find(|name| folder.join(name).exists()) {
+                Some(pickle) => format!(
+                    "holds {pickle} and no {SINGLE}: only safetensors are read; with transformers, \
+                     `save_pretrained` writes the model as such"
+                ),
+                None => format!(
+                    "holds neither {SINGLE} nor {INDEX}: not a model in Hugging Face layout"
+                ),
+            };
             return Err(Error::file(folder, reason));
         }
         let shard = Shard::open(single)?;

@@ -1,20 +1,24 @@
 //! An adapter folder, read as loosely as peft reads it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use cli::App;
 use qwen3::{AdapterConfig, Config, Module, Strength, Targets, Unfit};
 use safetensors::{Dtype, SafeTensors};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::Problem;
+use super::{Problem, with_sources};
 
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
 const PREFIX: &str = "base_model.model.";
+
+/// What comes of a file that cannot be read.
+const NOT_LOADED: &str = "peft does not load it";
 
 /// What an adapter is.
 #[derive(Serialize)]
@@ -108,15 +112,13 @@ pub fn inspect(
             effect: effect.into(),
         });
     };
-    if let Err(damage) = qwen3::check_sums(folder) {
-        let effect = "peft does not look at the sums and takes it as it is";
-        say("SHA256SUMS", damage.to_string(), effect);
-    }
     if let Err(damage @ qwen3::Error::File { .. }) = qwen3::Seen::read(folder) {
         let effect = "gen-eval with it and training on from it stop";
         say(qwen3::ROWS, damage.to_string(), effect);
     }
-    let settings = read_settings(folder, &mut say)?;
+    let given = read_settings(folder, &mut say);
+    let mut is_whole = given.is_some();
+    let settings = given.unwrap_or_default();
     let text = |key: &str| settings.get(key).and_then(Value::as_str).map(str::to_owned);
     let base_name = text("base_model_name_or_path").filter(|name| !name.is_empty());
     let base_name = base_name.map(|name| hub::named(&name, text("revision").as_deref()));
@@ -129,55 +131,11 @@ pub fn inspect(
     };
     let config = base.as_deref().map(Config::load).transpose()?;
 
-    if text("peft_type").as_deref() != Some("LORA") {
-        let found = settings
-            .get("peft_type")
-            .map_or("missing".into(), |v| format!("{v}"));
-        say(
-            CONFIG,
-            format!("`peft_type` is {found}, not \"LORA\""),
-            "peft does not load it as LoRA",
-        );
-    }
-    if base_name.is_none() {
-        say(
-            CONFIG,
-            "`base_model_name_or_path` is missing".into(),
-            "peft cannot find the base by itself (AutoPeftModel fails)",
-        );
-    }
     let rank = settings
         .get("r")
         .and_then(Value::as_u64)
         .filter(|&rank| rank > 0);
-    if rank.is_none() {
-        say(
-            CONFIG,
-            "`r` is missing or no positive number".into(),
-            "peft takes rank 8",
-        );
-    }
     let alpha = settings.get("lora_alpha").and_then(Value::as_f64);
-    match alpha {
-        None => say(
-            CONFIG,
-            "`lora_alpha` is missing".into(),
-            "peft takes 8 and says nothing: another scale than it was trained with",
-        ),
-        Some(0.0) => say(
-            CONFIG,
-            "`lora_alpha` is 0".into(),
-            "the adapter does nothing",
-        ),
-        Some(_) => {}
-    }
-    for (key, reason) in qwen3::unsupported(&settings) {
-        say(
-            CONFIG,
-            format!("`{key}` {reason}"),
-            "what peft runs is another adapter than is described here; this tool does not load it",
-        );
-    }
     let targets: Vec<String> = match settings.get("target_modules") {
         Some(Value::String(pattern)) => vec![pattern.clone()],
         Some(Value::Array(names)) => names
@@ -187,14 +145,6 @@ pub fn inspect(
             .collect(),
         _ => Vec::new(),
     };
-    if targets.is_empty() {
-        say(
-            CONFIG,
-            "`target_modules` is missing or empty".into(),
-            "peft takes q_proj and v_proj for a Qwen3 and leaves every other pair out",
-        );
-    }
-
     let map = |key: &str| {
         let found = settings.get(key).and_then(Value::as_object);
         found.cloned().unwrap_or_default()
@@ -221,43 +171,57 @@ pub fn inspect(
         let rank = rank as f64;
         alpha / if adapter.rslora { rank.sqrt() } else { rank }
     });
-    if let Some(bytes) = read_tensors(folder, &mut say)? {
-        match SafeTensors::deserialize(&bytes) {
-            Err(error) => say(
-                TENSORS,
-                format!("is not a whole safetensors file: {error}"),
-                "peft does not load it",
-            ),
-            Ok(file) => sort_tensors(&file, &mut adapter, &mut parts, &mut say),
-        }
-        let deepest = parts.keys().map(|(layer, ..)| layer + 1).max();
-        let deepest = deepest.unwrap_or(0);
-        adapter.layers = config.as_ref().map_or(deepest, |config| config.layers);
-        if deepest > adapter.layers {
-            say(
-                TENSORS,
-                format!(
-                    "holds pairs of {deepest} layers, the base has {}",
-                    adapter.layers
+    if is_whole {
+        check_settings(&adapter, &settings, &mut say);
+    }
+    let bytes = read_tensors(folder, &mut say);
+    let file = bytes.as_deref().map(SafeTensors::deserialize);
+    is_whole &= matches!(file, Some(Ok(_)));
+    match file {
+        None => {}
+        Some(Err(error)) => say(
+            TENSORS,
+            format!("is not a whole safetensors file: {error}"),
+            NOT_LOADED,
+        ),
+        Some(Ok(file)) => {
+            sort_tensors(&file, &mut adapter, &mut parts, &mut say);
+            let deepest = parts.keys().map(|(layer, ..)| layer + 1).max();
+            let deepest = deepest.unwrap_or(0);
+            adapter.layers = config.as_ref().map_or(deepest, |config| config.layers);
+            if deepest > adapter.layers {
+                say(
+                    TENSORS,
+                    format!(
+                        "holds pairs of {deepest} layers, the base has {}",
+                        adapter.layers
+                    ),
+                    "peft leaves the others out, with a warning only: an adapter of another base",
+                );
+            }
+            match wanted(&adapter, settings.get("target_modules")) {
+                None => {}
+                Some(Ok(wanted)) => {
+                    check_parts(&adapter, config.as_ref(), &parts, &wanted, &mut say);
+                }
+                Some(Err(Unfit { key, reason })) => say(
+                    CONFIG,
+                    format!("`{key}` {reason}"),
+                    "peft fails, or passes it over without a word",
                 ),
-                "peft leaves the others out, with a warning only: an adapter of another base",
-            );
+            }
         }
-        match wanted(&adapter, settings.get("target_modules")) {
-            None => {}
-            Some(Ok(wanted)) => check_parts(&adapter, config.as_ref(), &parts, &wanted, &mut say),
-            Some(Err(Unfit { key, reason })) => say(
-                CONFIG,
-                format!("`{key}` {reason}"),
-                "peft fails, or passes it over without a word",
-            ),
-        }
+    }
+    // What cannot be read is told already, and is not what was summed.
+    if is_whole && let Err(damage) = qwen3::check_sums(folder) {
+        let effect = "peft does not look at the sums and takes it as it is";
+        say("SHA256SUMS", damage.to_string(), effect);
     }
     if let Some(config) = &config {
         let refused = qwen3::Adapter::load(folder, config).err();
         adapter.loads_here = Some(match &refused {
             None => "yes".into(),
-            Some(error) => format!("no: {error}"),
+            Some(error) => format!("no: {}", with_sources(error)),
         });
         // Odd tensors are told above, where peft takes them otherwise than they were meant.
         if let Some(error @ qwen3::Error::Key { .. }) = &refused
@@ -273,50 +237,115 @@ pub fn inspect(
     Ok((adapter, base))
 }
 
+/// What peft makes of the settings, where that is not what they were meant to be.
+fn check_settings(
+    adapter: &Adapter,
+    settings: &Map<String, Value>,
+    say: &mut impl FnMut(&str, String, &str),
+) {
+    if settings.get("peft_type").and_then(Value::as_str) != Some("LORA") {
+        let found = settings
+            .get("peft_type")
+            .map_or("missing".into(), |v| format!("{v}"));
+        say(
+            CONFIG,
+            format!("`peft_type` is {found}, not \"LORA\""),
+            "peft does not load it as LoRA",
+        );
+    }
+    if adapter.base.is_none() {
+        say(
+            CONFIG,
+            "`base_model_name_or_path` is missing".into(),
+            "peft cannot find the base by itself (AutoPeftModel fails)",
+        );
+    }
+    if adapter.rank.is_none() {
+        say(
+            CONFIG,
+            "`r` is missing or no positive number".into(),
+            "peft takes rank 8",
+        );
+    }
+    match adapter.alpha {
+        None => say(
+            CONFIG,
+            "`lora_alpha` is missing".into(),
+            "peft takes 8 and says nothing: another scale than it was trained with",
+        ),
+        Some(0.0) => say(
+            CONFIG,
+            "`lora_alpha` is 0".into(),
+            "the adapter does nothing",
+        ),
+        Some(_) => {}
+    }
+    for (key, reason) in qwen3::unsupported(settings) {
+        say(
+            CONFIG,
+            format!("`{key}` {reason}"),
+            "what peft runs is another adapter than is described here; this tool does not load it",
+        );
+    }
+    if adapter.targets.is_empty() {
+        say(
+            CONFIG,
+            "`target_modules` is missing or empty".into(),
+            "peft takes q_proj and v_proj for a Qwen3 and leaves every other pair out",
+        );
+    }
+}
+
+/// The settings; none, which is said, where there are none to be read.
 fn read_settings(
     folder: &Path,
     say: &mut impl FnMut(&str, String, &str),
-) -> Result<Map<String, Value>> {
-    let path = folder.join(CONFIG);
-    if !path.exists() {
-        say(CONFIG, "is missing".into(), "peft does not load it");
-        return Ok(Map::new());
-    }
-    let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;
-    Ok(serde_json::from_slice(&bytes).unwrap_or_else(|error| {
-        say(
-            CONFIG,
-            format!("is not a JSON object: {error}"),
-            "peft does not load it",
-        );
-        Map::new()
-    }))
+) -> Option<Map<String, Value>> {
+    let bytes = match qwen3::read(&folder.join(CONFIG)) {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            say(CONFIG, cause_of(&error), NOT_LOADED);
+            return None;
+        }
+    };
+    let settings = serde_json::from_slice(&bytes);
+    let settings = settings.map_err(|error| {
+        say(CONFIG, format!("is not a JSON object: {error}"), NOT_LOADED);
+    });
+    settings.ok()
 }
 
-fn read_tensors(
-    folder: &Path,
-    say: &mut impl FnMut(&str, String, &str),
-) -> Result<Option<Vec<u8>>> {
+/// The bytes of the tensors' file; none, which is said, where there are none to be read.
+fn read_tensors(folder: &Path, say: &mut impl FnMut(&str, String, &str)) -> Option<Vec<u8>> {
+    let pickle = "adapter_model.bin";
     let path = folder.join(TENSORS);
-    if path.exists() {
-        return Ok(Some(
-            std::fs::read(&path).with_context(|| path.display().to_string())?,
-        ));
-    }
-    if folder.join("adapter_model.bin").exists() {
-        say(
-            "adapter_model.bin",
+    match qwen3::read(&path) {
+        Ok(bytes) => return Some(bytes),
+        Err(_) if !path.exists() && folder.join(pickle).exists() => say(
+            pickle,
             "is a pickle, not safetensors".into(),
             "peft runs whatever code is in it; this tool does not read it: save it again with peft",
-        );
-    } else {
-        say(
+        ),
+        Err(_) if !path.exists() => say(
             TENSORS,
             "is missing".into(),
             "peft does not load it (or looks for it on the hub)",
-        );
+        ),
+        Err(error) => say(TENSORS, cause_of(&error), NOT_LOADED),
     }
-    Ok(None)
+    None
+}
+
+/// Why a file cannot be read, without its name.
+fn cause_of(error: &qwen3::Error) -> String {
+    match error {
+        qwen3::Error::Read { source, .. } if source.kind() == ErrorKind::NotFound => {
+            "is missing".into()
+        }
+        qwen3::Error::File { reason, .. } => reason.clone(),
+        qwen3::Error::Read { source, .. } => format!("cannot be read: {source}"),
+        other => other.to_string(),
+    }
 }
 
 /// Which tensors are parts of an adapter; what the others are.
@@ -389,7 +418,9 @@ fn sort_tensors(
         "hold values that are not finite",
         "the model's answers are not numbers",
     );
-    if !moved && !adapter.dora && !parts.is_empty() {
+    // With lengths of their own the rows move by these.
+    let has_magnitudes = parts.keys().any(|(.., which)| *which == MAGNITUDE);
+    if !moved && !has_magnitudes && !parts.is_empty() {
         say(
             TENSORS,
             "every lora_B is zero".into(),
@@ -437,9 +468,11 @@ fn floats(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
 /// The pairs that the settings ask for.
 type Wanted = BTreeMap<(usize, Module), Strength>;
 
-/// What the settings ask for, where they say so; a rank of 0 is not known.
+/// What the settings ask for, where they say so and it is known of how many layers; a rank
+/// of 0 is not known.
 fn wanted(adapter: &Adapter, targets: Option<&Value>) -> Option<Result<Wanted, Unfit>> {
     let targets = match targets? {
+        _ if adapter.layers == 0 => return None,
         Value::String(text) => Targets::from_text(text),
         _ if adapter.targets.is_empty() => return None,
         _ => Targets::Names(adapter.targets.clone()),

@@ -11,7 +11,7 @@ use qwen3::{Chat, Checkpoint, Config, GenerationConfig, Weight};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::Problem;
+use super::{Problem, with_sources};
 
 /// What a model is, as far as its files tell.
 #[derive(Default, Serialize)]
@@ -94,6 +94,10 @@ pub fn inspect(app: &App, folder: &Path, problems: &mut Vec<Problem>) -> Model {
         let text = text.strip_prefix(&start).unwrap_or(&text);
         let (file, cause) = text.split_once(": ").unwrap_or((".", text));
         let (file, cause) = (file.to_owned(), cause.to_owned());
+        // Several look into config.json.
+        if (problems.iter()).any(|told| (&told.file, &told.cause) == (&file, &cause)) {
+            return;
+        }
         problems.push(Problem {
             file,
             cause,
@@ -234,15 +238,4 @@ fn stored(checkpoint: &Checkpoint) -> Result<BTreeMap<String, u64>, qwen3::Error
         *storage.entry(checkpoint.storage(weight)?).or_default() += count;
     }
     Ok(storage)
-}
-
-/// An error and what caused it, in a line.
-fn with_sources(error: &qwen3::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        text.push_str(&format!(": {cause}"));
-        source = cause.source();
-    }
-    text
 }
