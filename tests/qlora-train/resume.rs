@@ -173,6 +173,11 @@ fn another_pattern_is_another_run() {
     with(both);
     train(&tool, "out", &["--steps", "1"]).exits(0);
     train(&tool, "out", &again).exits(0).says("finished");
+    // Nor a disk that can be written to.
+    let lock = tool.folder().join("out/.lock");
+    fs::remove_file(&lock).unwrap();
+    train(&tool, "out", &again).exits(0).says("finished");
+    assert!(!lock.exists());
     let before = result(&tool, "out");
     for (pattern, said) in [
         (
@@ -240,7 +245,7 @@ fn a_damaged_adapter_is_not_taken_for_a_finished_one() {
     fs::create_dir(tool.folder().join("out/SHA256SUMS")).unwrap();
     train(&tool, "out", &["--steps", "3", "--resume"])
         .exits(4)
-        .says("out/SHA256SUMS: Is a directory")
+        .says("out/SHA256SUMS: is a directory")
         .says("if you trust the adapter, note its sums: `(cd ");
     fs::remove_dir(tool.folder().join("out/SHA256SUMS")).unwrap();
     tool.file("out/SHA256SUMS", &sums);
@@ -429,6 +434,22 @@ fn a_checkpoint_of_another_step_or_run_is_refused() {
     })
     .exits(4)
     .says("is of another run than run.json");
+    // Figures from before it, of the same length.
+    resumed("figures", &|folder| {
+        let figures = folder.join("metrics.jsonl");
+        let text = fs::read_to_string(&figures).unwrap();
+        fs::write(&figures, text.replacen('3', "4", 1)).unwrap();
+    })
+    .exits(4)
+    .says("metrics.jsonl is not as it was at the newest checkpoint");
+    resumed("cut", &|folder| {
+        let run = folder.join("run.json");
+        let text = fs::read_to_string(&run).unwrap();
+        fs::write(&run, &text[..text.len() / 2]).unwrap();
+    })
+    .exits(4)
+    .says("cut/run.json: EOF while parsing")
+    .says("put it back from a copy");
     // Nothing changed: the same bytes.
     resumed("same", &|_| ()).exits(0);
     same(&tool, "whole", "same");

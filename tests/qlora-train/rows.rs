@@ -315,6 +315,21 @@ fn long_rows_are_cut_or_left_out_as_asked_and_kept() {
     );
 }
 
+/// Where some rows say which side they are on, one that says nothing is trained on.
+#[test]
+fn a_row_without_a_side_is_told() {
+    let tool = tool();
+    let row = r#"{"prompt":"a","completion":"b"}"#;
+    tool.file("pairs.jsonl", &format!("{}{row}\n", pairs(8)));
+    train(&tool, "out", &["--steps", "1"])
+        .exits(0)
+        .says("1 row without `split`, where others have it, trained on");
+    tool.file("pairs.jsonl", &format!("{row}\n"));
+    train(&tool, "none", &["--steps", "1"])
+        .exits(0)
+        .never_says("without `split`");
+}
+
 #[test]
 fn prompts_with_completions_are_the_same_rows_as_messages() {
     let tool = tool();

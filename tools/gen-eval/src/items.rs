@@ -24,7 +24,7 @@ impl Source {
             Some(0) => "the assistant speaks first: nothing is put to the model",
             Some(asked) => {
                 messages.truncate(asked + 1);
-                let split = record.get("split")?;
+                let split = record.split()?;
                 return Ok(Self {
                     conversation,
                     asked,

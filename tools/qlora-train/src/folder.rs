@@ -15,7 +15,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -106,16 +106,58 @@ pub fn is_finished(path: &Path) -> bool {
     path.join("adapter_model.safetensors").exists()
 }
 
+/// Whether the finished adapter in `path` is that run's; nothing is written.
+///
+/// # Errors
+/// If another run is there, or the adapter is not as it was written.
+pub fn check_finished(path: &Path, identity: &Identity) -> Result<()> {
+    check_same(path, identity)?;
+    match check_whole(path) {
+        Ok(()) => Ok(()),
+        Err(doubt) => Err(Failure::World(doubt.with_remedy(path)?).into()),
+    }
+}
+
+/// Whether the run that is in `path` is this one, if there is one.
+///
+/// # Errors
+/// If another is there, with what differs, or something that is no run.
+fn check_same(path: &Path, identity: &Identity) -> Result<bool> {
+    let usage = |text: String| anyhow::Error::from(Failure::Usage(text));
+    let (name, run) = (path.display(), path.join(RUN));
+    if !run.exists() {
+        return match OURS.iter().find(|file| path.join(file).exists()) {
+            None => Ok(false),
+            Some(there) => Err(usage(format!(
+                "--out {name} has {there} and no {RUN}: not a run that can go on; name another folder"
+            ))),
+        };
+    }
+    let text = fs::read_to_string(&run).with_context(|| run.display().to_string())?;
+    let old: Identity = serde_json::from_str(&text).map_err(|e| {
+        let remedy = "without it nobody can tell which run this is: put it back from a copy, or train in another folder";
+        Failure::World(format!("{}: {e}; {remedy} (make: RUN=new)", run.display()))
+    })?;
+    let changes = identity.changes_from(&old);
+    if !changes.is_empty() {
+        return Err(usage(format!(
+            "--out {name} holds another run: {}; name another folder (make: RUN=new)",
+            changes.join("; ")
+        )));
+    }
+    Ok(true)
+}
+
 /// The fingerprint of the base that the adapter in `path` was trained on, if it is a
 /// run's.
 pub fn trained_on(path: &Path) -> Option<String> {
-    let run = fs::read_to_string(path.join("run.json")).ok()?;
+    let run = fs::read_to_string(path.join(RUN)).ok()?;
     Some(serde_json::from_str::<Identity>(&run).ok()?.model)
 }
 
 /// Most tokens of a pass in the run that is in `path`, if there is one that can be read.
 pub fn pass_tokens(path: &Path) -> Option<usize> {
-    let text = fs::read_to_string(path.join("run.json")).ok()?;
+    let text = fs::read_to_string(path.join(RUN)).ok()?;
     let run: Identity = serde_json::from_str(&text).ok()?;
     Some(run.pass_tokens)
 }
@@ -135,6 +177,8 @@ struct Cut {
     step: u64,
     metrics_bytes: u64,
     timing_bytes: u64,
+    /// SHA-256 of so many bytes of metrics.jsonl: the best adapter is told by them.
+    metrics: String,
     /// SHA-256 of state.safetensors: a flipped bit would train on, unseen.
     state: String,
     /// SHA-256 of the run's run.json: another's checkpoint would train on, unseen.
@@ -150,14 +194,23 @@ impl Cut {
             step,
             metrics_bytes,
             timing_bytes,
+            metrics,
             state,
             run,
-            ..
+            sum: _,
         } = self;
-        let all = format!("{step} {metrics_bytes} {timing_bytes} {state} {run}");
+        let all = format!("{step} {metrics_bytes} {timing_bytes} {metrics} {state} {run}");
         cli::sha256_hex(all.as_bytes())
     }
 }
+
+const RUN: &str = "run.json";
+
+const LOCK: &str = ".lock";
+
+const METRICS: &str = "metrics.jsonl";
+
+const TIMING: &str = "timing.jsonl";
 
 const CHECKPOINTS: &str = "checkpoints";
 
@@ -165,8 +218,8 @@ const SUMS: &str = "SHA256SUMS";
 
 /// What a run writes, beside run.json, which comes first.
 const OURS: [&str; 9] = [
-    "metrics.jsonl",
-    "timing.jsonl",
+    METRICS,
+    TIMING,
     CHECKPOINTS,
     "README.md",
     qwen3::SETTINGS,
@@ -233,7 +286,9 @@ fn check_whole(folder: &Path) -> Result<(), Doubt> {
         let (sums, remedy) = (sums.display(), qwen3::note_sums(folder));
         Doubt::Unknown(format!("{sums}: {error}; {remedy}"))
     };
-    fs::metadata(&sums).map_err(unread)?;
+    if fs::metadata(&sums).map_err(unread)?.is_dir() {
+        return Err(unread(std::io::ErrorKind::IsADirectory.into()));
+    }
     qwen3::check_sums(folder).map_err(|error| match error {
         qwen3::Error::Read { path, source } if path == sums => unread(source),
         qwen3::Error::File { ref path, .. } if *path == sums => Doubt::Unknown(error.to_string()),
@@ -305,42 +360,20 @@ impl Folder {
             )));
         }
         fs::create_dir_all(path).with_context(|| format!("{name}"))?;
-        let lock_path = path.join(".lock");
+        let lock_path = path.join(LOCK);
         let lock = File::create(&lock_path).with_context(|| lock_path.display().to_string())?;
         if lock.try_lock().is_err() {
             return Err(usage(format!(
                 "--out {name} is in use by another qlora-train"
             )));
         }
-        let run = path.join("run.json");
-        if run.exists() {
-            let text = fs::read_to_string(&run).with_context(|| run.display().to_string())?;
-            let old: Identity = serde_json::from_str(&text).map_err(|e| {
-                Failure::World(format!(
-                    "{}: {e}; delete {name} or name another folder",
-                    run.display()
-                ))
-            })?;
-            let changes = identity.changes_from(&old);
-            if !changes.is_empty() {
-                return Err(usage(format!(
-                    "--out {name} holds another run: {}; name another folder (make: RUN=new)",
-                    changes.join("; ")
-                )));
-            }
-        } else {
-            if let Some(there) = OURS.iter().find(|file| path.join(file).exists()) {
-                return Err(usage(format!(
-                    "--out {name} has {there} and no run.json: not a run that can go on; name another folder"
-                )));
-            }
+        let run = path.join(RUN);
+        if !check_same(path, identity)? {
             let text = serde_json::to_string_pretty(identity)? + "\n";
             jsonl::write_atomically(&run, text.as_bytes())?;
         }
         if is_finished(path) {
-            if let Err(doubt) = check_whole(path) {
-                return Err(Failure::World(doubt.with_remedy(path)?).into());
-            }
+            check_finished(path, identity)?;
             return Ok(Found::Finished);
         }
         let open = |file: &str| -> Result<File> {
@@ -354,11 +387,11 @@ impl Folder {
         let folder = Self {
             path: path.to_owned(),
             _lock: lock,
-            metrics: open("metrics.jsonl")?,
-            timing: open("timing.jsonl")?,
+            metrics: open(METRICS)?,
+            timing: open(TIMING)?,
         };
         let Some(checkpoint) = folder.newest()? else {
-            folder.cut(0, 0)?;
+            folder.cut_back(None)?;
             return Ok(Found::Fresh(folder));
         };
         let (state, cut) = read_checkpoint(&checkpoint, &run).with_context(|| {
@@ -368,7 +401,7 @@ impl Folder {
             };
             format!("{}: {remedy}", checkpoint.display())
         })?;
-        folder.cut(cut.metrics_bytes, cut.timing_bytes)?;
+        folder.cut_back(Some(&cut))?;
         Ok(Found::Resumed(folder, Box::new(state)))
     }
 
@@ -379,7 +412,7 @@ impl Folder {
 
     /// The figures so far.
     pub fn figures(&self) -> Result<Vec<Figures>> {
-        let path = self.path.join("metrics.jsonl");
+        let path = self.path.join(METRICS);
         let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
         let line = |(at, line)| {
             serde_json::from_str(line).with_context(|| format!("{}:{}", path.display(), at + 1))
@@ -441,40 +474,34 @@ impl Folder {
     /// Appends a line of figures.
     pub fn metric(&mut self, line: &str) -> Result<()> {
         writeln!(self.metrics, "{line}")
-            .with_context(|| self.path.join("metrics.jsonl").display().to_string())
+            .with_context(|| self.path.join(METRICS).display().to_string())
     }
 
     /// Appends a line of times.
     pub fn timing(&mut self, line: &str) -> Result<()> {
         writeln!(self.timing, "{line}")
-            .with_context(|| self.path.join("timing.jsonl").display().to_string())
+            .with_context(|| self.path.join(TIMING).display().to_string())
     }
 
-    fn cut(&self, metrics_bytes: u64, timing_bytes: u64) -> Result<()> {
-        for (file, name, bytes) in [
-            (&self.metrics, "metrics.jsonl", metrics_bytes),
-            (&self.timing, "timing.jsonl", timing_bytes),
-        ] {
-            let path = self.path.join(name);
-            let length = file
-                .metadata()
-                .with_context(|| path.display().to_string())?
-                .len();
-            if length < bytes {
-                if name == "timing.jsonl" {
-                    continue; // no result depends on it
-                }
-                let cause = format!(
-                    "{} is shorter than the newest checkpoint says: changed by hand; delete that \
-                     checkpoint to go on from the one before, or train in another folder",
-                    path.display()
-                );
-                return Err(Failure::World(cause).into());
-            }
-            file.set_len(bytes)
-                .with_context(|| path.display().to_string())?;
+    /// Cuts the figures back to what a checkpoint knew; nothing where there is none.
+    fn cut_back(&self, cut: Option<&Cut>) -> Result<()> {
+        let path = self.path.join(METRICS);
+        let bytes = cut.map_or(0, |cut| cut.metrics_bytes);
+        if cut.is_some_and(|cut| begin_sum(&path, bytes).ok().as_ref() != Some(&cut.metrics)) {
+            let cause = format!(
+                "{} is not as it was at the newest checkpoint: changed by hand; delete that checkpoint to go on \
+                 from the one before, or train in another folder",
+                path.display()
+            );
+            return Err(Failure::World(cause).into());
         }
-        Ok(())
+        (self.metrics.set_len(bytes)).with_context(|| path.display().to_string())?;
+        // No result depends on the times: they may have been lost.
+        let (path, timing) = (self.path.join(TIMING), &self.timing);
+        let bytes = cut.map_or(0, |cut| cut.timing_bytes);
+        (timing.metadata())
+            .and_then(|found| timing.set_len(bytes.min(found.len())))
+            .with_context(|| path.display().to_string())
     }
 
     fn checkpoints(&self) -> PathBuf {
@@ -502,12 +529,14 @@ impl Folder {
             synced(&file, &tensors)?;
             self.metrics.sync_all()?;
             self.timing.sync_all()?;
+            let metrics_bytes = self.metrics.metadata()?.len();
             let mut cut = Cut {
                 step: state.step,
-                metrics_bytes: self.metrics.metadata()?.len(),
+                metrics_bytes,
+                metrics: begin_sum(&self.path.join(METRICS), metrics_bytes)?,
                 timing_bytes: self.timing.metadata()?.len(),
                 state: cli::sha256_hex(&tensors),
-                run: cli::sha256_file(&self.path.join("run.json"))?,
+                run: cli::sha256_file(&self.path.join(RUN))?,
                 sum: String::new(),
             };
             cut.sum = cut.sum();
@@ -553,6 +582,13 @@ fn synced(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut file = File::create(path)?;
     file.write_all(bytes)?;
     Ok(file.sync_all()?)
+}
+
+/// SHA-256 of a file's first bytes.
+fn begin_sum(path: &Path, bytes: u64) -> std::io::Result<String> {
+    let mut begin = Vec::new();
+    File::open(path)?.take(bytes).read_to_end(&mut begin)?;
+    Ok(cli::sha256_hex(&begin))
 }
 
 /// The state that a checkpoint holds, if it is the run's whose run.json is `run`.

@@ -265,7 +265,7 @@ impl Tool for QloraTrain {
         };
         // What is finished needs neither memory nor room on the disk.
         if self.resume && !self.dry_run && folder::is_finished(out) {
-            Folder::open(out, true, &identity(0)?)?;
+            folder::check_finished(out, &identity(0)?)?;
             Seen::read(out)?;
             return finished();
         }

@@ -185,7 +185,7 @@ fn source(record: Record, wording: &Wording) -> Result<Unplaced, record::Error> 
             position: String::new(),
             name: conversation.row,
             form: conversation.form,
-            split: record.get("split")?,
+            split: record.split()?,
             drawn: Split::Train,
             messages: conversation.messages,
             tools: conversation.tools,
@@ -385,6 +385,14 @@ impl<'a> Encoder<'a> {
             app.warn(format_args!(
                 "{} cut to training.max_seq_length",
                 cli::counted(self.cut, "row")
+            ));
+        }
+        let unsaid = self.rows.iter().filter(|(_, _, own, _)| own.is_none());
+        let unsaid = unsaid.count();
+        if self.any_split && unsaid > 0 {
+            app.warn(format_args!(
+                "{} without `split`, where others have it, trained on",
+                cli::counted(unsaid, "row")
             ));
         }
         if self.left_out > 0 {

@@ -142,7 +142,7 @@ fn read_data(folder: &Path) -> Result<Option<Data>> {
         eval: 0,
     };
     let pairs = lines(&folder.join("pairs.jsonl"), |pair| {
-        match pair.get("split")? {
+        match pair.split()? {
             Some(Split::Eval) => data.eval += 1,
             _ => data.train += 1,
         }

@@ -161,6 +161,7 @@ fn no_text(begins: &[u8]) -> Option<&'static str> {
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => {
             Some("this is UTF-16, not UTF-8: put it through `iconv -f UTF-16 -t UTF-8` first")
         }
+        [0, 0, ..] => Some("this is not text: it begins with zeros"),
         [0, ..] => {
             Some("this is UTF-16, not UTF-8: put it through `iconv -f UTF-16BE -t UTF-8` first")
         }
@@ -290,7 +291,7 @@ mod tests {
         // what the whole stream is.
         for (before, begins, said) in [
             ("", b"x ", "f:1: the line is longer"),
-            ("", b"\0\0", "f:1: this is UTF-16"),
+            ("", b"\0\0", "f:1: this is not text"),
             ("{}\n", b"x ", "f:2: the line is longer"),
             ("{}\n", b"\0\0", "f:2: the line is longer"),
             ("{}\n", b"\x1f\x8b", "f:2: the line is longer"),

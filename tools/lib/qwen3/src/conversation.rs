@@ -136,7 +136,7 @@ impl Wording {
                 Some(Value::String(text)) => Ok(text),
                 Some(Value::Array(_)) => Err(wrong(
                     key,
-                    "is a list, and its other half is none: put all turns under `messages`",
+                    "is a list of turns, where `prompt` and `completion` are both lists or both texts",
                 )),
                 Some(_) => Err(wrong(key, "is not a text")),
                 None => Ok(String::new()),
@@ -297,7 +297,8 @@ fn message(turn: Value) -> Result<Message, String> {
     let allowed = ROLES.join(", ");
     let role = match turn.get("role") {
         Some(Value::String(role)) => role.clone(),
-        _ => return Err(format!("no `role`; there are {allowed}")),
+        None => return Err(format!("no `role`; there are {allowed}")),
+        Some(other) => return Err(format!("its role is {other}; there are {allowed}")),
     };
     if !ROLES.contains(&role.as_str()) {
         let near = nearest(&role).map_or(String::new(), |near| format!("; write `{near}`?"));
@@ -539,6 +540,7 @@ mod tests {
                 "user, assistant, tool",
             ),
             (turn(r#"{"content":"x"}"#), "turn 2: no `role`"),
+            (turn(r#"{"role":3,"content":"x"}"#), "turn 2: its role is 3; there are system"),
             (turn(r#"{"role":"user"}"#), "turn 2: no `content`"),
             (
                 turn(r#"{"role":"user","content":[{"type":"text","text":"x"},{"type":"image"}]}"#),
@@ -605,7 +607,7 @@ mod tests {
             ),
             (
                 r#"{"prompt":"x","completion":[{"role":"assistant","content":"y"}]}"#.into(),
-                "key `completion`: is a list, and its other half is none",
+                "key `completion`: is a list of turns, where `prompt`",
             ),
             (r#"{"prompt":"x"}"#.into(), "`completion` is missing"),
             // Columns of every form, and no answer.

@@ -159,6 +159,19 @@ impl Record {
         out.write_all(b"\n")
     }
 
+    /// The side of the train/eval cut that it says it is on.
+    pub fn split(&self) -> Result<Option<Split>, Error> {
+        match self.get("split")? {
+            None => Ok(None),
+            Some(Value::String(side)) if side == "train" => Ok(Some(Split::Train)),
+            Some(Value::String(side)) if side == "eval" => Ok(Some(Split::Eval)),
+            Some(other) => Err(Error::Field {
+                key: "split".into(),
+                cause: format!("is {other}; there are \"train\" and \"eval\""),
+            }),
+        }
+    }
+
     /// The typed view of a tweet→reply pair.
     pub fn pair(&self) -> Result<Pair, Error> {
         Pair::of(self)
@@ -170,10 +183,21 @@ impl Record {
 fn cause(error: &serde_json::Error, whole: bool) -> String {
     let text = error.to_string();
     let (line, column) = (error.line(), error.column());
-    match text.strip_suffix(&format!(" at line {line} column {column}")) {
-        Some(text) if whole => format!("{text} at column {column}"),
-        Some(text) => text.to_owned(),
-        None => text,
+    let (text, column) = match text.strip_suffix(&format!(" at line {line} column {column}")) {
+        Some(text) if whole => (text, format!(" at column {column}")),
+        Some(text) => (text, String::new()),
+        None => (&*text, String::new()),
+    };
+    // What serde_json says of `\ud83d` without the half that belongs to it.
+    let halved = [
+        "unexpected end of hex escape",
+        "lone leading surrogate in hex escape",
+    ];
+    match halved.contains(&text) {
+        true => format!(
+            "half of a surrogate pair, such as `\\ud83d` alone{column}: a text was cut inside a character"
+        ),
+        false => format!("{text}{column}"),
     }
 }
 
@@ -245,6 +269,32 @@ mod tests {
         ] {
             let error = Record::parse(line).unwrap_err().to_string();
             assert!(error.contains(said), "{line}: {error}");
+        }
+        let side = |value: &str| {
+            Record::parse(&format!(r#"{{"split":{value}}}"#))
+                .unwrap()
+                .split()
+        };
+        assert_eq!(side("null").unwrap(), None);
+        assert_eq!(side(r#""eval""#).unwrap(), Some(Split::Eval));
+        for value in ["1", r#""test""#, "[]"] {
+            let error = side(value).unwrap_err().to_string();
+            let said = format!("key `split`: is {value}; there are");
+            assert!(error.starts_with(&said), "{error}");
+        }
+        for text in [
+            r#"{"a":"\ud83d"}"#,
+            r#"{"a":"\ud83d x"}"#,
+            r#"{"a":"\udc00"}"#,
+        ] {
+            let error = Record::parse(text)
+                .unwrap()
+                .require::<String>("a")
+                .unwrap_err();
+            assert!(
+                error.to_string().contains("half of a surrogate pair"),
+                "{error}"
+            );
         }
         let record = Record::parse(r#"{"n":null,"s":3}"#).unwrap();
         assert!(
