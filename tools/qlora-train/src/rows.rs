@@ -352,63 +352,116 @@ impl<'a> Encoder<'a> {
 
     /// Tells what was done to them, and parts them.
     fn finish(self, app: &App, data: &Path, kept: bool, before: Option<&Seen>) -> Result<Rows> {
+        for doubt in self.doubts(kept) {
+            app.warn(doubt);
+        }
+        let (read, any_split) = (self.rows.len(), self.any_split);
+        let fraction = self.settings.data.eval_fraction;
+        let drawn = fraction > 0.0 && !any_split;
+        let mut rows = self.parted(before)?;
+        if rows.train.is_empty() {
+            let all = match read {
+                1 => "the only row".into(),
+                _ => format!("all {read} rows"),
+            };
+            let cause = match (read, rows.left_out) {
+                (0, 0) => "no rows".into(),
+                (0, _) => "every row is longer than training.max_seq_length".into(),
+                _ if drawn => format!(
+                    "data.eval_fraction {fraction} happens to hold out {all} (rows of one `conversation_id`, or of \
+                     the same texts, stay together; give rows a `split`, or take another training.seed)"
+                ),
+                _ => "every row is held out (`split: eval`)".into(),
+            };
+            let cause = format!("{}: {cause}: there is nothing to train on", data.display());
+            return Err(Failure::Input(cause).into());
+        }
+        if drawn && rows.eval.is_empty() {
+            app.warn(format_args!(
+                "data.eval_fraction {fraction} of {} holds out none: there is no held-out loss, and gen-eval \
+                 will have no row that was not trained on; raise it, or give rows `split: eval`",
+                cli::counted(read, "row")
+            ));
+        }
+        if let Some(before) = before {
+            rows.seen.add_trained(before);
+            if before.has_gap() {
+                app.warn(format_args!(
+                    "what --init-adapter was trained on is not known in full, by {} beside it: held-out rows may be \
+                     among that, and gen-eval will say of this adapter too that it is not known",
+                    qwen3::ROWS
+                ));
+            }
+        }
+        if rows.trained_before > 0 {
+            app.warn(format_args!(
+                "{} of {} were trained on by --init-adapter: the held-out loss is too good, and whatever goes by it",
+                rows.trained_before,
+                cli::counted(rows.eval.len(), "held-out row")
+            ));
+        }
+        Ok(rows)
+    }
+
+    /// What may not be meant so. `kept`: whether rows that are left out go to a file.
+    fn doubts(&self, kept: bool) -> Vec<String> {
+        let mut doubts = Vec::new();
+        let rows = |count| cli::counted(count, "row");
         // A text that spells out `<|im_end|>` ends its own turn; the rest of it is
         // read as markup, or taught as such.
         if let (count, Some((position, token))) = &self.special {
-            app.warn(format_args!(
+            doubts.push(format!(
                 "a special token, which the model reads as such, is spelled out in {}; the first is {position}, {token}",
-                cli::counted(*count, "row")
+                rows(*count)
             ));
         }
         if let (count, Some(position)) = &self.empty {
-            app.warn(format_args!(
+            doubts.push(format!(
                 "an empty reply, from which the model learns to say nothing, is in {}; the first is {position}",
-                cli::counted(*count, "row")
+                rows(*count)
             ));
         }
         let unworded = self.kinds.prompts + self.kinds.conversations;
         let template = &self.settings.data.prompt_template;
         if unworded > 0 && *template != TrainSettings::default().data.prompt_template {
-            app.warn(format_args!(
+            doubts.push(format!(
                 "data.prompt_template words tweets only: {} with `messages` or `prompt` left as they stand",
-                cli::counted(unworded, "row")
+                rows(unworded)
             ));
         }
         let conversations = self.kinds.conversations;
         if conversations > 0 && !self.settings.data.system_prompt.is_empty() {
-            app.warn(format_args!(
+            doubts.push(format!(
                 "data.system_prompt is put before tweets and prompts only, and not before {} with `messages`",
-                cli::counted(conversations, "row")
-            ));
-        }
-        if self.cut > 0 {
-            app.warn(format_args!(
-                "{} cut to training.max_seq_length",
-                cli::counted(self.cut, "row")
+                rows(conversations)
             ));
         }
         let unsaid = self.rows.iter().filter(|(_, _, own, _)| own.is_none());
         let unsaid = unsaid.count();
         if self.any_split && unsaid > 0 {
-            app.warn(format_args!(
+            doubts.push(format!(
                 "{} without `split`, where others have it, trained on",
-                cli::counted(unsaid, "row")
+                rows(unsaid)
             ));
+        }
+        if self.cut > 0 {
+            doubts.push(format!("{} cut to training.max_seq_length", rows(self.cut)));
         }
         if self.left_out > 0 {
-            let hint = if kept {
-                ""
-            } else {
-                "; --rejects FILE keeps them"
+            let hint = match kept {
+                true => "",
+                false => "; --rejects FILE keeps them",
             };
-            app.warn(format_args!(
+            doubts.push(format!(
                 "{} longer than training.max_seq_length left out{hint}",
-                cli::counted(self.left_out, "row")
+                rows(self.left_out)
             ));
         }
-        let read = self.rows.len();
-        let fraction = self.settings.data.eval_fraction;
-        let drawn = fraction > 0.0 && !self.any_split;
+        doubts
+    }
+
+    /// The rows, each on its side.
+    fn parted(self, before: Option<&Seen>) -> Result<Rows> {
         let mut rows = Rows {
             train: Vec::new(),
             eval: Vec::new(),
@@ -439,52 +492,6 @@ impl<'a> Encoder<'a> {
             }
             fingerprint.extend_from_slice(&u32::MAX.to_le_bytes());
             set.push(row);
-        }
-        if rows.train.is_empty() {
-            let cause = match (read, self.left_out) {
-                (0, 0) => "no rows: there is nothing to train on",
-                (0, _) => {
-                    "every row is longer than training.max_seq_length: there is nothing to train on"
-                }
-                _ if drawn => {
-                    let cause = format!(
-                        "data.eval_fraction {fraction} happens to hold out {}: there is nothing to train on. \
-                         Rows of one `conversation_id`, or of the same texts, stay together; give rows a `split` \
-                         instead, or take another training.seed",
-                        match read {
-                            1 => "the only row".into(),
-                            _ => format!("all {read} rows"),
-                        }
-                    );
-                    return Err(Failure::Input(format!("{}: {cause}", data.display())).into());
-                }
-                _ => "every row is held out (`split: eval`): there is nothing to train on",
-            };
-            return Err(Failure::Input(format!("{}: {cause}", data.display())).into());
-        }
-        if drawn && rows.eval.is_empty() {
-            app.warn(format_args!(
-                "data.eval_fraction {fraction} of {} holds out none: there is no held-out loss, and gen-eval \
-                 will have no row that was not trained on; raise it, or give rows `split: eval`",
-                cli::counted(read, "row")
-            ));
-        }
-        if let Some(before) = before {
-            rows.seen.add_trained(before);
-            if before.has_gap() {
-                app.warn(format_args!(
-                    "what --init-adapter was trained on is not known in full, by {} beside it: held-out rows may be \
-                     among that, and gen-eval will say of this adapter too that it is not known",
-                    qwen3::ROWS
-                ));
-            }
-        }
-        if rows.trained_before > 0 {
-            app.warn(format_args!(
-                "{} of {} were trained on by --init-adapter: the held-out loss is too good, and whatever goes by it",
-                rows.trained_before,
-                cli::counted(rows.eval.len(), "held-out row")
-            ));
         }
         rows.sha256 = cli::sha256_hex(&fingerprint);
         Ok(rows)
