@@ -12,6 +12,7 @@ mod disk;
 mod figures;
 mod folder;
 mod gguf;
+mod inputs;
 mod inspect;
 mod lora;
 mod memory;
@@ -32,14 +33,14 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
-use cli::{App, Common, Failure, Flags, PrintConfig, Resolved, Tool};
+use cli::{App, Common, Failure, Flags, Resolved, Tool};
 use engine::{Choice, Device};
-use qwen3::{Adapter, Chat, Checkpoint, Config, GenerationConfig, Held, Model, Seen, Storage};
-use settings::{LmHead, Quantization, TrainSettings};
+use qwen3::{Adapter, Checkpoint, Config, Model, Seen};
+use settings::TrainSettings;
 
-use crate::folder::{Folder, Found, Identity};
-use crate::memory::{Fit, Place};
-use crate::origin::Origin;
+use crate::folder::{Folder, Found};
+use crate::inputs::Inputs;
+use crate::rows::Rejected;
 
 /// Fine-tune Qwen3 on tweet→reply pairs
 ///
@@ -182,189 +183,72 @@ impl Tool for QloraTrain {
         let to_save = self.save_quantized.as_deref();
 
         let (device, which) = Device::open(self.device)?;
-        let model = &settings.model.path;
-        let model_path = match self.dry_run {
-            true => hub::find(app, model)?.ok_or_else(|| {
-                let cause =
-                    format!("no model {model} on this machine, and --dry-run downloads none");
-                Failure::Usage(cause)
-            })?,
-            false => hub::fetch(app, model, "--model or `model.path`")?,
-        };
-        let checkpoint = Checkpoint::open(&model_path)?;
+        let base = self.base(app, &settings.model.path)?;
+        let checkpoint = Checkpoint::open(&base)?;
         let Some((data, out)) = to_train else {
             return to_save.map_or(Ok(()), |folder| {
                 quantized::save(app, &checkpoint, folder, &device, 0)
             });
         };
-        let config = checkpoint.config();
-        check_fits(&resolved, config)?;
-        lora::layout(&resolved, config)?;
-        let chat = Chat::load(&model_path)?;
-        chat.check(config, &GenerationConfig::load(&model_path)?)?;
-
-        let origin = Origin::read(&model_path, &self.provenance)?;
+        check_fits(&resolved, checkpoint.config())?;
+        let initial = self.started_from(checkpoint.config())?;
         let rejects = match self.dry_run {
-            true => rows::Rejected::Dropped,
-            false => rows::Rejected::Kept(self.rejects.as_deref()),
+            true => Rejected::Dropped,
+            false => Rejected::Kept(self.rejects.as_deref()),
         };
-        let (initial, before) = self.started_from(config)?.unzip();
-        let rows = rows::load(app, data, rejects, &resolved, &chat, before.as_ref())?;
-        if let Some(last) = origin.steps.last()
-            && last.written != rows.read() as u64
-        {
-            app.warn(format_args!(
-                "{} wrote {} rows, but {} has {}: is --provenance that of this data?",
-                last.tool,
-                last.written,
-                data.display(),
-                rows.read()
-            ));
-        }
-        let plan = plan::Plan::new(&resolved, config, &rows, initial.as_ref())?;
-        let t = &settings.training;
-        for doubt in plan.doubts(settings, &rows) {
-            app.warn(doubt);
-        }
-        if rows.eval.is_empty() && (t.early_stopping_patience > 0 || t.load_best_model_at_end) {
-            let (key, value) = match t.load_best_model_at_end {
-                true => ("training.load_best_model_at_end", "true".into()),
-                false => (
-                    "training.early_stopping_patience",
-                    t.early_stopping_patience.to_string(),
-                ),
-            };
-            let cause = format!(
-                "is {value}, but no row is held out, so there is no best: set data.eval_fraction, or give rows `split: eval`"
-            );
-            return Err(resolved.wrong(key, cause).into());
-        }
+        let rows = (data, rejects, &*self.provenance);
+        let mut inputs = Inputs::read((app, &resolved), (base, checkpoint), initial, rows)?;
 
-        let identity = |pass_tokens| -> Result<Identity> {
-            app.detail(format_args!(
-                "hashing the base model {}",
-                model_path.display()
-            ));
-            Ok(Identity {
-                v: 1,
-                version: env!("CARGO_PKG_VERSION").into(),
-                settings: that_decide(&resolved),
-                pass_tokens,
-                data: rows.sha256.clone(),
-                model: checkpoint.fingerprint()?,
-                device: match device {
-                    Device::Cpu(_) => "cpu".into(),
-                    Device::Cuda(_) => "cuda".into(),
-                },
-                init_adapter: initial.as_ref().map(Adapter::fingerprint),
-            })
-        };
         let finished = || {
             app.info(format_args!("{} is finished; nothing to do", out.display()));
             Ok(())
         };
         // What is finished needs neither memory nor room on the disk.
         if self.resume && !self.dry_run && folder::is_finished(out) {
-            folder::check_finished(out, &identity(0)?)?;
+            folder::check_finished(out, &inputs.identity(&device, 0)?)?;
             Seen::read(out)?;
             return finished();
         }
-
-        let storage = match settings.model.quantization {
-            Quantization::Nf4 => Storage::Nf4,
-            Quantization::None => Storage::AsStored,
-        };
-        let held = Held {
-            products: storage,
-            head: match settings.model.lm_head {
-                LmHead::AsStored => Storage::AsStored,
-                LmHead::Nf4 => Storage::Nf4,
-            },
-        };
-        let began_with = match self.resume {
-            true => folder::pass_tokens(out),
-            false => None,
-        };
-        let run = (settings, &plan, &rows);
-        let fit = match &device {
-            Device::Cpu(cpu) => {
-                Fit::new(cpu, Place::Processor, (&checkpoint, held), run, began_with)?
-            }
-            Device::Cuda(cuda) => Fit::new(cuda, Place::Gpu, (&checkpoint, held), run, began_with)?,
-        };
-        for line in resolved.show(PrintConfig::Full).lines() {
-            app.detail(line);
-        }
-        app.detail(format_args!("computing on {which}"));
-        for line in plan.describe(&rows, &fit.survey) {
-            app.detail(line);
-        }
-        for line in fit.describe() {
-            app.detail(line);
-        }
-        if let Some(doubt) = fit.doubt() {
-            app.warn(doubt);
-        }
-        let kind = train::optimiser_of(settings);
-        let room = disk::Need::new(t, &plan.layout, &kind, plan.steps, &rows.seen);
+        let began_with = self.resume.then(|| folder::pass_tokens(out)).flatten();
+        let fit = inputs.fit(&device, began_with)?;
+        inputs.describe(&which, &fit);
+        let room = inputs.room();
         room.check(out)?;
         if self.dry_run {
-            let (base, run) = ((&checkpoint, held), (settings, &plan, &fit));
-            let pace = match device {
-                Device::Cpu(cpu) => time::preview(cpu, base, run, &rows.train)?,
-                Device::Cuda(cuda) => time::preview(cuda, base, run, &rows.train)?,
-            };
-            let about = time::About(pace.run(settings, &plan, &fit.survey, 0));
-            app.detail(format_args!(
-                "time: about {about}, by two of the layers: {pace}"
-            ));
-            return Ok(());
+            return inputs.preview(device, &fit);
         }
 
-        let identity = identity(fit.pass_tokens)?;
+        let identity = inputs.identity(&device, fit.pass_tokens)?;
         let (folder, state) = match Folder::open(out, self.resume, &identity)? {
             Found::Finished => return finished(),
             Found::Fresh(folder) => (folder, None),
             Found::Resumed(folder, state) => {
-                app.info(format_args!(
-                    "going on after step {} of {}",
-                    state.step, plan.steps
-                ));
+                let (step, steps) = (state.step, inputs.plan.steps);
+                app.info(format_args!("going on after step {step} of {steps}"));
                 (folder, Some(*state))
             }
         };
-        let checkpoint = match to_save.filter(|folder| !folder.exists()) {
-            Some(folder) => {
-                quantized::save(app, &checkpoint, folder, &device, room.total())?;
-                match storage {
-                    Storage::Nf4 => Checkpoint::open(folder)?,
-                    Storage::AsStored => checkpoint,
-                }
-            }
-            None if storage == Storage::Nf4 => {
-                let place = (settings.model.cache.as_str(), identity.model.as_str());
-                quantized::cached(app, checkpoint, place, &device, room.total())
-            }
-            None => checkpoint,
-        };
+        let to_save = to_save.filter(|folder| !folder.exists());
+        inputs.quantize(to_save, &identity.model, &device, room.total())?;
         let job = train::Job {
             app,
             settings,
             identity: &identity,
-            plan: &plan,
+            plan: &inputs.plan,
             fit: &fit,
-            rows: &rows,
-            origin: &origin,
-            base: &model_path,
+            rows: &inputs.rows,
+            origin: &inputs.origin,
+            base: &inputs.base,
         };
         let loading = "loading the base model";
         match device {
             Device::Cpu(cpu) => {
-                let model = Model::load(cpu, &checkpoint, held).context(loading)?;
+                let model = Model::load(cpu, &inputs.checkpoint, inputs.held).context(loading)?;
                 cpu.inside(|| train::run(&job, &model, folder, state))
             }
             Device::Cuda(cuda) => {
-                let mut model = Model::load(cuda, &checkpoint, held).context(loading)?;
+                let mut model =
+                    Model::load(cuda, &inputs.checkpoint, inputs.held).context(loading)?;
                 model.keep_decoded(fit.decoded).context(loading)?;
                 train::run(&job, &model, folder, state)
             }
@@ -388,6 +272,17 @@ impl QloraTrain {
             .set("training.shuffle", &on(self.no_shuffle, false))
             .set("training.packing", &on(self.no_packing, false))
             .set("data.shuffled_replies", &on(self.shuffled_replies, true))
+    }
+
+    /// The folder of the base model, by its name or from the hub.
+    fn base(&self, app: &App, model: &str) -> Result<PathBuf> {
+        if !self.dry_run {
+            return hub::fetch(app, model, "--model or `model.path`");
+        }
+        hub::find(app, model)?.ok_or_else(|| {
+            let cause = format!("no model {model} on this machine, and --dry-run downloads none");
+            Failure::Usage(cause).into()
+        })
     }
 
     /// The data and the folder of a run; none where only a base is saved. Refuses folders
@@ -420,28 +315,15 @@ impl QloraTrain {
         let Some(folder) = &self.init_adapter else {
             return Ok(None);
         };
+        if let Some(cause) = qwen3::lacks(folder) {
+            let cause = format!("--init-adapter {}: {cause}", folder.display());
+            return Err(Failure::Usage(cause).into());
+        }
         let seen = Seen::read(folder);
         let seen = seen.with_context(|| format!("--init-adapter {}", folder.display()))?;
         let adapter = Adapter::load(folder, config)?;
         Ok(Some((adapter, seen.unwrap_or_else(Seen::unknown))))
     }
-}
-
-/// The settings that a run's results depend on: where the model lies and is kept, how often
-/// a checkpoint is saved and what is warned of change none.
-fn that_decide(resolved: &Resolved<TrainSettings>) -> Vec<String> {
-    const INDIFFERENT: [&str; 5] = [
-        "model.path",
-        "model.cache",
-        "training.save_",
-        "training.spike_factor",
-        "training.max_memory",
-    ];
-    let all = resolved.show(PrintConfig::Key);
-    all.lines()
-        .filter(|line| !INDIFFERENT.iter().any(|key| line.starts_with(key)))
-        .map(String::from)
-        .collect()
 }
 
 /// Settings that parse and cannot work.

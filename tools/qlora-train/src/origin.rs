@@ -38,6 +38,17 @@ impl Origin {
             steps,
         })
     }
+
+    /// Why these may be the summaries of other data than `data`, which has `rows`.
+    pub fn doubt(&self, data: &Path, rows: usize) -> Option<String> {
+        let last = (self.steps.last()).filter(|last| last.written != rows as u64)?;
+        Some(format!(
+            "{} wrote {} rows, but {} has {rows}: is --provenance that of this data?",
+            last.tool,
+            last.written,
+            data.display(),
+        ))
+    }
 }
 
 /// The licence that a model's folder names: in the front matter of its card, else

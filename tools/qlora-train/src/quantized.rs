@@ -31,26 +31,24 @@ pub fn save(
 
 /// The base in 4 bits out of `cache`, where it lies under its fingerprint;
 /// made there first if need be. A cache that cannot be written is no reason not
-/// to train: then, and where `cache` is empty, the base comes back as it was.
+/// to train: then, and where `cache` is empty or the base is in 4 bits, there is none.
 pub fn cached(
     app: &App,
-    base: Checkpoint,
+    base: &Checkpoint,
     (cache, fingerprint): (&str, &str),
     device: &Device,
     beside: u64,
-) -> Checkpoint {
+) -> Option<Checkpoint> {
     if cache.is_empty() || base.is_quantized() {
-        return base;
+        return None;
     }
-    match find_or_make(app, &base, (Path::new(cache), fingerprint), device, beside) {
-        Ok(kept) => kept,
-        Err(error) => {
+    find_or_make(app, base, (Path::new(cache), fingerprint), device, beside)
+        .inspect_err(|error| {
             app.warn(format_args!(
                 "the 4-bit base cannot be kept ({error:#}); `model.cache: \"\"` turns that off"
             ));
-            base
-        }
-    }
+        })
+        .ok()
 }
 
 fn find_or_make(
