@@ -80,88 +80,52 @@ impl Wording {
     /// If the record is of none of the forms, or something in it would not reach the
     /// model as it was meant.
     pub fn read(&self, record: &Record) -> Result<Conversation, Error> {
-        // What is null, as in the rows of a table with columns for every form, is not there.
-        let mut answers = Vec::new();
-        for key in ["messages", "conversations", "completion", "reply"] {
-            if record.get::<IgnoredAny>(key)?.is_some() {
-                answers.push(key);
-            }
-        }
-        if let [first, second, ..] = answers[..] {
-            let cause =
-                format!("`{second}` is there as well: leave out the one that is not to be learnt");
-            return Err(wrong(first, cause));
-        }
-        let asks = |key| Ok::<_, Error>(record.get::<IgnoredAny>(key)?.is_some());
-        let form = match answers[..] {
-            [answer] => Some(answer),
-            _ if asks("prompt")? => Some("completion"),
-            _ if asks("tweet")? => Some("reply"),
-            _ => [
-                "messages",
-                "conversations",
-                "completion",
-                "prompt",
-                "tweet",
-                "reply",
-            ]
-            .into_iter()
-            .find(|key| record.contains(key)),
-        };
-        if form.is_none() {
-            return Err(Error::NoForm);
-        }
         let tools = tools(record)?;
-        let lists = ["prompt", "completion"]
-            .map(|key| Ok(matches!(record.get(key)?, Some(Value::Array(_)))));
-        let lists = lists.into_iter().collect::<Result<Vec<_>, Error>>()?;
-        let turns = match form {
-            Some(key @ ("messages" | "conversations")) => Some(turns(record, key)?),
-            Some("completion" | "prompt") if lists == [true, true] => Some(answered(record)?),
-            _ => None,
+        match form(record)? {
+            "reply" => self.pair(record, tools),
+            key @ ("messages" | "conversations") => of_turns(record, turns(record, key)?, tools),
+            _ => match are_lists(record)? {
+                true => of_turns(record, answered(record)?, tools),
+                false => self.prompt(record, tools),
+            },
+        }
+    }
+
+    /// A line that is a `prompt` with its `completion`, both texts.
+    fn prompt(&self, record: &Record, tools: Vec<Value>) -> Result<Conversation, Error> {
+        let text = |key: &str| match record.get(key)? {
+            Some(Value::String(text)) => Ok(text),
+            Some(Value::Array(_)) => Err(wrong(
+                key,
+                "is a list of turns, where `prompt` and `completion` are both lists or both texts",
+            )),
+            Some(_) => Err(wrong(key, "is not a text")),
+            None => Ok(String::new()),
         };
-        if let Some(messages) = turns {
-            return Ok(Conversation {
-                form: Form::Messages,
-                row: name(&(&messages, &tools)),
-                id: record.id("id")?,
-                thread: record.id("conversation_id")?,
-                tweet: None,
-                messages,
-                tools,
-            });
+        let (prompt, completion) = (text("prompt")?, text("completion")?);
+        if prompt.trim().is_empty() {
+            return Err(wrong(
+                "prompt",
+                "missing or empty: nothing is put to the model",
+            ));
         }
-        if matches!(form, Some("completion" | "prompt")) {
-            let text = |key: &str| match record.get(key)? {
-                Some(Value::String(text)) => Ok(text),
-                Some(Value::Array(_)) => Err(wrong(
-                    key,
-                    "is a list of turns, where `prompt` and `completion` are both lists or both texts",
-                )),
-                Some(_) => Err(wrong(key, "is not a text")),
-                None => Ok(String::new()),
-            };
-            let (prompt, completion) = (text("prompt")?, text("completion")?);
-            if prompt.trim().is_empty() {
-                return Err(wrong(
-                    "prompt",
-                    "missing or empty: nothing is put to the model",
-                ));
-            }
-            // `null` is an empty one, as in `messages`; none at all is a mistake.
-            if !record.contains("completion") {
-                return Err(Error::Missing("completion".into()));
-            }
-            return Ok(Conversation {
-                form: Form::Prompt,
-                row: name(&(&prompt, &completion, &tools)),
-                id: record.id("id")?,
-                thread: record.id("conversation_id")?,
-                tweet: None,
-                messages: self.exchange(prompt, completion),
-                tools,
-            });
+        // `null` is an empty one, as in `messages`; none at all is a mistake.
+        if !record.contains("completion") {
+            return Err(Error::Missing("completion".into()));
         }
+        Ok(Conversation {
+            form: Form::Prompt,
+            row: name(&(&prompt, &completion, &tools)),
+            id: record.id("id")?,
+            thread: record.id("conversation_id")?,
+            tweet: None,
+            messages: self.exchange(prompt, completion),
+            tools,
+        })
+    }
+
+    /// A line that is a tweet with its reply.
+    fn pair(&self, record: &Record, tools: Vec<Value>) -> Result<Conversation, Error> {
         let pair = record.pair()?;
         // The same pair may come without the cleaned texts, or with nothing else.
         let text = |raw: &str, cleaned: &str| -> Result<Value, Error> {
@@ -210,6 +174,72 @@ impl Wording {
         let turns = [Message::user(user), Message::assistant(assistant)];
         system.chain(turns).collect()
     }
+}
+
+/// A line that is a list of turns.
+fn of_turns(
+    record: &Record,
+    messages: Vec<Message>,
+    tools: Vec<Value>,
+) -> Result<Conversation, Error> {
+    Ok(Conversation {
+        form: Form::Messages,
+        row: name(&(&messages, &tools)),
+        id: record.id("id")?,
+        thread: record.id("conversation_id")?,
+        tweet: None,
+        messages,
+        tools,
+    })
+}
+
+/// The key of a line that is to be answered, which tells its form: `messages`,
+/// `conversations`, `completion` (also where there is a `prompt` alone) or `reply`.
+fn form(record: &Record) -> Result<&'static str, Error> {
+    // What is null, as in the rows of a table with columns for every form, is not there.
+    let there = |key| Ok::<_, Error>(record.get::<IgnoredAny>(key)?.is_some());
+    let mut answers = Vec::new();
+    for key in ["messages", "conversations", "completion", "reply"] {
+        if there(key)? {
+            answers.push(key);
+        }
+    }
+    if let [first, second, ..] = answers[..] {
+        let cause =
+            format!("`{second}` is there as well: leave out the one that is not to be learnt");
+        return Err(wrong(first, cause));
+    }
+    for (asked, answer) in [("prompt", "completion"), ("tweet", "reply")] {
+        if answers.is_empty() && there(asked)? {
+            answers.push(answer);
+        }
+    }
+    if let [answer, ..] = answers[..] {
+        return Ok(answer);
+    }
+    // Nothing is there but what is null, if anything.
+    let (answer, _) = [
+        ("messages", "messages"),
+        ("conversations", "conversations"),
+        ("completion", "completion"),
+        ("completion", "prompt"),
+        ("reply", "tweet"),
+        ("reply", "reply"),
+    ]
+    .into_iter()
+    .find(|(_, key)| record.contains(key))
+    .ok_or(Error::NoForm)?;
+    Ok(answer)
+}
+
+/// Whether `prompt` and `completion` are both lists of turns.
+fn are_lists(record: &Record) -> Result<bool, Error> {
+    for key in ["prompt", "completion"] {
+        if !matches!(record.get(key)?, Some(Value::Array(_))) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 fn wrong(key: &str, cause: impl Into<String>) -> Error {
@@ -625,7 +655,7 @@ mod tests {
             ),
             (
                 r#"{"prompt":[{"role":"user","content":"x"}],"completion":"x"}"#.into(),
-                "under `messages`",
+                "key `prompt`: is a list of turns, where `prompt`",
             ),
             (
                 r#"{"messages":"hello"}"#.into(),
