@@ -52,6 +52,18 @@ fn failed(what: &str, error: cuda::DriverError) -> Error {
     )
 }
 
+/// Memory of the device in whose context this is, for use on that stream.
+fn allocate(stream: sys::CUstream, what: &'static str, bytes: usize) -> Result<Address> {
+    // SAFETY: the memory is only used on this stream.
+    match unsafe { cuda::malloc_async(stream, bytes) } {
+        Ok(address) => Ok(address),
+        Err(e) if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+            Err(Error::OutOfMemory { what, bytes })
+        }
+        Err(e) => Err(failed(what, e)),
+    }
+}
+
 /// Host memory that stays in place, with undefined contents.
 fn page_lock(bytes: usize, flags: u32, what: &str) -> Result<*mut c_void> {
     // SAFETY: asks for memory; who uses it writes it before it is read.
@@ -213,8 +225,9 @@ pub struct Nvidia {
     plans: Mutex<HashMap<Shape, Plan>>,
 }
 
+/// A kernel, and how much dynamic shared memory it may be started with.
 #[derive(Clone, Copy)]
-struct Function(sys::CUfunction);
+struct Function(sys::CUfunction, u32);
 
 // SAFETY: as for `Context`; the maps are locked.
 unsafe impl Send for Nvidia {}
@@ -308,13 +321,7 @@ impl Nvidia {
             .map_err(|e| failed("compiling the kernels for this GPU", e))?;
         let blas = blas::create_handle()
             .map_err(|e| unusable(format!("cuBLASLt does not start: {e}"), INSTALL_CUBLAS))?;
-        // SAFETY: the stream was just created.
-        let workspace = unsafe { cuda::malloc_async(stream, BLAS_WORKSPACE) }.map_err(|_| {
-            Error::OutOfMemory {
-                what: "the workspace of products",
-                bytes: BLAS_WORKSPACE,
-            }
-        })?;
+        let workspace = allocate(stream, "the workspace of products", BLAS_WORKSPACE)?;
         Ok(Self {
             context: Arc::new(Context {
                 ordinal,
@@ -332,27 +339,29 @@ impl Nvidia {
         })
     }
 
-    /// The function of a kernel; where it wants more shared memory than the usual
-    /// 48 KB, it is told so once.
+    /// The function of a kernel, which is told how much shared memory it gets: more than 48
+    /// KB, its own included, are refused otherwise.
     fn function(&self, launch: &Launch<'_>) -> Result<sys::CUfunction> {
         let mut functions = self
             .functions
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if let Some(f) = functions.get(launch.kernel) {
-            return Ok(f.0);
+        if let Some(&Function(f, shared)) = functions.get(launch.kernel)
+            && launch.shared <= shared
+        {
+            return Ok(f);
         }
         let with = |e| failed(launch.kernel, e);
         let name = CString::new(launch.kernel).expect("a kernel's name is text");
         // SAFETY: the module is loaded as long as `self` lives.
         let f = unsafe { cuda::module::get_function(self.module, name) }.map_err(with)?;
-        if launch.shared > 48 << 10 {
+        if launch.shared > 0 {
             let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function was just found.
             unsafe { cuda::function::set_function_attribute(f, most, launch.shared as i32) }
                 .map_err(with)?;
         }
-        functions.insert(launch.kernel, Function(f));
+        functions.insert(launch.kernel, Function(f, launch.shared));
         Ok(f)
     }
 
@@ -561,14 +570,7 @@ impl Driver for Nvidia {
 
     fn allocate(&self, what: &'static str, bytes: usize) -> Result<Address> {
         self.context.enter()?;
-        // SAFETY: the memory is only used on this stream.
-        match unsafe { cuda::malloc_async(self.context.stream, bytes) } {
-            Ok(address) => Ok(address),
-            Err(e) if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                Err(Error::OutOfMemory { what, bytes })
-            }
-            Err(e) => Err(failed(what, e)),
-        }
+        allocate(self.context.stream, what, bytes)
     }
 
     fn share(&self, bytes: usize) -> Result<Address> {
