@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::ENDPOINT;
+use crate::{ENDPOINT, Passed};
 
 /// Why there is no model.
 #[derive(Debug, thiserror::Error)]
@@ -43,11 +43,14 @@ pub enum Error {
     },
     /// Whether the hub has it is not known.
     #[error(
-        "there is no model in a folder {model}, and the hub could not be asked for one of that name"
+        "there is no model in a folder {model}{}, and the hub could not be asked for one of that name",
+        passed.as_ref().map_or(String::new(), |passed| format!(" ({passed})"))
     )]
     NotAsked {
         /// As it was asked for.
         model: String,
+        /// What there is of it in the Hugging Face cache.
+        passed: Option<Passed>,
         /// What went wrong.
         source: Box<httpclient::Error>,
     },

@@ -281,7 +281,14 @@ impl Hub {
     /// # Errors
     /// Where there is no such model, or it does not come whole.
     pub fn fetch(&self, model: &str, mut told: impl FnMut(Event)) -> Result<PathBuf, Error> {
-        if let Some(folder) = self.find(model, &mut told) {
+        let mut passed = None;
+        let found = self.find(model, |event| {
+            if let Event::Passed(found) = &event {
+                passed = Some(found.clone());
+            }
+            told(event);
+        });
+        if let Some(folder) = found {
             return Ok(folder);
         }
         let name = Name::parse(model).filter(|_| !Path::new(model).exists());
@@ -301,7 +308,15 @@ impl Hub {
                 let _ = fs::remove_dir(empty);
             }
         }
-        fetched.map(|()| folder)
+        match fetched {
+            Ok(()) => Ok(folder),
+            Err(Error::NotAsked { model, source, .. }) => Err(Error::NotAsked {
+                model,
+                passed,
+                source,
+            }),
+            Err(error) => Err(error),
+        }
     }
 
     fn fetch_to(
@@ -364,7 +379,11 @@ impl Hub {
                     source,
                 },
                 Some(403) => Error::Gated { model, source },
-                _ => Error::NotAsked { model, source },
+                _ => Error::NotAsked {
+                    model,
+                    passed: None,
+                    source,
+                },
             }
         })?;
         let commit: download::Commit = answer.json().map_err(Box::new)?;
