@@ -242,6 +242,16 @@ impl Conventions {
         );
         assert!(tool.run(&["--man"], "").exits(0).stdout.contains(".TH"));
         tool.run(&["--no-such-flag"], "").exits(2);
+        // What nobody could read was not given.
+        for flag in ["-h", "--help", "--version", "--man"] {
+            let full = File::options().write(true).open("/dev/full");
+            tool.run_to(full.expect("/dev/full"), &[flag], "")
+                .exits(4)
+                .says("No space left");
+            let (reader, writer) = std::io::pipe().expect("a pipe");
+            drop(reader);
+            tool.run_to(writer, &[flag], "").exits(0).never_says("pipe");
+        }
     }
 }
 

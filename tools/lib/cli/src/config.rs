@@ -11,7 +11,8 @@ use std::path::Path;
 use serde::de::{DeserializeOwned, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
-use serde_saphyr::Spanned;
+use serde_saphyr::options::NonFiniteFloatPolicy;
+use serde_saphyr::{Spanned, from_str_with_options};
 use settings::{DataSettings, EvalSettings, TrainSettings};
 
 use crate::{Failure, PrintConfig};
@@ -229,15 +230,26 @@ fn read_yaml<T: Default + Serialize + DeserializeOwned>(
     let name = path.display();
     let text = std::fs::read_to_string(path)
         .map_err(|e| Failure::Usage(format!("--config {name}: {e}")))?;
-    let mut tree: Value = serde_saphyr::from_str(&text).map_err(|error| {
+    // A `.nan` comes as a text: its key can tell what it should be.
+    let options =
+        serde_saphyr::options! { non_finite_float_policy: NonFiniteFloatPolicy::AsString };
+    let mut tree: Value = from_str_with_options(&text, options.clone()).map_err(|error| {
         let line = (error.location()).map_or_else(String::new, |at| format!(":{}", at.line()));
         Failure::Usage(format!("{name}{line}: {}", yaml_error(&error)))
     })?;
     if tree.is_null() {
         return Ok((T::default(), tree, KeyLines::default()));
     }
+    if !tree.is_object() {
+        let what = match tree.is_array() {
+            true => "a list".into(),
+            false => tree.to_string(),
+        };
+        let cause = format!("{name}: the whole is {what}; it must be sections of keys");
+        return Err(Failure::Usage(cause));
+    }
     // It was read once already; where that fails, no line is told.
-    let lines: KeyLines = serde_saphyr::from_str(&text).unwrap_or_default();
+    let lines: KeyLines = from_str_with_options(&text, options).unwrap_or_default();
     drop_empty_sections(&mut tree, &to_tree(&T::default()));
     match from_tree(&tree) {
         Ok(settings) => Ok((settings, tree, lines)),
@@ -329,9 +341,6 @@ fn yaml_error(error: &serde_saphyr::Error) -> String {
         }
         Error::MultipleDocuments { .. } => {
             "a second document begins here; settings are one: remove the `---`".into()
-        }
-        Error::NonFiniteFloat { value, .. } => {
-            format!("{value}: NaN and infinity are not a number to work with")
         }
         other => format!(
             "not valid YAML: {}",
@@ -734,7 +743,18 @@ mod tests {
                 "lora: {rank: 1}\n---\nlora: {rank: 2}\n",
                 "a second document begins here",
             ),
-            ("training:\n  learning_rate: .nan\n", ":2: .nan: NaN"),
+            (
+                "training:\n  learning_rate: .nan\n",
+                ":2: training.learning_rate: is \".nan\"; it must be a number",
+            ),
+            (
+                "# 1\nlora: {alpha: 1, dropout: -.inf}\n",
+                ":2: lora.dropout: is \"-.inf\"; it must be a number",
+            ),
+            (
+                "lora: {alpha_pattern: {q_proj: .inf}}\n",
+                ":1: lora.alpha_pattern.q_proj: is \".inf\"; it must be a number",
+            ),
             (
                 "training: {optim: 3}\n",
                 "training.optim: is `3`; it must be one of `adamw`, ",
@@ -772,7 +792,12 @@ mod tests {
                 ":1: training: is a list; it must be a section of keys",
             ),
             ("training: []\n", "training: is a list; it must be"),
-            ("[]\n", "is a list; it must be a section of keys"),
+            ("[]\n", ": the whole is a list; it must be sections of keys"),
+            (
+                "- lora\n",
+                ": the whole is a list; it must be sections of keys",
+            ),
+            ("x\n", ": the whole is \"x\"; it must be sections of keys"),
             (
                 "model: {quantization: []}\n",
                 "model.quantization: it must be `nf4` or `none`",

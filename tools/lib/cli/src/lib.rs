@@ -13,6 +13,7 @@ mod progress;
 mod signals;
 mod signature;
 
+use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -75,6 +76,14 @@ pub fn counted(count: usize, noun: &str) -> String {
     format!("{count} {noun}{plural}")
 }
 
+/// A number without a row of zeros: `1e308`.
+pub fn shown(value: f64) -> String {
+    match value == 0.0 || (1e-3..1e10).contains(&value.abs()) {
+        true => value.to_string(),
+        false => format!("{value:e}"),
+    }
+}
+
 /// The end of a tool's `--help`: its examples, then what holds for all tools.
 /// Lines of `examples` that begin with `$ ` are commands; tests run each.
 pub fn after_help(examples: &str) -> String {
@@ -112,7 +121,10 @@ pub fn main<T: Tool>() -> ExitCode {
     if let Some(code) = print_about(&mut command, &name) {
         return code;
     }
-    let tool = T::parse();
+    let tool = match T::try_parse() {
+        Ok(tool) => tool,
+        Err(error) => return tell(&error, &name),
+    };
     let common = tool.common().clone();
     let app = match App::new(name.clone(), common) {
         Ok(app) => app,
@@ -132,6 +144,20 @@ pub fn main<T: Tool>() -> ExitCode {
         _ => {}
     }
     exit.into()
+}
+
+/// Prints help, version, or what is wrong with the arguments. `clap` by itself takes help
+/// that went nowhere for given.
+fn tell(error: &clap::Error, name: &str) -> ExitCode {
+    let printed = error.print().and_then(|()| std::io::stdout().flush());
+    match printed {
+        Err(why) if !error.use_stderr() && why.kind() != ErrorKind::BrokenPipe => {
+            eprintln!("{name}: writing standard output: {why}");
+            Exit::World.into()
+        }
+        _ if error.use_stderr() => Exit::Usage.into(),
+        _ => Exit::Done.into(),
+    }
 }
 
 /// `--completions SHELL` and `--man`, which need none of the other arguments.
