@@ -967,6 +967,23 @@ fn what_does_not_fit_together_is_named() {
         .says("--adapter lora=nowhere");
     std::fs::create_dir_all(fixture.folder("begun/checkpoints")).unwrap();
     fixture.run(&["--adapter=begun"]).exits(2).says("--resume");
+    // Finished, whatever else is missing.
+    let weights = fixture.folder("run1/adapter_model.safetensors");
+    std::fs::create_dir_all(fixture.folder("bare/checkpoints")).unwrap();
+    std::fs::copy(&weights, fixture.folder("bare/adapter_model.safetensors")).unwrap();
+    fixture
+        .run(&["--adapter=bare"])
+        .exits(2)
+        .says("--adapter lora=bare: adapter_config.json is missing there")
+        .never_says("not finished");
+    std::fs::copy(&weights, fixture.folder("run2/adapter_model.bin")).unwrap();
+    std::fs::rename(fixture.folder("run2/adapter_model.safetensors"), &weights).unwrap();
+    fixture
+        .run(&["--adapter=run2"])
+        .exits(2)
+        .says("adapter_model.safetensors is missing; adapter_model.bin is a pickle");
+    std::fs::rename(&weights, fixture.folder("run2/adapter_model.safetensors")).unwrap();
+    std::fs::rename(fixture.folder("bare/adapter_model.safetensors"), &weights).unwrap();
     fixture
         .run(&["--adapter=base=run1"])
         .exits(2)
@@ -1048,6 +1065,26 @@ fn what_does_not_fit_together_is_named() {
         .exits(0)
         .says("pair p4")
         .says("<|im_end|>");
+}
+
+/// What trains into a folder of any name is evaluated from there.
+#[test]
+fn the_folder_of_an_adapter_need_be_no_utf8() {
+    use std::ffi::{OsStr, OsString};
+    use std::os::unix::ffi::OsStrExt;
+    let fixture = Fixture::new();
+    let same = fixture.run(&["--adapter=run1"]).exits(0);
+    let odd = OsStr::from_bytes(b"run\xff=\xfe");
+    let folder = fixture.tool.folder();
+    std::fs::rename(folder.join("run1"), folder.join(odd)).unwrap();
+    let mut named = OsString::from("--adapter=lora=");
+    named.push(odd);
+    let mut arguments: Vec<OsString> = ["--model=model", "--quantization=none"]
+        .map(Into::into)
+        .into();
+    arguments.extend(["--max-new-tokens=12".into(), named]);
+    let run = fixture.tool.run(&arguments, &fixture.pairs()).exits(0);
+    assert_eq!(run.stdout, same.stdout);
 }
 
 /// The weights differ, the shape does not: nothing else would tell.

@@ -487,7 +487,7 @@ fn wrong_use_names_the_remedy() {
     let tool = tool();
     let input = text(&pairs()[..4]);
     tool.run(&["--model", "nowhere"], &input)
-        .exits(4)
+        .exits(2)
         .says("make models")
         .says("nowhere");
     tool.run(&["--threshold", "1.5"], &input)

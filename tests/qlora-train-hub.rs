@@ -373,7 +373,7 @@ fn a_revision_is_fetched_beside_the_rest_and_stands_beside_the_name() {
     assert!(plain.stdout.contains("the base has 1"), "{plain}");
     // --verify looks for it there too, and gets as far as the Python that is not there.
     let verify = ["inspect", "run", "--verify", "--python", "no-such-python"];
-    let run = tool.run(&verify, "").exits(4).says(&from);
+    let run = tool.run(&verify, "").exits(2).says(&from);
     assert!(run.stderr.contains("no-such-python cannot be run"), "{run}");
 }
 
@@ -838,12 +838,20 @@ fn what_is_not_there_is_told() {
         .says("could not be asked");
     assert_eq!(hub.requests().len(), 3);
     assert!(!tool.folder().join("data/cache/models/no").exists());
+    // What the cache has of it is in the last line too, where one looks.
+    let cache = HubCache::new(&tool);
+    fs::remove_file(cache.snapshot().join(WEIGHTS)).unwrap();
+    let run = tool.run(&FETCH, "").exits(4);
+    let last = run.stderr.lines().last().unwrap();
+    let lacks = format!("snapshots/{COMMIT} lacks {WEIGHTS}), and the hub could not be asked");
+    assert!(last.contains(&lacks), "{run}");
+    assert_eq!(hub.requests().len(), 6);
     tool.file("rows.jsonl", "{}\n");
     let dry = ["--model", "no/such", "--data", "rows.jsonl", "--out", "run"];
     tool.run(&[&dry[..], &["--dry-run"]].concat(), "")
         .exits(2)
         .says("no model no/such on this machine, and --dry-run downloads none");
-    assert_eq!(hub.requests().len(), 3);
+    assert_eq!(hub.requests().len(), 6);
     for path in ["nowhere", "a/b/c", "../up", "./demo/tiny", "/demo/tiny"] {
         tool.run(&["--model", path, "--save-quantized", "four"], "")
             .exits(2)

@@ -347,8 +347,8 @@ fn a_flipped_bit_is_seen_wherever_it_is() {
     let run = tool.run(&["inspect", "--strict", "out"], "").exits(1);
     assert!(run.stdout.contains("is not as it was written"), "{run}");
     assert!(run.stderr.ends_with("out: 1 problem\n"), "{run}");
-    // In the base that an adapter is merged into: said.
-    let merge = |out| {
+    // In the base that an adapter is merged into: refused, unless it is meant.
+    let merge = |out, more: &[&str]| {
         let arguments = [
             "merge",
             "--no-check",
@@ -359,14 +359,22 @@ fn a_flipped_bit_is_seen_wherever_it_is() {
             "--out",
             out,
         ];
-        tool.run(&arguments, "").exits(0)
+        tool.run(&[&arguments, more].concat(), "")
     };
-    merge("merged").never_says("other bytes");
+    merge("merged", &[]).exits(0).never_says("other files");
     let run = tool.read("whole/run.json");
     let at = run.find("\"model\": \"").unwrap() + 10;
     let other = format!("{}{}{}", &run[..at], "0".repeat(64), &run[at + 64..]);
     tool.file("whole/run.json", &other);
-    merge("again").says("whole was trained on other bytes than");
+    merge("again", &[])
+        .exits(2)
+        .says("whole was trained on other files than those of the base")
+        .says("000000000000")
+        .says("--any-base");
+    assert!(!tool.folder().join("again").exists());
+    merge("again", &["--any-base"])
+        .exits(0)
+        .says("warning: whole was trained on other files");
     // In the only checkpoint: what going on without it would mean is said.
     fs::remove_file(tool.folder().join("out/adapter_model.safetensors")).unwrap();
     let steps = |name: &str| name.strip_prefix("step-")?.parse::<u64>().ok();

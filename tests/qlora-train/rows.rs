@@ -520,7 +520,7 @@ fn the_card_says_where_the_rows_come_from_and_how_the_replies_were_found() {
             added.contains("| `nll` | 3.500 | 2.250 | -1.500 to -1.000 | 0.0002 |"),
             "{added}"
         );
-        assert!(added.contains("`lora` against `base`, 88 held-out tweets"));
+        assert!(added.contains("`lora` against `base`, 88 held-out rows"));
         assert!(added.contains("| 99% of `lora` − `base` |"), "{added}");
         // Nothing but the section is another.
         let outside = |card: &str| {

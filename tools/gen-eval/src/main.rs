@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Parser, ValueEnum};
 use cli::{App, Common, Counts, Flags, Resolved, Tool};
 use engine::{Choice, Device};
@@ -51,7 +52,8 @@ struct GenEval {
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
     /// An adapter, PEFT format; DIR alone is called `lora`; may be given again
-    #[arg(long = "adapter", value_name = "[NAME=]DIR")]
+    #[arg(long = "adapter", value_name = "[NAME=]DIR",
+          value_parser = OsStringValueParser::new().try_map(Named::parse))]
     adapters: Vec<Named>,
     /// Go on where an adapter was trained on a base with other files than --model's
     #[arg(long)]

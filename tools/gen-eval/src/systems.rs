@@ -1,6 +1,8 @@
 //! The systems that are compared: the base model, and the base with each adapter.
 //! One base is loaded; an adapter is an argument of each pass over it.
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -28,13 +30,18 @@ pub struct Named {
     pub folder: PathBuf,
 }
 
-impl std::str::FromStr for Named {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (name, folder) = match text.split_once('=') {
+impl Named {
+    /// Reads it; a folder's name need be no text.
+    pub fn parse(given: OsString) -> Result<Self, String> {
+        let bytes = given.as_bytes();
+        let at = bytes.iter().position(|&byte| byte == b'=');
+        let parts = at.and_then(|at| {
+            let name = str::from_utf8(&bytes[..at]).ok()?;
+            Some((name, OsStr::from_bytes(&bytes[at + 1..])))
+        });
+        let (name, folder) = match parts {
             Some((name, folder)) if !name.contains('/') => (name, folder),
-            _ => ("lora", text),
+            _ => ("lora", given.as_os_str()),
         };
         if name.is_empty() || folder.is_empty() {
             return Err("expected NAME=DIR or DIR".into());
@@ -49,9 +56,7 @@ impl std::str::FromStr for Named {
             folder: folder.into(),
         })
     }
-}
 
-impl Named {
     /// The settings that the adapter was trained with, where qlora-train left them.
     pub fn trained_with(&self) -> Result<Option<TrainSettings>> {
         let path = self.folder.join(qwen3::SETTINGS);
@@ -97,13 +102,8 @@ impl Named {
 
     /// Fails before anything is read where there is no adapter, or a half-trained one.
     pub fn check(&self) -> Result<(), Failure> {
-        let has = |file: &str| self.folder.join(file).exists();
-        let cause = if has("adapter_model.safetensors") && has("adapter_config.json") {
+        let Some(cause) = qwen3::lacks(&self.folder) else {
             return Ok(());
-        } else if has("checkpoints") {
-            "its training is not finished; qlora-train --resume goes on with it"
-        } else {
-            "no adapter_config.json and adapter_model.safetensors there; train one with qlora-train"
         };
         Err(Failure::Usage(format!(
             "--adapter {}={}: {cause}",

@@ -220,11 +220,14 @@ fn check(resolved: &Resolved<DataSettings>) -> Result<(), Failure> {
         |key: &str, cause: String| Err(resolved.wrong(&format!("deduplication.{key}"), cause));
     let (threshold, fraction) = (settings.similarity_threshold, settings.eval_fraction);
     if !(threshold > 0.0 && threshold <= 1.0) {
-        let cause = format!("is {threshold}; it must be above 0, at most 1");
+        let cause = format!(
+            "is {}; it must be above 0, at most 1",
+            cli::shown(threshold)
+        );
         return wrong("similarity_threshold", cause);
     }
     if !(0.0..=1.0).contains(&fraction) {
-        let cause = format!("is {fraction}; it must be in 0 to 1");
+        let cause = format!("is {}; it must be in 0 to 1", cli::shown(fraction));
         return wrong("eval_fraction", cause);
     }
     Ok(())
@@ -294,6 +297,11 @@ fn number_texts(rows: &[Row]) -> (Vec<&str>, Vec<(usize, usize)>) {
 
 /// Sentence vectors of the texts.
 fn embed(texts: &[&str], model: &str, app: &App) -> anyhow::Result<Vectors> {
+    if !Path::new(model).exists() {
+        let cause = "there is no such folder; `make models` fetches the sentence model";
+        let cause = format!("deduplication.model (--model): {model}: {cause}");
+        return Err(Failure::Usage(cause).into());
+    }
     let embedder = Embedder::load(Path::new(model)).context("deduplication.model (--model)")?;
     let progress = Mutex::new(app.progress("sentence vectors", Some(texts.len() as u64)));
     let vectors = embedder.embed(texts, |done| {

@@ -305,8 +305,9 @@ impl Bench {
             return Ok(serde_json::from_str(LENGTHS)?);
         };
         let name = || path.display().to_string();
-        let lengths: Vec<[usize; 2]> =
-            serde_json::from_reader(File::open(path).with_context(name)?).with_context(name)?;
+        let file = File::open(path);
+        let file = file.map_err(|e| Failure::Usage(format!("--lengths {}: {e}", name())))?;
+        let lengths: Vec<[usize; 2]> = serde_json::from_reader(file).with_context(name)?;
         let most = self.shape.config.max_positions;
         let fits = |&[prompt, reply]: &[usize; 2]| {
             prompt > 0 && reply > 0 && prompt.saturating_add(reply) <= most

@@ -617,7 +617,7 @@ fn write_tests(out: &mut String, tests: &[Test]) -> std::fmt::Result {
         };
         writeln!(
             out,
-            "\n{b} against {a}{judged}, {} held-out tweets:\n\n\
+            "\n{b} against {a}{judged}, {} held-out rows:\n\n\
              | Figure | {a} | {b} | {level} of {b} − {a} | p |\n|---|---:|---:|---:|---:|",
             test.n
         )?;

@@ -82,7 +82,7 @@ enum Findings {
 #[derive(Serialize)]
 struct Report {
     v: u64,
-    folder: PathBuf,
+    folder: String,
     #[serde(flatten)]
     findings: Findings,
     problems: Vec<Problem>,
@@ -92,6 +92,14 @@ struct Report {
 
 impl Inspect {
     pub fn run(&self, app: &App) -> Result<()> {
+        if let Some(model) = self
+            .model
+            .as_ref()
+            .filter(|m| !m.join("config.json").exists())
+        {
+            let cause = "no config.json there: name the folder of a model";
+            return Err(Failure::Usage(format!("--model {}: {cause}", model.display())).into());
+        }
         let has = |name: &str| self.folder.join(name).exists();
         let adapter = [
             "adapter_config.json",
@@ -124,7 +132,7 @@ impl Inspect {
         };
         let report = Report {
             v: 1,
-            folder: self.folder.clone(),
+            folder: self.folder.display().to_string(),
             findings,
             problems,
             verified,
@@ -159,7 +167,7 @@ impl Report {
             ),
             Findings::Model(model) => ("a model", model.rows(), "it can be trained on"),
         };
-        let mut text = format!("{} is {kind}\n", self.folder.display());
+        let mut text = format!("{} is {kind}\n", self.folder);
         for (name, value) in rows {
             text.push_str(&format!("  {name:<14} {value}\n"));
         }

@@ -5,6 +5,7 @@
 //! compared with those of base and adapter apart, and with those of the 4-bit
 //! base that the adapter was most likely trained on.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -35,6 +36,9 @@ pub struct Merge {
     /// Folder of the adapter, PEFT format
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
+    /// Go on where the adapter was trained on a base with other files than --model's
+    #[arg(long)]
+    any_base: bool,
     /// Folder for the merged model
     #[arg(long, value_name = "DIR", required_unless_present = "gguf")]
     out: Option<PathBuf>,
@@ -93,8 +97,8 @@ impl Check {
 #[derive(Serialize)]
 struct Report<'a> {
     v: u64,
-    out: Option<&'a Path>,
-    gguf: Option<&'a Path>,
+    out: Option<Cow<'a, str>>,
+    gguf: Option<Cow<'a, str>>,
     parameters: u64,
     /// Empty where nothing was compared.
     checks: Vec<Check>,
@@ -109,22 +113,35 @@ impl Merge {
                 return Err(Failure::Usage(cause).into());
             }
         }
+        if let Some(cause) = qwen3::lacks(&self.adapter) {
+            let cause = format!("--adapter {}: {cause}", self.adapter.display());
+            return Err(Failure::Usage(cause).into());
+        }
         let model_path = match &self.model {
             Some(model) => hub::fetch(app, model, "--model")?,
             None => base_of(app, &self.adapter)?,
         };
         let base = Checkpoint::open(&model_path)?;
-        let adapter = Adapter::load(&self.adapter, base.config())?;
         let fingerprint = base.fingerprint()?;
-        if let Some(trained_on) = crate::folder::trained_on(&self.adapter)
-            && trained_on != fingerprint
+        if let Some(was) = crate::folder::trained_on(&self.adapter)
+            && was != fingerprint
         {
-            app.warn(format_args!(
-                "{} was trained on other bytes than {} holds: a copy in 4 bits of it, or another model",
+            let other = format!(
+                "{} was trained on other files than those of the base {} \
+                 (SHA-256 {was:.12}, here {fingerprint:.12})",
                 self.adapter.display(),
                 model_path.display()
-            ));
+            );
+            if !self.any_base {
+                return Err(Failure::Usage(format!(
+                    "{other}: name its base with --model; a 4-bit or merged copy has another \
+                     SHA-256 as well: --any-base goes on with it"
+                ))
+                .into());
+            }
+            app.warn(other);
         }
+        let adapter = Adapter::load(&self.adapter, base.config())?;
         let merged = Merged::new(&base, &adapter);
         let values = |weight: &Weight| weight.shape(base.config()).iter().product::<usize>();
         let parameters: usize = Weight::all(base.config()).iter().map(values).sum();
@@ -158,8 +175,8 @@ impl Merge {
         };
         let report = Report {
             v: 1,
-            out: self.out.as_deref(),
-            gguf: self.gguf.as_deref(),
+            out: self.out.as_deref().map(Path::to_string_lossy),
+            gguf: self.gguf.as_deref().map(Path::to_string_lossy),
             parameters: parameters as u64,
             checks,
             signature: Signature::new("qlora-train")

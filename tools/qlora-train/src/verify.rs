@@ -4,7 +4,7 @@
 //! matters. The Python side is a script inside this binary.
 
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -232,9 +232,17 @@ fn mean(values: &[f64]) -> f64 {
 fn ask(checkpoint: &Checkpoint, adapter: Option<&Path>, python: &Path) -> Result<Answer> {
     let config = checkpoint.config();
     let count = |weight: Weight| weight.shape(config).iter().product::<usize>();
+    // The script hears of folders in JSON, which has texts only.
+    let text = |path: &Path| match path.to_str() {
+        Some(text) => Ok(text.to_owned()),
+        None => Err(Failure::Usage(format!(
+            "--verify: {} is no UTF-8: name the folder otherwise",
+            path.display()
+        ))),
+    };
     let request = json!({
-        "model": checkpoint.folder(),
-        "adapter": adapter,
+        "model": text(checkpoint.folder())?,
+        "adapter": adapter.map(text).transpose()?,
         "parameters": Weight::all(config).into_iter().map(count).sum::<usize>(),
         "rows": ROWS,
         "max_new_tokens": NEW_TOKENS,
@@ -247,9 +255,12 @@ fn ask(checkpoint: &Checkpoint, adapter: Option<&Path>, python: &Path) -> Result
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|error| {
-            Failure::World(format!(
-                "--verify: {program} cannot be run ({error}); name a Python with --python"
-            ))
+            let cause =
+                format!("--verify: {program} cannot be run ({error}); name a Python with --python");
+            match error.kind() {
+                ErrorKind::NotFound => Failure::Usage(cause),
+                _ => Failure::World(cause),
+            }
         })?;
     let mut stdin = child.stdin.take().context("the script's input")?;
     // A script that ended early says why on its standard error.

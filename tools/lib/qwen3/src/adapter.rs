@@ -122,6 +122,30 @@ pub struct Adapter {
     pub pairs: BTreeMap<(usize, Module), Pair>,
 }
 
+/// What keeps `folder` from being a finished adapter's, if something does: goes on from its name.
+pub fn lacks(folder: &Path) -> Option<String> {
+    let has = |name: &str| folder.join(name).exists();
+    let tell = |cause: &str| Some(cause.to_owned());
+    match (has(CONFIG), has(TENSORS)) {
+        (true, true) => None,
+        // qlora-train writes the weights last.
+        (_, false) if has("checkpoints") => {
+            tell("its training is not finished; qlora-train --resume goes on with it")
+        }
+        (false, false) if !folder.exists() => tell("there is no such folder"),
+        (false, false) => Some(format!(
+            "no {CONFIG} and {TENSORS} there; train one with qlora-train"
+        )),
+        (true, false) if has("adapter_model.bin") => Some(format!(
+            "{TENSORS} is missing; adapter_model.bin is a pickle, which is not read: save it again with peft"
+        )),
+        (true, false) => Some(format!("{TENSORS} is missing there: put it back")),
+        (false, true) => Some(format!(
+            "{CONFIG} is missing there, which holds rank, scale and targets: put it back"
+        )),
+    }
+}
+
 /// What helps where there is no sum of an adapter's files in `folder`.
 pub fn note_sums(folder: &Path) -> String {
     let there = [CONFIG, TENSORS, ROWS, SETTINGS].into_iter();
@@ -211,6 +235,12 @@ impl Adapter {
         let config = read_config(&keys)?;
         let strengths = config.resolve(model.layers);
         let strengths = strengths.map_err(|Unfit { key, reason }| keys.wrong(key, reason))?;
+        if let Some(Strength { rank, scale }) =
+            (strengths.values()).find(|strength| !strength.scale.is_normal())
+        {
+            let reason = format!("makes a scale of {scale:e} with rank {rank}, which is no use");
+            return Err(keys.wrong("lora_alpha", reason));
+        }
         let path = folder.join(TENSORS);
         let bytes = read(&path)?;
         let file = SafeTensors::deserialize(&bytes).map_err(|error| {

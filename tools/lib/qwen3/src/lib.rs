@@ -34,7 +34,9 @@ mod weight;
 mod weights;
 mod writer;
 
-pub use adapter::{Adapter, AdapterConfig, Pair, SETTINGS, check_sums, note_sums, unsupported};
+pub use adapter::{
+    Adapter, AdapterConfig, Pair, SETTINGS, check_sums, lacks, note_sums, unsupported,
+};
 pub use batch::{Batch, Row};
 pub use chat::{Chat, Encoded, LossOn};
 pub use config::{Config, GenerationConfig, Module, UnknownModule};
