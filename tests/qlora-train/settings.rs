@@ -40,15 +40,15 @@ fn a_base_model_is_refused_before_anything_is_written() {
 #[test]
 fn absurd_numbers_of_steps_are_told_as_such() {
     let tool = tool();
-    let most = u64::MAX.to_string();
+    let most = "1000000000";
     let config = CONFIG.replace("eval_steps: 4", "eval_steps: 1");
     tool.file("train.yaml", &config);
-    train(&tool, "out", &["--dry-run", "--steps", &most])
+    train(&tool, "out", &["--dry-run", "--steps", most])
         .exits(0)
         .says(" days ");
     let config = config.replace("save_steps: 3", "save_steps: 1, save_total_limit: 0");
     tool.file("train.yaml", &config);
-    train(&tool, "out", &["--dry-run", "--steps", &most])
+    train(&tool, "out", &["--dry-run", "--steps", most])
         .exits(4)
         .says("training.save_total_limit");
 }
@@ -75,7 +75,23 @@ fn settings_that_cannot_work_are_refused_by_key() {
         ),
         (
             "lora: {alpha_pattern: {q_proj: 1.0e+308}}",
-            "it must be above 0 and at most 1000000",
+            "is 1e308; it must be at least 1e-6 and at most 1000000",
+        ),
+        (
+            "lora: {alpha: 1.0e-320}",
+            "train.yaml:1: lora.alpha is 1e-320; it must be at least 1e-6 and at most 1000000",
+        ),
+        (
+            "lora: {alpha_pattern: {q_proj: 1.0e-320}}",
+            "lora.alpha_pattern.q_proj is 1e-320; it must be at least 1e-6",
+        ),
+        (
+            "training: {max_steps: 18446744073709551615}",
+            "train.yaml:1: training.max_steps is 1.8446744073709552e19; it must be above 0 and at most 1000000000",
+        ),
+        (
+            "data: {eval_fraction: 1.0e+308}",
+            "data.eval_fraction is 1e308; it must",
         ),
         ("lora: {lr_ratio: 1.0e+300}", "lora.lr_ratio is 1e300"),
         ("training: {learning_rate: 1.0e+39}", "is 1e39"),

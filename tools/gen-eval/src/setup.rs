@@ -1,6 +1,8 @@
 //! What is known before the weights are loaded: whether model, adapters and
 //! prompts go together.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use cli::{App, Failure, PrintConfig, Resolved, Signature};
 use qwen3::{
@@ -25,13 +27,19 @@ pub fn check(resolved: &Resolved<EvalSettings>) -> Result<(), Failure> {
     if !(settings.temperature.is_finite() && settings.temperature >= 0.0) {
         return wrong(
             "temperature",
-            format!("is {}; it must be at least 0", settings.temperature),
+            format!(
+                "is {}; it must be at least 0",
+                cli::shown(settings.temperature)
+            ),
         );
     }
     if !(settings.top_p > 0.0 && settings.top_p <= 1.0) {
         return wrong(
             "top_p",
-            format!("is {}; it must be above 0 and at most 1", settings.top_p),
+            format!(
+                "is {}; it must be above 0 and at most 1",
+                cli::shown(settings.top_p)
+            ),
         );
     }
     Ok(())
@@ -72,10 +80,18 @@ impl Setup {
             .collect::<Result<_>>()?;
         let of_training = trained.iter().find_map(|(_, settings)| settings.as_ref());
 
+        let named_base = || -> Result<Option<String>> {
+            Ok((named.first().map(Named::names_base).transpose()?).flatten())
+        };
         let base = match (&settings.model, of_training) {
             (Some(model), _) => Some(model.clone()),
-            (None, Some(training)) => Some(training.model.path.clone()),
-            (None, None) => named.first().map(Named::names_base).transpose()?.flatten(),
+            // A path that was relative, seen from another folder; the adapter has it whole.
+            (None, Some(training)) => {
+                let path = &training.model.path;
+                let whole = named_base()?.filter(|base| Path::new(base).exists());
+                Some(whole.unwrap_or_else(|| path.clone()))
+            }
+            (None, None) => named_base()?,
         };
         let base = base.ok_or_else(|| {
             let cause = "--model is needed: no adapter says which base it was trained on";

@@ -1,14 +1,18 @@
 //! What the settings' `lora` section means for a model.
 
 use std::fmt::Display;
+use std::path::Path;
 
 use anyhow::Result;
-use cli::{Failure, Resolved};
+use cli::{Failure, Resolved, shown};
 use qwen3::{Adapter, AdapterConfig, Config, LoraLayout, Targets, Unfit};
 use settings::{TargetModules, TrainSettings};
 
 /// The largest alpha: far beyond what is of use.
 pub const MOST_ALPHA: f64 = 1e6;
+
+/// The smallest: with it the scale is a number of 32 bits still, whatever the rank.
+const LEAST_ALPHA: f64 = 1e-6;
 
 /// What is trained and where its values lie; refuses what matches nothing.
 pub fn layout(
@@ -26,17 +30,22 @@ pub fn layout(
             return Err(resolved.wrong(&key, cause).into());
         }
     }
-    for (name, &alpha) in &lora.alpha_pattern {
-        if !(alpha > 0.0 && alpha <= MOST_ALPHA) {
-            let key = format!("lora.alpha_pattern.{name}");
-            let cause = format!("is {alpha}; it must be above 0 and at most {MOST_ALPHA}");
+    let others = (lora.alpha_pattern.iter())
+        .map(|(name, &alpha)| (format!("lora.alpha_pattern.{name}"), alpha));
+    for (key, alpha) in [("lora.alpha".to_owned(), lora.alpha)]
+        .into_iter()
+        .chain(others)
+    {
+        if !(LEAST_ALPHA..=MOST_ALPHA).contains(&alpha) {
+            let (is, least) = (shown(alpha), shown(LEAST_ALPHA));
+            let cause = format!("is {is}; it must be at least {least} and at most {MOST_ALPHA}");
             return Err(resolved.wrong(&key, cause).into());
         }
     }
     // PEFT keeps a revision elsewhere than in the name.
     let (base, revision) = hub::parts(&settings.model.path);
     let adapter = AdapterConfig {
-        base_model: base.to_owned(),
+        base_model: anywhere(base),
         revision: revision.map(str::to_owned),
         rank: lora.rank,
         alpha: lora.alpha,
@@ -53,6 +62,18 @@ pub fn layout(
     let layout = LoraLayout::new(config, &adapter)
         .map_err(|Unfit { key, reason }| resolved.wrong(&format!("lora.{key}"), reason))?;
     Ok((adapter, layout))
+}
+
+/// A base as it is named wherever the adapter is read from: peft looks for a relative path
+/// from the folder that it runs in. A name on the hub stays one.
+fn anywhere(base: &str) -> String {
+    let path = Path::new(base);
+    let absolute = path
+        .exists()
+        .then(|| std::path::absolute(path).ok())
+        .flatten();
+    let absolute = absolute.and_then(|path| path.to_str().map(str::to_owned));
+    absolute.unwrap_or_else(|| base.to_owned())
 }
 
 /// The values of an adapter to start from, which must be of the settings' kind, `ours`.

@@ -33,7 +33,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
-use cli::{App, Common, Failure, Flags, Resolved, Tool};
+use cli::{App, Common, Failure, Flags, Resolved, Tool, shown};
 use engine::{Choice, Device};
 use qwen3::{Adapter, Checkpoint, Config, Model, Seen};
 use settings::TrainSettings;
@@ -361,7 +361,7 @@ fn check(app: &App, resolved: &Resolved<TrainSettings>) -> Result<()> {
         (
             "training.max_steps",
             t.max_steps.map_or(1.0, |n| n as f64),
-            f64::INFINITY,
+            1e9,
         ),
     ] {
         if !(value > 0.0 && value <= most) {
@@ -393,7 +393,7 @@ fn check(app: &App, resolved: &Resolved<TrainSettings>) -> Result<()> {
     }
     let fraction = settings.data.eval_fraction;
     if !(0.0..1.0).contains(&fraction) {
-        let cause = format!("is {fraction}; it must be at least 0 and below 1");
+        let cause = format!("is {}; it must be at least 0 and below 1", shown(fraction));
         return Err(resolved.wrong("data.eval_fraction", cause).into());
     }
     if !(1e-8..=0.1).contains(&t.learning_rate) {
@@ -403,14 +403,6 @@ fn check(app: &App, resolved: &Resolved<TrainSettings>) -> Result<()> {
         ));
     }
     Ok(())
-}
-
-/// A number without a row of zeros.
-fn shown(value: f64) -> String {
-    match value == 0.0 || (1e-3..1e10).contains(&value.abs()) {
-        true => value.to_string(),
-        false => format!("{value:e}"),
-    }
 }
 
 /// Settings that no row and no memory would show to be wrong for this model.
