@@ -663,6 +663,24 @@ fn conversations_are_replied_to() {
     }
 }
 
+/// Training notes its base as it was given, the adapter as it is found from everywhere.
+#[test]
+fn a_relative_base_is_found_from_another_folder() {
+    let fixture = Fixture::new();
+    let trained = "model: {path: model, quantization: none}\n";
+    fixture.tool.file("run1/train.yaml", trained);
+    let whole = fixture.folder("model").display().to_string();
+    let config = fixture.tool.read("run1/adapter_config.json");
+    let config = config.replace(r#""model""#, &json!(whole).to_string());
+    fixture.tool.file("run1/adapter_config.json", &config);
+    std::fs::create_dir(fixture.folder("elsewhere")).unwrap();
+    let arguments = ["--adapter=../run1", "--max-new-tokens=2"];
+    let mut command = fixture.tool.command(&arguments);
+    command.current_dir(fixture.folder("elsewhere"));
+    let run = Run::of(&mut command, fixture.pairs().as_bytes()).exits(0);
+    assert_eq!(run.records().len(), 5);
+}
+
 /// A base that was given to qlora-train by its name on the hub is found by it.
 #[test]
 fn a_downloaded_base_goes_by_its_name() {

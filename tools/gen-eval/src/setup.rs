@@ -85,12 +85,14 @@ impl Setup {
         };
         let base = match (&settings.model, of_training) {
             (Some(model), _) => Some(model.clone()),
-            // A path that was relative, seen from another folder; the adapter has it whole.
-            (None, Some(training)) => {
-                let path = &training.model.path;
-                let whole = named_base()?.filter(|base| Path::new(base).exists());
-                Some(whole.unwrap_or_else(|| path.clone()))
+            // A relative path is none from another folder; the adapter has it whole.
+            (None, Some(training)) if !Path::new(&training.model.path).exists() => {
+                let is_whole =
+                    |base: &String| Path::new(base).is_absolute() && Path::new(base).exists();
+                let whole = named_base()?.filter(is_whole);
+                Some(whole.unwrap_or_else(|| training.model.path.clone()))
             }
+            (None, Some(training)) => Some(training.model.path.clone()),
             (None, None) => named_base()?,
         };
         let base = base.ok_or_else(|| {

@@ -238,8 +238,12 @@ impl Adapter {
         if let Some(Strength { rank, scale }) =
             (strengths.values()).find(|strength| !strength.scale.is_normal())
         {
+            let key = match (config.alpha / *rank as f64) as f32 {
+                scale if scale.is_normal() => "alpha_pattern",
+                _ => "lora_alpha",
+            };
             let reason = format!("makes a scale of {scale:e} with rank {rank}, which is no use");
-            return Err(keys.wrong("lora_alpha", reason));
+            return Err(keys.wrong(key, reason));
         }
         let path = folder.join(TENSORS);
         let bytes = read(&path)?;

@@ -252,6 +252,17 @@ pub(crate) fn by_pattern<T: Copy>(
 mod tests {
     use super::*;
 
+    /// peft (0.21) makes a set of the list.
+    #[test]
+    fn a_name_that_is_there_twice_is_there() {
+        let names =
+            |names: &[&str]| Targets::Names(names.iter().map(|n| (*n).to_owned()).collect());
+        let once = resolve(&names(&["q_proj", "mlp.up_proj"]), 2);
+        let twice = resolve(&names(&["q_proj", "mlp.up_proj", "q_proj", "up_proj"]), 2);
+        assert_eq!(once, twice);
+        assert_eq!(once.map(|chosen| chosen.len()), Ok(4));
+    }
+
     /// Python 3.11: of these `re` refuses `\pL`, `\z`, `\h`, `\x{71}` and `(?<a>q)`; in the
     /// others it sees plain sets of characters.
     #[test]
