@@ -1281,6 +1281,12 @@ fn what_is_no_model_file_is_named() {
         fs::remove_file(&path).unwrap();
         fs::write(&path, whole).unwrap();
     }
+    // Nor is what a run left waited for.
+    let run = tool.folder().join("lora/run.json");
+    assert!(Command::new("mkfifo").arg(&run).status().unwrap().success());
+    let merge = ["merge", "--no-check", "--model", &model(), "--adapter"];
+    let merge = [&merge[..], &["lora", "--out", "m"]].concat();
+    tool.run(&merge, "").exits(0);
 }
 
 #[test]

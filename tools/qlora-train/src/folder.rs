@@ -151,8 +151,8 @@ fn check_same(path: &Path, identity: &Identity) -> Result<bool> {
 /// The fingerprint of the base that the adapter in `path` was trained on, if it is a
 /// run's.
 pub fn trained_on(path: &Path) -> Option<String> {
-    let run = fs::read_to_string(path.join(RUN)).ok()?;
-    Some(serde_json::from_str::<Identity>(&run).ok()?.model)
+    let run = qwen3::read(&path.join(RUN)).ok()?;
+    Some(serde_json::from_slice::<Identity>(&run).ok()?.model)
 }
 
 /// Most tokens of a pass in the run that is in `path`, if there is one that can be read.
