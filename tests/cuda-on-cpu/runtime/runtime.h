@@ -101,6 +101,14 @@ DEVICE u32 as_bits(float x) {
   memcpy(&bits, &x, 4);
   return bits;
 }
+DEVICE u32 permute(u32 a, u32 b, u32 selector) {
+  u32 r = 0;
+  for (int i = 0; i < 4; i++) {
+    const u32 digit = selector >> 4 * i & 15, byte = ((u64)b << 32 | a) >> 8 * (digit & 7) & 255;
+    r |= (digit & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
+  }
+  return r;
+}
 DEVICE u32 to_bf16(float x) {
   const u32 bits = as_bits(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff; // the device's NaN
@@ -124,6 +132,7 @@ DEVICE void load_matrices(u32 (&r)[4], const void *p) { cpu::matrices(r, p, fals
 DEVICE void load_matrices_transposed(u32 (&r)[4], const void *p) { cpu::matrices(r, p, true); }
 DEVICE void multiply(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) { cpu::multiply(acc, a, b0, b1); }
 DEVICE void copy_async(void *to, const void *from, bool valid) { cpu::copy_async(to, from, valid); }
+DEVICE void copy_async_cached(void *to, const void *from, bool valid) { cpu::copy_async(to, from, valid); }
 DEVICE void copy_commit() { cpu::copy_commit(); }
 template <int N> DEVICE void copy_wait() { cpu::copy_wait(N); }
 DEVICE float rsqrtf(float x) { return 1.0f / sqrtf(x); }

@@ -124,6 +124,21 @@ fn d(bits: u64) -> f64 {
     f64::from_bits(bits)
 }
 
+/// Default mode of `prmt`: "the msb defines if the byte value should be copied, or if the
+/// sign (msb of the byte) should be replicated over all 8 bits".
+fn permuted(a: u32, b: u32, selector: u32) -> u32 {
+    let bytes = [a.to_le_bytes(), b.to_le_bytes()].concat();
+    let chosen = |i: u32| {
+        let digit = selector >> (4 * i) & 0xf;
+        let byte = bytes[digit as usize & 7];
+        match digit & 8 {
+            0 => byte,
+            _ => (byte.cast_signed() >> 7).cast_unsigned(),
+        }
+    };
+    u32::from_le_bytes([0, 1, 2, 3].map(chosen))
+}
+
 /// Whatever went in, a NaN that comes out of single precision is this one ("Floating Point Instructions").
 const NAN: u32 = 0x7fff_ffff;
 
@@ -278,6 +293,7 @@ pub fn meaning(spelling: &str) -> Option<Meaning> {
         "shl.b32" => Narrow2(each!(|a, b| a.checked_shl(b).unwrap_or(0))),
         "shr.u32" => Narrow2(each!(|a, b| a.checked_shr(b).unwrap_or(0))),
         "shr.s32" => Narrow2(each!(|a, b| (signed(a) >> b.min(31)).cast_unsigned())),
+        "prmt.b32" => Narrow3(each!(|a, b, c| permuted(a, b, c))),
         "bfi.b32" => Narrow4(each!(
             |a, b, c, d| insert(a.into(), b.into(), c, d, 32) as u32
         )),

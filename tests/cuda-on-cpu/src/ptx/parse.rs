@@ -494,7 +494,10 @@ impl Parser {
                 place: self.place(place)?,
                 transposed: spelling.contains(".trans"),
             },
-            ("cp.async.cg.shared.global", [to, from, "16", bytes]) => Act::CopyAsync {
+            (
+                "cp.async.cg.shared.global" | "cp.async.ca.shared.global",
+                [to, from, "16", bytes],
+            ) => Act::CopyAsync {
                 to: self.place(to)?,
                 from: self.place(from)?,
                 bytes: self.narrow(bytes)?,
@@ -538,12 +541,17 @@ impl Parser {
         })
     }
 
-    /// `ld` or `st` `.space{.nc}{.v4}.type`.
+    /// `ld` or `st` `.space{.nc}{.v2|.v4}.type`.
     fn access(&mut self, spelling: &str, values: &str, place: &str) -> Result<Access, Problem> {
         let parts: Vec<_> = spelling.split('.').skip(1).collect();
         let constant = parts.contains(&"nc");
-        let count = if parts.contains(&"v4") { 4 } else { 1 };
-        let known = 2 + usize::from(constant) + usize::from(count == 4);
+        let count = match parts.iter().find(|part| part.starts_with('v')) {
+            Some(&"v4") => 4,
+            Some(&"v2") => 2,
+            Some(_) => return Err("an access of another kind".into()),
+            None => 1,
+        };
+        let known = 2 + usize::from(constant) + usize::from(count > 1);
         let space = match parts[0] {
             "global" => Space::Global { constant },
             "shared" => Space::Shared,

@@ -9,7 +9,7 @@ use cuda_on_cpu::{Interpreted, PTX, Ptx};
 use engine::cuda::{Arg, Driver, Launch};
 use engine::{Cuda, Heads, Rounded};
 
-use crate::kernels::{BF16, F32, attend};
+use crate::kernels::{BF16, attend, thin};
 use crate::support::{ONLY_PTX, distance, half_step};
 
 #[test]
@@ -101,27 +101,23 @@ fn swapped(line: &str, a: usize, b: usize) -> String {
     pieces.concat()
 }
 
-/// What the checks of attention say of a device with this PTX, if anything.
-fn verdict(ptx: &str, reference: &[Vec<f32>]) -> Option<String> {
+/// What a device computes, to be compared.
+type Check = fn(&Cuda) -> Vec<Vec<f32>>;
+
+/// What a check says of a device with this PTX, if anything.
+fn verdict(ptx: &str, check: Check, reference: &[Vec<f32>]) -> Option<String> {
     let run = || {
         let cuda = Cuda::new(Box::new(Interpreted::of(Ptx::new(ptx)))).unwrap();
-        attend(&cuda, NARROW, &LENGTHS)
+        check(&cuda)
     };
     let results = match catch_unwind(AssertUnwindSafe(run)) {
         Ok(results) => results,
         Err(panic) => return Some(panic.downcast_ref::<String>().unwrap().clone()),
     };
-    let mut pairs = results.iter().zip(reference).zip([BF16, F32, BF16]);
-    let wrong = pairs.find(|((got, want), limit)| {
-        // As `compare` has it.
-        distance(got, want)
-            > if *limit == F32 {
-                F32
-            } else {
-                limit.hypot(half_step(want))
-            }
-    });
-    wrong.map(|((got, want), _)| format!("off by {:.1e}", distance(got, want)))
+    let mut pairs = results.iter().zip(reference);
+    // As `compare` has it, but with the limit of bf16 for all.
+    let wrong = pairs.find(|(got, want)| distance(got, want) > BF16.hypot(half_step(want)));
+    wrong.map(|(got, want)| format!("off by {:.1e}", distance(got, want)))
 }
 
 /// Three tiles: as many as it takes to load over one.
@@ -134,12 +130,10 @@ const NARROW: Heads = Heads {
 
 #[test]
 fn a_mistake_in_the_ptx_is_found() {
-    let reference = attend(&Rounded, NARROW, &LENGTHS);
-    assert_eq!(verdict(PTX, &reference), None);
     type Edit = fn(&str) -> String;
     let none: Edit = |_| String::new();
     // How many of these lines, and what becomes of one; whether each is found.
-    let edits: [(&str, usize, Edit); 9] = [
+    let edits: [(&str, usize, Edit); 10] = [
         ("cvt.rn.bf16x2.f32", 4, |line| swapped(line, 1, 2)),
         ("ldmatrix", 4, |line| match line.contains(".trans") {
             true => line.replace(".trans", ""),
@@ -152,18 +146,27 @@ fn a_mistake_in_the_ptx_is_found() {
         ("bar.sync", 2, none),
         ("cp.async.wait_group", 1, none),
         ("shfl.sync", 4, |line| swapped(line, 3, 4)),
+        ("prmt.b32", 4, |line| swapped(line, 1, 2)),
     ];
-    for kernel in [
+    let attention = [
         "attention_32",
         "attention_backward_q_32",
         "attention_backward_kv_32",
-    ] {
-        for (says, count, edit) in &edits {
-            let texts = (0..*count).map_while(|n| edited(kernel, says, n, edit));
-            for (n, text) in texts.enumerate() {
-                let found = verdict(&text, &reference);
-                println!("{kernel}, {says} {n}: {found:?}");
-                assert!(found.is_some(), "{kernel}, {says} {n}");
+    ];
+    let products = ["thin_product", "thin_factors", "thin_inputs"];
+    let narrow = |b: &Cuda| attend(b, NARROW, &LENGTHS);
+    let references = [attend(&Rounded, NARROW, &LENGTHS), thin(&Rounded)];
+    let checks: [Check; 2] = [narrow, thin];
+    for ((kernels, check), reference) in [attention, products].iter().zip(checks).zip(&references) {
+        assert_eq!(verdict(PTX, check, reference), None);
+        for kernel in kernels {
+            for (says, count, edit) in &edits {
+                let texts = (0..*count).map_while(|n| edited(kernel, says, n, edit));
+                for (n, text) in texts.enumerate() {
+                    let found = verdict(&text, check, reference);
+                    println!("{kernel}, {says} {n}: {found:?}");
+                    assert!(found.is_some(), "{kernel}, {says} {n}");
+                }
             }
         }
     }
@@ -247,6 +250,9 @@ fn odd_instructions_are_as_the_manual_says() {
             "cvt.rn.bf16x2.f32 %r2, 0fFFC00000, 0f7F7FFFFF;",
             0x7fff_7f80,
         ),
+        // By bytes, the lowest digit first; with 8 the byte's sign.
+        ("prmt.b32 %r2, 0x33221180, 0x77665544, 0x3610;", 0x3366_1180),
+        ("prmt.b32 %r2, 0x33221180, 0x77665594, 0x0c98;", 0x80ff_00ff),
         ("bfi.b32 %r2, 255, 0, 4, 2;", 0x30),
         ("bfi.b32 %r2, -1, 0, 28, 8;", 0xf000_0000),
         ("shl.b32 %r2, 1, 32;", 0),

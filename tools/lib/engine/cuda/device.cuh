@@ -37,6 +37,14 @@ DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
 DEVICE u32 as_bits(float x) { return __float_as_uint(x); }
 
+// Four of the eight bytes of a and b, a's first, by the selector's digits, the lowest
+// first; with 8 added the byte's sign eight times over.
+DEVICE u32 permute(u32 a, u32 b, u32 selector) {
+  u32 r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+  return r;
+}
+
 // Two floats to bf16, round to nearest even, the first in the low half.
 DEVICE u32 pack(float low, float high) {
   u32 r;
@@ -105,6 +113,12 @@ DEVICE void multiply(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 // other threads after a barrier.
 DEVICE void copy_async(void *to, const void *from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+               "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
+}
+// The same by way of the cache that the multiprocessor's other warps read through.
+DEVICE void copy_async_cached(void *to, const void *from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
                "l"(from), "r"(valid ? 16 : 0)
                : "memory");
 }

@@ -6,6 +6,7 @@
 
 #include "nf4.cu"
 #include "random.cu"
+#include "thin.cu"
 #include "rows.cu"
 #include "dora.cu"
 #include "attention.cu"

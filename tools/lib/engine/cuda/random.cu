@@ -18,33 +18,6 @@ DEVICE Bits philox(u64 seed, u32 x, u32 y, u32 z, u32 tag) {
   return c;
 }
 
-// Multiplies tokens [tokens, width] by a module's dropout factors (0 or `scale`),
-// into `out` or, with `add`, onto it. `stream` is purpose, module and layer as
-// engine::rng packs them; a thread draws blocks of eight half-words, a block of threads
-// has a token.
-KERNEL(256)
-dropout(const bf16 *__restrict__ x, const u32 *__restrict__ rows,
-        const u32 *__restrict__ positions, u32 width, u64 seed, u32 step, u32 stream,
-        u32 threshold, float scale, u32 add, bf16 *__restrict__ out) {
-  const u32 row = rows[blockIdx.x], position = positions[blockIdx.x];
-  const size_t start = (size_t)blockIdx.x * width;
-  for (u32 block = threadIdx.x; block < width / 8; block += blockDim.x) {
-    const size_t i = start + block * 8;
-    const Bits bits = philox(seed, row, step, position, stream | block);
-    Eight v = load8(x + i);
-    for (int e = 0; e < 8; e++) {
-      const u32 draw = bits.word[e / 2] >> 16 * (e % 2) & 0xffff;
-      v.x[e] *= draw < threshold ? 0.0f : scale;
-    }
-    if (add) {
-      const Eight before = load8(out + i);
-      for (int e = 0; e < 8; e++) v.x[e] += before.x[e];
-    }
-    store8(out + i, v);
-  }
-}
-EXPORT(dropout)
-
 // Adds noise, uniform in ±alpha / √(length · width), to rows x [tokens, width] that
 // lie between `bounds`; grid [rows, longest], a block a token.
 KERNEL(256)

@@ -135,7 +135,8 @@ impl<'a> Products<'a> {
         runs
     }
 
-    /// A module's dropout factors `[tokens, inputs]`, if there is dropout.
+    /// What a module's dropout keeps `[tokens, inputs]`, as factors of 0 or 1, if there is
+    /// dropout. What is kept is scaled when sums are there: see [`scale`](Self::scale).
     fn mask(&self, module: u32) -> Option<Vec<f32>> {
         let dropout = self.dropout.as_ref()?;
         let stream = Stream {
@@ -144,7 +145,7 @@ impl<'a> Products<'a> {
             layer: self.group.layer,
             module,
         };
-        let how = (rng::drop_threshold(dropout.p), 1.0 / (1.0 - dropout.p));
+        let how = (rng::drop_threshold(dropout.p), 1.0);
         let mut factors = vec![0.0; self.tokens * self.inputs];
         for (t, factors) in factors.chunks_exact_mut(self.inputs).enumerate() {
             let (row, position) = (dropout.rows[t], dropout.positions[t]);
@@ -153,24 +154,30 @@ impl<'a> Products<'a> {
         Some(factors)
     }
 
-    /// An adapter's input.
-    fn dropped(&self, x: &[f32], module: u32) -> Vec<f32> {
+    /// What of the input an adapter sees.
+    fn kept(&self, x: &[f32], module: u32) -> Vec<f32> {
         let x = &x[..self.tokens * self.inputs];
         match self.mask(module) {
             None => x.to_vec(),
-            Some(factors) => x.iter().zip(factors).map(|(x, f)| nearest(x * f)).collect(),
+            Some(factors) => x.iter().zip(factors).map(|(x, f)| x * f).collect(),
         }
+    }
+
+    /// By what kept values are multiplied.
+    fn scale(&self) -> f32 {
+        let p = self.dropout.as_ref().map_or(0.0, |dropout| dropout.p);
+        1.0 / (1.0 - p)
     }
 
     /// `xa = drop(x) Aᵀ`
     fn low_rank(&self, x: &[f32], xa: &mut [f32]) {
         for u in &self.updates {
             let (tokens, rank) = (self.tokens, u.adapter.rank);
-            let x = self.dropped(x, u.adapter.module);
+            let x = self.kept(x, u.adapter.module);
             let x = View::dense(&x, [tokens, self.inputs]);
             let a = View::dense(&u.a, [rank, self.inputs]);
             let to = ViewMut::new(&mut xa[u.rank..], [tokens, rank], self.ranks);
-            product(to, Into::Set, x, a.t(), 1.0);
+            product(to, Into::Set, x, a.t(), self.scale());
         }
         round(&mut xa[..self.tokens * self.ranks]);
     }
@@ -267,23 +274,28 @@ impl<'a> Products<'a> {
                 let xa = View::new(&xa[u.rank..], [tokens, rank], ranks);
                 let db = ViewMut::dense(&mut grads[adapter.b..], [u.outputs, rank]);
                 product(db, Into::Add, d.t(), xa, adapter.scale);
-                let x = self.dropped(x, adapter.module);
+                let x = self.kept(x, adapter.module);
                 let x = View::dense(&x, [tokens, inputs]);
                 let da = ViewMut::dense(&mut grads[adapter.a..], [rank, inputs]);
-                product(da, Into::Add, own.t(), x, 1.0);
+                product(da, Into::Add, own.t(), x, self.scale());
             }
             if let (Some(dx), Some(factors)) = (dx.as_deref_mut(), self.mask(adapter.module)) {
                 let mut raw = vec![0.0; len];
                 let to = ViewMut::dense(&mut raw, [tokens, inputs]);
                 product(to, Into::Set, own, View::dense(&u.a, [rank, inputs]), 1.0);
                 for ((dx, raw), f) in dx.iter_mut().zip(raw).zip(factors) {
-                    *dx = nearest(*dx + nearest(raw) * f);
+                    *dx += raw * f;
                 }
             }
             stack.extend_from_slice(&u.a);
         }
         let Some(dx) = dx else { return };
-        if self.dropout.is_none() && ranks > 0 {
+        if self.dropout.is_some() {
+            let scale = self.scale();
+            dx[..len]
+                .iter_mut()
+                .for_each(|dx| *dx = nearest(*dx * scale));
+        } else if ranks > 0 {
             let (a, dxa) = (
                 View::dense(&stack, [ranks, inputs]),
                 View::dense(&dxa, [tokens, ranks]),

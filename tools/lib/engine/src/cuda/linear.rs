@@ -6,8 +6,8 @@ use half::bf16;
 
 use super::driver::{Address, Operand, Precision, Product};
 use super::memory::{Buffer, Room, piece};
-use super::{Arg, Cuda, Matrix, Store, args, few};
-use crate::rng::{self, Purpose};
+use super::thin::{self, Thin};
+use super::{Cuda, Matrix, Store, args, few};
 use crate::{Adapter, Dora, Dropout, Group, LinearGrad};
 
 const BF16: u64 = size_of::<bf16>() as u64;
@@ -29,8 +29,8 @@ pub(super) fn scratch(weights: &[&Matrix], [tokens, ranks]: [usize; 2], dora: bo
     if ranks > 0 {
         // A member's own rank is not known here, only that it is at most all.
         bytes += piece::<bf16>(ranks * (inputs + outputs))
-            + piece::<bf16>(tokens * ranks)
-            + piece::<bf16>(tokens * inputs);
+            + piece::<bf16>(tokens * thin::padded_most(ranks, weights.len()))
+            + thin::scratch([tokens, inputs], ranks, weights.len());
     }
     if dora {
         bytes += piece::<bf16>(tokens * outputs);
@@ -102,6 +102,8 @@ struct Place<'a> {
     out: usize,
     /// First column of its `x Aᵀ`, and first row of its `A` in the stack.
     rank: usize,
+    /// First column of the gradient by its `x Aᵀ`.
+    gradient: usize,
     /// Where its `B` starts behind the stack of every `A`.
     b: usize,
 }
@@ -118,10 +120,11 @@ struct Scratch {
     weights: Address,
     /// The factors, rounded: every `A` `[Σ rank, inputs]`, then every `B`.
     factors: Address,
-    /// `[tokens, Σ rank]`: the gradient by `x Aᵀ`.
+    /// `[tokens, Σ rank]`: the gradient by `x Aᵀ`; under dropout each member's columns
+    /// are filled up with zeros to whole tiles.
     dxa: Address,
-    /// `[tokens, inputs]`: an input after dropout, or a gradient before it.
-    dropped: Address,
+    /// Under dropout a copy of the input, or sums of the gradients of `A`.
+    aside: Address,
     /// `[tokens, Σ outputs]` with DoRA: outputs before they are rescaled, then the
     /// gradient by them.
     unscaled: Address,
@@ -139,6 +142,8 @@ pub(super) struct Run<'a> {
     /// Outputs, and ranks, of all members.
     width: usize,
     ranks: usize,
+    /// Columns of the gradient by `x Aᵀ`.
+    gradients: usize,
     /// Whether any member's rows are rescaled.
     dora: bool,
     x: Address,
@@ -157,7 +162,7 @@ impl<'a> Run<'a> {
         scratch: &Buffer<u8>,
     ) -> Self {
         let inputs = group.members[0].weight.cols;
-        let (mut width, mut ranks, mut b) = (0, 0, 0);
+        let (mut width, mut ranks, mut gradients, mut b) = (0, 0, 0, 0);
         let mut places = Vec::with_capacity(group.members.len());
         for member in group.members {
             let weight = member.weight;
@@ -170,11 +175,16 @@ impl<'a> Run<'a> {
                 adapter: member.adapter,
                 out: width,
                 rank: ranks,
+                gradient: gradients,
                 b,
             });
             let rank = member.adapter.map_or(0, |a| a.rank);
             width += weight.rows;
             ranks += rank;
+            gradients += match dropout {
+                Some(_) => thin::padded(rank),
+                None => rank,
+            };
             b += weight.rows * rank;
         }
         assert!(
@@ -183,18 +193,23 @@ impl<'a> Run<'a> {
         );
         let mut room = Room::new(scratch);
         let weights = room.take::<bf16>(decoded_len(places.iter().map(|p| p.weight)));
-        let mut take = |wanted: bool, len: usize| match wanted {
-            true => room.take::<bf16>(len),
-            false => 0,
-        };
-        let (adapters, dora) = (ranks > 0, group.dora());
+        let dora = group.dora();
+        let (mut factors, mut dxa, mut aside, mut unscaled) = (0, 0, 0, 0);
+        if ranks > 0 {
+            factors = room.take::<bf16>(ranks * inputs + b);
+            dxa = room.take::<bf16>(tokens * gradients);
+            aside = room.take::<u8>(thin::scratch([tokens, inputs], ranks, places.len()));
+        }
+        if dora {
+            unscaled = room.take::<bf16>(tokens * width);
+        }
         Self {
             scratch: Scratch {
                 weights,
-                factors: take(adapters, ranks * inputs + b),
-                dxa: take(adapters, tokens * ranks),
-                dropped: take(adapters, tokens * inputs),
-                unscaled: take(dora, tokens * width),
+                factors,
+                dxa,
+                aside,
+                unscaled,
             },
             dora,
             x: x.first(tokens * inputs),
@@ -208,6 +223,7 @@ impl<'a> Run<'a> {
             inputs,
             width,
             ranks,
+            gradients,
         }
     }
 
@@ -299,39 +315,30 @@ impl<'a> Run<'a> {
         base + p.rank as u64 * BF16
     }
 
-    /// Multiplies `[tokens, inputs]` by a member's dropout factors, to or onto `out`.
-    fn drop(&self, dropout: &Dropout<'_, Cuda>, module: u32, x: Address, add: bool, out: Address) {
-        let stream = rng::Stream {
-            seed: dropout.seed,
-            purpose: Purpose::Dropout,
+    /// The products with the inputs that are kept, if some are dropped.
+    fn thin(&self) -> Option<Thin<'_>> {
+        let dropout = self.dropout.as_ref().filter(|_| self.ranks > 0)?;
+        let members = self.adapters().map(|(_, a)| (a.rank, a.module));
+        Some(Thin {
+            cuda: self.cuda,
+            dropout,
             layer: self.layer,
-            module,
-        };
-        let args = args![
-            x,
-            dropout.rows.first(self.tokens),
-            dropout.positions.first(self.tokens),
-            self.inputs,
-            Arg::U64(stream.seed),
-            dropout.step,
-            stream.tag(),
-            u32::from(rng::drop_threshold(dropout.p)),
-            1.0 / (1.0 - dropout.p),
-            u32::from(add),
-            out,
-        ];
-        self.cuda.launch("dropout", self.tokens, args);
+            members: thin::Members::new(members),
+            tokens: self.tokens,
+            inputs: self.inputs,
+            factors: self.scratch.factors,
+        })
     }
 
-    /// A member's input as its adapter sees it.
-    fn dropped_input(&self, module: u32) -> Address {
-        match &self.dropout {
-            None => self.x,
-            Some(dropout) => {
-                self.drop(dropout, module, self.x, false, self.scratch.dropped);
-                self.scratch.dropped
-            }
-        }
+    /// Whether members have copies of what is kept of their inputs.
+    fn copies(&self) -> bool {
+        thin::copies(self.ranks, self.places.len())
+    }
+
+    /// A copy of what a module keeps, and by what that is multiplied.
+    fn copy(&self, thin: &Thin<'_>, module: u32) -> (Address, f32) {
+        thin.copy(self.x, module, self.scratch.aside);
+        (self.scratch.aside, thin.scale())
     }
 
     fn product(&self, product: Product) {
@@ -354,7 +361,7 @@ impl<'a> Run<'a> {
         if let Some(params) = self.params {
             self.round_factors(params);
         }
-        let xa = |x: Address, a: Address, ranks: usize, to: Address| {
+        let xa = |(x, scale): (Address, f32), a: Address, ranks: usize, to: Address| {
             self.product(Product {
                 size: [tokens, ranks, self.inputs],
                 a: Operand::new(x, self.inputs),
@@ -362,16 +369,21 @@ impl<'a> Run<'a> {
                 out: (to, self.ranks),
                 precision: Precision::Bf16,
                 add: None,
-                scale: 1.0,
+                scale,
             });
         };
-        if self.dropout.is_none() && self.ranks > 0 {
-            xa(self.x, self.scratch.factors, self.ranks, self.xa);
-        } else {
-            for (p, a) in self.adapters() {
-                let x = self.dropped_input(a.module);
-                xa(x, self.a_of(p), a.rank, self.ranks_of(p, self.xa));
+        match &self.thin() {
+            Some(thin) if self.copies() => {
+                for (p, a) in self.adapters() {
+                    let x = self.copy(thin, a.module);
+                    xa(x, self.a_of(p), a.rank, self.ranks_of(p, self.xa));
+                }
             }
+            Some(thin) => thin.product(self.x, self.xa),
+            None if self.ranks > 0 => {
+                xa((self.x, 1.0), self.scratch.factors, self.ranks, self.xa);
+            }
+            None => {}
         }
         let residual = residual.map(|r| r.first(tokens * width));
         if !self.dora {
@@ -486,31 +498,45 @@ impl<'a> Run<'a> {
                 scale,
             });
         };
+        if self.gradients > self.ranks {
+            let bytes = tokens * self.gradients * size_of::<bf16>();
+            self.cuda.queue.zero(self.scratch.dxa, bytes);
+        }
+        let (thin, wanted) = (self.thin(), grads.is_some());
         // Members that see the same input have one product for all their `A`.
-        let stack = self.stack().filter(|_| self.dropout.is_none());
+        let stack = self.stack().filter(|_| thin.is_none());
         for (p, a) in self.adapters() {
             let rows = p.weight.rows;
             let d = Operand::new(dout + p.out as u64 * BF16, width);
             let xa = Operand::new(self.ranks_of(p, self.xa), self.ranks);
-            let dxa = Operand::new(self.ranks_of(p, self.scratch.dxa), self.ranks);
+            let dxa = self.scratch.dxa + p.gradient as u64 * BF16;
+            let dxa = Operand::new(dxa, self.gradients);
             let b = Operand::new(self.b_of(p), a.rank);
             self.product(Product {
                 size: [tokens, a.rank, rows],
                 a: d,
                 b,
-                out: (dxa.address, self.ranks),
+                out: (dxa.address, dxa.stride),
                 precision: Precision::Bf16,
                 add: None,
                 scale: a.scale,
             });
             let range = a.b..a.b + rows * a.rank;
             onto([rows, a.rank, tokens], d.t(), xa, a.scale, range, a.rank);
-            if grads.is_some() && stack.is_none() {
-                let x = Operand::new(self.dropped_input(a.module), self.inputs);
-                let range = a.a..a.a + a.rank * self.inputs;
-                let size = [a.rank, self.inputs, tokens];
-                onto(size, dxa.t(), x, 1.0, range, self.inputs);
-            }
+            let (x, scale) = match &thin {
+                Some(thin) if wanted && self.copies() => self.copy(thin, a.module),
+                None if stack.is_none() => (self.x, 1.0),
+                _ => continue, // those of all members follow
+            };
+            let range = a.a..a.a + a.rank * self.inputs;
+            let size = [a.rank, self.inputs, tokens];
+            let x = Operand::new(x, self.inputs);
+            onto(size, dxa.t(), x, scale, range, self.inputs);
+        }
+        if let (Some(thin), Some(grads), false) = (&thin, &grads, self.copies()) {
+            let factor = |(_, a): (_, Adapter)| grads.at(a.a..a.a + a.rank * self.inputs);
+            let to = self.adapters().map(factor);
+            thin.factors(self.x, self.scratch.dxa, to, self.scratch.aside);
         }
         if let Some(stack) = stack {
             let dxa = Operand::new(self.scratch.dxa, self.ranks);
@@ -520,29 +546,18 @@ impl<'a> Run<'a> {
         }
         let Some(dx) = dx else { return };
         // As in `products`: what passes through the factors comes first.
-        let through_a = |dxa: Address, a: Address, ranks: usize, to: Address| {
+        if let Some(thin) = thin {
+            thin.inputs(self.scratch.dxa, dx);
+        } else if self.ranks > 0 {
             self.product(Product {
-                size: [tokens, self.inputs, ranks],
-                a: Operand::new(dxa, self.ranks),
-                b: Operand::new(a, self.inputs),
-                out: (to, self.inputs),
+                size: [tokens, self.inputs, self.ranks],
+                a: Operand::new(self.scratch.dxa, self.ranks),
+                b: Operand::new(self.scratch.factors, self.inputs),
+                out: (dx, self.inputs),
                 precision: Precision::Bf16,
                 add: None,
                 scale: 1.0,
             });
-        };
-        match &self.dropout {
-            None if self.ranks > 0 => {
-                through_a(self.scratch.dxa, self.scratch.factors, self.ranks, dx);
-            }
-            None => {}
-            Some(dropout) => {
-                for (i, (p, a)) in self.adapters().enumerate() {
-                    let (dxa, raw) = (self.ranks_of(p, self.scratch.dxa), self.scratch.dropped);
-                    through_a(dxa, self.a_of(p), a.rank, raw);
-                    self.drop(dropout, a.module, raw, i > 0, dx);
-                }
-            }
         }
         let to = (dx, self.inputs);
         let mut add = (self.ranks > 0).then_some(to);

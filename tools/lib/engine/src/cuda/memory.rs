@@ -62,6 +62,10 @@ impl Queue {
     pub fn multiply(&self, product: &Product) {
         self.then(|driver| driver.multiply(product));
     }
+
+    pub fn zero(&self, at: Address, bytes: usize) {
+        self.then(|driver| driver.zero(at, bytes));
+    }
 }
 
 /// What a device buffer can hold.
@@ -161,7 +165,7 @@ impl<T: Element> Buffer<T> {
     pub(super) fn zero(&self, len: usize) {
         let at = self.first(len);
         if len > 0 {
-            self.queue.then(|d| d.zero(at, len * size_of::<T>()));
+            self.queue.zero(at, len * size_of::<T>());
         }
     }
 

@@ -18,6 +18,7 @@ mod memory;
 mod nvidia;
 mod quantize;
 mod random;
+mod thin;
 
 use std::ops::Range;
 use std::sync::Arc;
