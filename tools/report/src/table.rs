@@ -149,7 +149,7 @@ fn compare<'a>(
     };
     let (a, b) = (system(a), system(b));
     let n = tests.clone().map(|t| t.n).max().unwrap_or(0);
-    writeln!(out, "\n{b} against {a}{by_judge}, {n} held-out tweets")?;
+    writeln!(out, "\n{b} against {a}{by_judge}, {n} held-out rows")?;
     writeln!(
         out,
         "  {:<14}{a:>10}{b:>10}  {:>22}   {:>8}",
