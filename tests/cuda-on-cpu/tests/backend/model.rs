@@ -276,8 +276,9 @@ fn training_and_generation_follow_the_cpu() {
             "{name}: loss {} → {}, on the CPU {} → {}; apart by up to {loss:.1e}; gradient off by {gradient:.1e}",
             got.losses[0], got.losses[49], want.losses[0], want.losses[49],
         );
-        // Measured on 2026-11-30, device on a processor: 1.7e-10 and 1.8e-4, where the
-        // roundings by themselves make 1.2e-2 and 4.5e-3. A statistic whose sum ends
+        // Measured on 2026-11-30, device on a processor: 1.3e-6 and 3.6e-4, where the
+        // roundings by themselves make 1.2e-2 and 3.7e-3 (1.7e-10 and 1.8e-4 while products
+        // under dropout summed as the CPU does, which now they do not). A statistic whose sum ends
         // otherwise, by one unit in the last place, can turn a rounding; this model is one
         // where none does. Of six others three were alike, three off by 2.3e-4 to 4.9e-3;
         // their losses, by 1.4e-3 to 5.9e-3. A GPU may have such a turn: hence 6e-3. A
@@ -289,7 +290,7 @@ fn training_and_generation_follow_the_cpu() {
         // as it likes, as a GPU does.
         let in_the_cpus_order = ["threads in order", "stand-in"];
         let limit = match in_the_cpus_order.iter().any(|s| name.contains(s)) {
-            true => 1e-3,
+            true => 2e-3,
             false => 1.4e-2,
         };
         assert!(loss < limit, "{name}: {loss:e}");
@@ -309,7 +310,7 @@ fn noise_on_embeddings_and_moments_in_8_bits_follow_the_cpu() {
         let name = device.describe();
         let got = train(&model(device), Keep::All, STEPS, ALL);
         println!("{name}: losses off by {:.1e}", apart(&got));
-        // Measured on 2026-11-23, device on a processor: 8.6e-5; without them 6.6e-2.
+        // Measured on 2026-11-30, device on a processor: 2.6e-4; without them 4.5e-2.
         assert!(apart(&got) < 1e-3, "{name}: {:e}", apart(&got));
     }
 }
@@ -331,7 +332,7 @@ fn rescaled_rows_and_ranks_of_their_own_follow_the_cpu() {
             "{name}: loss {} → {}, off by {loss:.1e}; gradient off by {gradient:.1e}",
             got.losses[0], got.losses[19]
         );
-        // Measured on 2026-11-23, device on a processor: 1.3e-8 and 1.1e-4; limits as above.
+        // Measured on 2026-11-30, device on a processor: 3.2e-8 and 3.2e-4.
         assert!(
             gradient < 6e-3 && loss < 1e-3,
             "{name}: {gradient:e} {loss:e}"
@@ -355,8 +356,9 @@ fn a_head_in_nf4_learns_and_generates_as_on_the_cpu() {
             "{name}: loss {} → {}, off by {loss:.1e}; {:?}",
             got.losses[0], got.losses[11], got.replies
         );
-        // Measured on 2026-11-23, device on a processor: 1.2e-4; limits as above.
-        assert!(loss < 1e-3, "{name}: {loss:e}");
+        // Measured on 2026-11-30, device on a processor: 7.3e-4, and 2.3e-4 by its PTX
+        // (1.2e-4 before products under dropout summed in an order of their own).
+        assert!(loss < 3e-3, "{name}: {loss:e}");
         assert_eq!(got.replies, want.replies, "{name}");
     }
 }

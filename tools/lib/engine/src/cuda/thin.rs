@@ -1,9 +1,9 @@
 //! Low-rank products of inputs under dropout, whose masks are drawn inside them
 //! (`cuda/thin.cu`). By way of copies with the masks applied, each product of each member
 //! would read its input, write a copy and read that; this reads the input once for all
-//! members: a fifth of the bytes, for two thirds of the instructions that making the
-//! copies takes (docs/gpu.md). Large ranks need several passes, which draw every mask
-//! again: there the copies are made after all.
+//! members, a fifth of the bytes, and takes as long as its instructions (docs/gpu.md).
+//! Large ranks need several passes, which draw every mask again: there the copies are
+//! made after all.
 
 use half::bf16;
 
@@ -52,8 +52,8 @@ fn stretches(tokens: usize, inputs: usize) -> usize {
 }
 
 /// Whether a group of so many members, of this rank together, makes copies of its input.
-/// The product and the gradient of `A` take 48 ranks at a time; at twice as many their
-/// instructions take as long as a copy's bytes.
+/// The product and the gradient of `A` take 48 ranks at a time; in two passes their
+/// instructions take as long as a copy's bytes, in more longer (docs/gpu.md).
 pub(super) fn copies(ranks: usize, members: usize) -> bool {
     ranks > 64 * members
 }
