@@ -64,7 +64,7 @@ fn wrong_settings_are_told_in_a_line_and_in_words() {
         ),
         (
             "statistics:\n  alpha: .nan\n",
-            "s.yaml:2: .nan: NaN and infinity are not a number",
+            "s.yaml:2: statistics.alpha: is \".nan\"; it must be a number",
         ),
         (
             "statistics:\n  seed: many\n",
