@@ -604,6 +604,8 @@ fn conversations_are_replied_to() {
         json!({"prompt": "Seen", "completion": "in training", "split": "train"}),
         json!({"id": 7, "conversation_id": "c", "messages": turns, "split": "eval"}),
         json!({"messages": turns.as_array().unwrap()[..3], "split": "eval"}),
+        // Nothing that could be asked, but of use in training.
+        json!({"messages": [{"role": "assistant", "content": "a"}], "split": "train"}),
     ];
     let rows: String = rows.iter().map(|row| format!("{row}\n")).collect();
     let arguments = ["--model=model", "--quantization=none", "--max-new-tokens=4"];
@@ -647,6 +649,10 @@ fn conversations_are_replied_to() {
         (
             json!({"messages": [{"role": "User", "content": "u"}, {"role": "assistant", "content": "a"}]}),
             "-:1: key `messages`: turn 1: no role `User`",
+        ),
+        (
+            json!({"messages": [{"role": "assistant", "content": "a"}], "split": "eval"}),
+            "-:1: key `messages`: the assistant speaks first",
         ),
         (json!({"text": "x"}), "-:1: no row that is understood"),
         // Tools are told to the model: with them the row above is longer than it can read.

@@ -255,6 +255,11 @@ fn a_damaged_adapter_is_not_taken_for_a_finished_one() {
         .exits(4)
         .says("out/adapter_config.json: cannot be read: No such file")
         .says("; move adapter_model.safetensors away, and --resume writes it again");
+    // Words that gen-eval would ask by.
+    fs::remove_file(tool.folder().join("out/train.yaml")).unwrap();
+    train(&tool, "out", &["--steps", "3", "--resume"])
+        .exits(4)
+        .says("; move adapter_model.safetensors away, and --resume writes it again");
     // The remedy that it names is one.
     let aside = tool.folder().join("aside.safetensors");
     fs::rename(&weights, aside).unwrap();
@@ -449,7 +454,7 @@ fn a_checkpoint_of_another_step_or_run_is_refused() {
         fs::write(&figures, text.replacen('3', "4", 1)).unwrap();
     })
     .exits(4)
-    .says("metrics.jsonl is not as it was at the newest checkpoint");
+    .says("metrics.jsonl is not as it was at checkpoints/step-12");
     resumed("cut", &|folder| {
         let run = folder.join("run.json");
         let text = fs::read_to_string(&run).unwrap();
@@ -458,6 +463,23 @@ fn a_checkpoint_of_another_step_or_run_is_refused() {
     .exits(4)
     .says("cut/run.json: EOF while parsing")
     .says("put it back from a copy");
+    // What is no file is not waited for.
+    for name in [
+        "run.json",
+        "metrics.jsonl",
+        "timing.jsonl",
+        "checkpoints/step-12/state.json",
+        "checkpoints/step-12/state.safetensors",
+    ] {
+        let out = format!("pipe-{}", name.rsplit('/').next().unwrap());
+        resumed(&out, &|folder| {
+            fs::remove_file(folder.join(name)).unwrap();
+            let made = Command::new("mkfifo").arg(folder.join(name)).status();
+            assert!(made.unwrap().success());
+        })
+        .exits(4)
+        .says(&format!("{name}: is no regular file"));
+    }
     // Nothing changed: the same bytes.
     resumed("same", &|_| ()).exits(0);
     same(&tool, "whole", "same");

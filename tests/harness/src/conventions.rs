@@ -116,7 +116,17 @@ impl Conventions {
         let beside = [self.rejects, "--log", "--summary"];
         let beside = beside.iter().filter(|flag| help.contains(**flag));
         for flag in beside {
-            for text in ["precious\n", "{\"precious\":1}\n", "\u{0}", "[{"] {
+            for text in [
+                "precious\n",
+                "{\"precious\":1}\n",
+                "\u{0}",
+                "[{",
+                // Of other tools, or of other flags.
+                r#"{"v":1,"id":"1","rejected":{"by":"another-tool","reasons":[]}}"#,
+                r#"{"v":1,"id":"1","dropped":{"by":"another-tool"}}"#,
+                r#"{"bad_line":{"by":"another-tool","file":"-","line":1,"error":"","raw":""}}"#,
+                r#"{"v":1,"tool":"another-tool","in":2,"out":1,"rejected":1,"bad_lines":0}"#,
+            ] {
                 let file = tool.file("mine", text);
                 tool.run(&self.with(&[flag, &file]), &self.input)
                     .exits(2)

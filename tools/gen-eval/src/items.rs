@@ -20,18 +20,21 @@ impl Source {
         let mut conversation = wording.read(record)?;
         let messages = &mut conversation.messages;
         let asked = messages.iter().rposition(|m| m.role == "assistant");
+        let split = record.split()?;
+        // What was trained on is left out anyway, and may have been of use there.
+        let is_left_out = split == Some(Split::Train);
         let cause = match asked {
-            Some(0) => "the assistant speaks first: nothing is put to the model",
-            Some(asked) => {
+            Some(0) if !is_left_out => "the assistant speaks first: nothing is put to the model",
+            None if !is_left_out => "no turn of the assistant: nothing to compare with",
+            _ => {
+                let asked = asked.unwrap_or(0);
                 messages.truncate(asked + 1);
-                let split = record.split()?;
                 return Ok(Self {
                     conversation,
                     asked,
                     split,
                 });
             }
-            None => "no turn of the assistant: nothing to compare with",
         };
         let lists = ["messages", "conversations", "completion"];
         let key = lists.into_iter().find(|key| record.contains(key));

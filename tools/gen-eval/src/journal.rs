@@ -89,6 +89,10 @@ impl Journal {
         let path = folder.join("answers.jsonl");
         let shown = path.display();
         let anew = format!("delete {shown} to begin anew");
+        if path.metadata().is_ok_and(|found| !found.is_file()) {
+            // A pipe would be waited for without end.
+            return Err(Failure::World(format!("{shown}: is no regular file; {anew}")).into());
+        }
         let mut file = File::options()
             .create(true)
             .truncate(false)

@@ -21,7 +21,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Parser, ValueEnum};
 use cli::{App, Common, Counts, Flags, Resolved, Tool};
 use engine::{Choice, Device};
-use jsonl::{Lines, Output, Position, Records};
+use jsonl::{Lines, Output, Position};
 use qwen3::Model;
 use record::Record;
 use serde::Serialize;
@@ -211,7 +211,7 @@ impl GenEval {
         mut take: impl FnMut(Position, T) -> Result<()>,
     ) -> Result<Counts> {
         let mut rejects = app.rejects("--rejects", self.rejects.as_deref())?;
-        let mut records = Records::new(Lines::open(Path::new("-"))?, self.common.max_bad_lines);
+        let mut records = app.records(Lines::open(Path::new("-"))?);
         let mut written = 0;
         while let Some((position, value)) = records.next_with(&mut rejects, &mut check)? {
             take(position, value)?;

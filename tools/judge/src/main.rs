@@ -15,7 +15,7 @@ use std::rc::Rc;
 use clap::{Parser, ValueEnum};
 use cli::{App, Common, Counts, Failure, Flags, Signature};
 use httpclient::{Client, Scheme, Secret};
-use jsonl::{Lines, Output, Records};
+use jsonl::{Lines, Output};
 use record::Record;
 use serde_json::json;
 use settings::{EvalSettings, Judge as Settings, JudgeProvider};
@@ -211,9 +211,9 @@ impl Judge {
     fn read(&self, app: &App, pairs: &[(String, String)]) -> anyhow::Result<(Vec<Entry>, Counts)> {
         let mut rejects = app.rejects("--rejects", self.rejects.as_deref())?;
         if let Some(path) = &self.summary {
-            app.claim("--summary", path, &["judge"])?;
+            app.claim("--summary", path, |first| first.contains_key("judge"))?;
         }
-        let mut records = Records::new(Lines::open("-".as_ref())?, self.common.max_bad_lines);
+        let mut records = app.records(Lines::open("-".as_ref())?);
         let mut entries = Vec::new();
         let understand = |record: Record| {
             if record.contains("corpus") {

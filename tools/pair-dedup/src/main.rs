@@ -20,7 +20,7 @@ use anyhow::Context;
 use clap::Parser;
 use cli::{App, Common, Counts, Failure, Flags, PrintConfig, Resolved, Signature, Tool};
 use embed::{DIM, Embedder};
-use jsonl::{Lines, Output, Records, Rejects, write_atomically};
+use jsonl::{Lines, Output, Rejects, write_atomically};
 use record::{Dropped, Duplicate, Pair, Record, Split, Summary, Validation, quality};
 use settings::DataSettings;
 
@@ -126,9 +126,11 @@ impl Tool for PairDedup {
 
         let mut dropped = app.rejects("--dropped", self.dropped.as_deref())?;
         if let Some(path) = &self.summary {
-            app.claim("--summary", path, &["tool"])?;
+            app.claim("--summary", path, |first| {
+                first.get("tool").is_some_and(|tool| tool == NAME)
+            })?;
         }
-        let (mut rows, bad) = self.read(&mut dropped)?;
+        let (mut rows, bad) = self.read(app, &mut dropped)?;
         let read = rows.len();
         rows.sort_by(Row::compare);
 
@@ -235,8 +237,8 @@ fn check(resolved: &Resolved<DataSettings>) -> Result<(), Failure> {
 
 impl PairDedup {
     /// All rows, and the number of malformed lines.
-    fn read(&self, dropped: &mut Rejects) -> anyhow::Result<(Vec<Row>, u64)> {
-        let mut records = Records::new(Lines::open(Path::new("-"))?, self.common.max_bad_lines);
+    fn read(&self, app: &App, dropped: &mut Rejects) -> anyhow::Result<(Vec<Row>, u64)> {
+        let mut records = app.records(Lines::open(Path::new("-"))?);
         let mut rows = Vec::new();
         while let Some((_, row)) = records.next_with(dropped, Row::of)? {
             rows.push(row);

@@ -69,10 +69,12 @@ impl Tool for PairValidate {
 
         let mut rejects = app.rejects("--rejects", self.rejects.as_deref())?;
         if let Some(path) = &self.summary {
-            app.claim("--summary", path, &["tool"])?;
+            app.claim("--summary", path, |first| {
+                first.get("tool").is_some_and(|tool| tool == NAME)
+            })?;
         }
         let mut out = Output::stdout();
-        let mut records = Records::new(Lines::open(Path::new("-"))?, self.common.max_bad_lines);
+        let mut records = app.records(Lines::open(Path::new("-"))?);
         let (mut passed, mut refused) = (0, 0);
         let mut by_reason = BTreeMap::new();
         let progress = app.progress("validated", None);

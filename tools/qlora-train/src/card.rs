@@ -561,7 +561,7 @@ impl AddToCard {
             let remedy = "name the folder of an adapter that qlora-train has finished";
             Failure::Usage(format!("{}: {error}; {remedy}", path.display()))
         })?;
-        let mut lines = Records::new(Lines::open(&self.evaluation)?, 0);
+        let mut lines = Records::new(Lines::open(&self.evaluation)?, app.name(), 0);
         let mut tests = Vec::new();
         while let Some((_, test)) = lines.next_with(&mut std::io::sink(), Test::of)? {
             tests.push(test);

@@ -133,8 +133,7 @@ fn check_same(path: &Path, identity: &Identity) -> Result<bool> {
             ))),
         };
     }
-    let text = fs::read_to_string(&run).with_context(|| run.display().to_string())?;
-    let old: Identity = serde_json::from_str(&text).map_err(|e| {
+    let old: Identity = serde_json::from_slice(&qwen3::read(&run)?).map_err(|e| {
         let remedy = "without it nobody can tell which run this is: put it back from a copy, or train in another folder";
         Failure::World(format!("{}: {e}; {remedy} (make: RUN=new)", run.display()))
     })?;
@@ -157,8 +156,8 @@ pub fn trained_on(path: &Path) -> Option<String> {
 
 /// Most tokens of a pass in the run that is in `path`, if there is one that can be read.
 pub fn pass_tokens(path: &Path) -> Option<usize> {
-    let text = fs::read_to_string(path.join(RUN)).ok()?;
-    let run: Identity = serde_json::from_str(&text).ok()?;
+    let run = qwen3::read(&path.join(RUN)).ok()?;
+    let run: Identity = serde_json::from_slice(&run).ok()?;
     Some(run.pass_tokens)
 }
 
@@ -293,7 +292,13 @@ fn check_whole(folder: &Path) -> Result<(), Doubt> {
         qwen3::Error::Read { path, source } if path == sums => unread(source),
         qwen3::Error::File { ref path, .. } if *path == sums => Doubt::Unknown(error.to_string()),
         _ => Doubt::Damaged(format!("{:#}", anyhow::Error::new(error))),
-    })
+    })?;
+    // Without it gen-eval, which only warns, would ask in other words.
+    let settings = folder.join(qwen3::SETTINGS);
+    match settings.exists() {
+        true => Ok(()),
+        false => Err(Doubt::Damaged(format!("{} is gone", settings.display()))),
+    }
 }
 
 /// Every finished checkpoint of a run's folder, oldest first.
@@ -378,6 +383,10 @@ impl Folder {
         }
         let open = |file: &str| -> Result<File> {
             let path = path.join(file);
+            if path.metadata().is_ok_and(|found| !found.is_file()) {
+                let cause = format!("{}: is no regular file", path.display());
+                return Err(Failure::World(cause).into());
+            }
             File::options()
                 .create(true)
                 .append(true)
@@ -433,7 +442,7 @@ impl Folder {
     pub fn read_best(&self, step: u64) -> Result<Vec<f32>> {
         let path = self.best();
         let name = || path.display().to_string();
-        let bytes = fs::read(&path).with_context(name)?;
+        let bytes = qwen3::read(&path)?;
         let (_, metadata) = SafeTensors::read_metadata(&bytes).with_context(name)?;
         let kept = metadata.metadata().as_ref().and_then(|m| m.get("step"));
         if kept != Some(&step.to_string()) {
@@ -487,11 +496,14 @@ impl Folder {
     fn cut_back(&self, cut: Option<&Cut>) -> Result<()> {
         let path = self.path.join(METRICS);
         let bytes = cut.map_or(0, |cut| cut.metrics_bytes);
-        if cut.is_some_and(|cut| begin_sum(&path, bytes).ok().as_ref() != Some(&cut.metrics)) {
+        if let Some(cut) =
+            cut.filter(|cut| begin_sum(&path, bytes).ok().as_ref() != Some(&cut.metrics))
+        {
             let cause = format!(
-                "{} is not as it was at the newest checkpoint: changed by hand; delete that checkpoint to go on \
-                 from the one before, or train in another folder",
-                path.display()
+                "{} is not as it was at {CHECKPOINTS}/step-{}: put it back from a copy, or train in another folder \
+                 (make: RUN=new); if only its end is changed, delete that checkpoint to go on from the one before",
+                path.display(),
+                cut.step
             );
             return Err(Failure::World(cause).into());
         }
@@ -593,7 +605,7 @@ fn begin_sum(path: &Path, bytes: u64) -> std::io::Result<String> {
 
 /// The state that a checkpoint holds, if it is the run's whose run.json is `run`.
 fn read_checkpoint(path: &Path, run: &Path) -> Result<(State, Cut)> {
-    let cut = serde_json::from_slice(&fs::read(path.join("state.json"))?);
+    let cut = serde_json::from_slice(&qwen3::read(&path.join("state.json"))?);
     let cut: Cut = cut.context("state.json")?;
     anyhow::ensure!(cut.sum == cut.sum(), "state.json is not as it was written");
     anyhow::ensure!(
@@ -605,7 +617,7 @@ fn read_checkpoint(path: &Path, run: &Path) -> Result<(State, Cut)> {
         cli::sha256_file(run)? == cut.run,
         "is of another run than run.json"
     );
-    let bytes = fs::read(path.join("state.safetensors"))?;
+    let bytes = qwen3::read(&path.join("state.safetensors"))?;
     anyhow::ensure!(
         cli::sha256_hex(&bytes) == cut.state,
         "state.safetensors is not as it was written"

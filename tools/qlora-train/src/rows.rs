@@ -10,7 +10,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use cli::{App, Failure, Resolved};
 use engine::rng::{Purpose, Stream};
-use jsonl::{Lines, Position, Records, Rejects};
+use jsonl::{Lines, Position, Rejects};
 use qwen3::{Chat, Form, Message, PromptTemplate, Seen, Wording};
 use record::{Reason, Record, Split};
 use settings::{LongRows, LossOn, TextChoice, TrainSettings};
@@ -129,7 +129,7 @@ pub fn load(
         Rejected::Kept(path) => app.rejects("--rejects", path)?,
         Rejected::Dropped => Rejects::create(None)?,
     };
-    let mut records = Records::new(Lines::open(data)?, app.common().max_bad_lines);
+    let mut records = app.records(Lines::open(data)?);
     let wording = wording(resolved)?;
     let progress = app.progress("rows", None);
     let mut next = |kept: &mut Rejects| -> Result<Option<Source>> {

@@ -17,7 +17,7 @@ fn lines<T>(
     if !path.exists() {
         return Ok(None);
     }
-    let mut reader = Records::new(Lines::open(path)?, 0);
+    let mut reader = Records::new(Lines::open(path)?, "report", 0);
     let (mut all, mut read) = (Vec::new(), read);
     while let Some((_, value)) = reader.next_with(&mut io::sink(), &mut read)? {
         all.push(value);

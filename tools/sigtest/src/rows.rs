@@ -5,7 +5,7 @@ use std::path::Path;
 
 use clap::Args;
 use cli::{App, Counts, Failure};
-use jsonl::{Lines, Records};
+use jsonl::Lines;
 use record::Record;
 use serde_json::Value;
 
@@ -59,7 +59,7 @@ impl Question {
         rejects: Option<&Path>,
     ) -> anyhow::Result<(Vec<Row>, Vec<String>, Counts)> {
         let mut rejects = app.rejects("--rejects", rejects)?;
-        let mut records = Records::new(Lines::open(Path::new("-"))?, app.common().max_bad_lines);
+        let mut records = app.records(Lines::open(Path::new("-"))?);
         let (mut rows, mut names, mut counts) = (Vec::new(), Vec::new(), Counts::default());
         while let Some((_, row)) =
             records.next_with(&mut rejects, |record| self.row(&record, &mut names))?

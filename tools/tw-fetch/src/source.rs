@@ -85,6 +85,7 @@ pub fn read(
                 }
                 *allowance -= 1;
                 bad(&BadLine {
+                    by: "tw-fetch".into(),
                     file: raw.file,
                     line: raw.number,
                     error: cause,

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use anyhow::Context;
 use indicatif::MultiProgress;
+use serde_json::{Map, Value};
 use signal_hook::flag;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -114,9 +115,18 @@ impl App {
             return Err(Failure::Usage(cause).into());
         }
         if let Some(path) = path {
-            self.claim(flag, path, &["bad_line", "rejected", "dropped"])?;
+            let by_us = |value: &Value| value["by"] == self.name();
+            self.claim(flag, path, |first| {
+                let keys = ["bad_line", "rejected", "dropped"];
+                keys.iter().any(|key| first.get(*key).is_some_and(by_us))
+            })?;
         }
         Ok(jsonl::Rejects::create(path)?)
+    }
+
+    /// The records of `lines`, of which as many may be malformed as the user allows.
+    pub fn records(&self, lines: jsonl::Lines) -> jsonl::Records {
+        jsonl::Records::new(lines, self.name(), self.common.max_bad_lines)
     }
 
     /// Notes a file that is read, so that no flag after this writes it, and refuses
@@ -138,9 +148,14 @@ impl App {
 
     /// Refuses a path to write to that is a folder or in none, standard input's or output's
     /// own file, or another flag's: it would be overwritten while it is used. Also a file
-    /// that holds something else than this flag writes: what that is begins with an object
-    /// that has one of the keys `marks`.
-    pub fn claim(&self, flag: &str, path: &Path, marks: &[&str]) -> anyhow::Result<()> {
+    /// that holds something else than this flag of this tool writes: `is_own` says whether
+    /// an object that a file begins with is that.
+    pub fn claim(
+        &self,
+        flag: &str,
+        path: &Path,
+        is_own: impl FnOnce(&Map<String, Value>) -> bool,
+    ) -> anyhow::Result<()> {
         let refuse = |cause: String| {
             let cause = format!("{flag} {}: {cause}", path.display());
             Err(Failure::Usage(cause).into())
@@ -171,7 +186,7 @@ impl App {
         if let Some((other, _)) = claimed.iter().find(|(_, other)| is_same(other, path)) {
             return refuse(format!("is the file of {other} too"));
         }
-        match holds_something_else(path, marks) {
+        match holds_something_else(path, is_own) {
             Ok(false) => {}
             Ok(true) => return refuse(SOMETHING_ELSE.into()),
             Err(error) => return refuse(error.to_string()),
@@ -268,17 +283,19 @@ pub(crate) fn outlive_full_files() {
 /// What a file to write to must not be.
 const SOMETHING_ELSE: &str = "is there and holds something else; name another file";
 
-/// Whether a file is there whose first value is no object with one of these keys. One that
-/// is empty holds nothing, and what is no file is written to as it is.
-fn holds_something_else(path: &Path, marks: &[&str]) -> io::Result<bool> {
+/// Whether a file is there that does not begin with an object of one's own. One that is
+/// empty holds nothing, and what is no file is written to as it is.
+fn holds_something_else(
+    path: &Path,
+    is_own: impl FnOnce(&Map<String, Value>) -> bool,
+) -> io::Result<bool> {
     if !path.metadata().is_ok_and(|m| m.is_file() && m.len() > 0) {
         return Ok(false);
     }
     let file = BufReader::new(File::open(path)?);
-    let mut values = serde_json::Deserializer::from_reader(file)
-        .into_iter::<serde_json::Map<String, serde_json::Value>>();
-    let first = values.next().and_then(Result::ok).unwrap_or_default();
-    Ok(!marks.iter().any(|mark| first.contains_key(*mark)))
+    let mut values = serde_json::Deserializer::from_reader(file).into_iter();
+    let first = values.next().and_then(Result::ok);
+    Ok(!first.is_some_and(|first| is_own(&first)))
 }
 
 /// Opens a log to go on with. A file that does not begin as one does is somebody's.

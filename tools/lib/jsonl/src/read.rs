@@ -183,15 +183,18 @@ impl Iterator for Lines {
 /// allowed: then it goes to the rejects file as a [`BadLine`].
 pub struct Records {
     lines: Lines,
+    by: String,
     max_bad: u64,
     bad: u64,
 }
 
 impl Records {
-    /// Records of `lines`, of which at most `max_bad` may be malformed.
-    pub fn new(lines: Lines, max_bad: u64) -> Self {
+    /// Records of `lines`, of which at most `max_bad` may be malformed; `by` is the tool
+    /// that reads them.
+    pub fn new(lines: Lines, by: &str, max_bad: u64) -> Self {
         Self {
             lines,
+            by: by.to_owned(),
             max_bad,
             bad: 0,
         }
@@ -227,6 +230,7 @@ impl Records {
                 return Err(ReadError::Bad { position, cause });
             }
             let bad = BadLine {
+                by: self.by.clone(),
                 file: position.file,
                 line: position.line,
                 error: cause,
@@ -249,7 +253,7 @@ mod tests {
     use super::*;
 
     fn records(text: &'static [u8], max_bad: u64) -> Records {
-        Records::new(Lines::new("f", text), max_bad)
+        Records::new(Lines::new("f", text), "t", max_bad)
     }
 
     #[test]
@@ -275,7 +279,7 @@ mod tests {
             (big_end, "iconv -f UTF-16"),
         ] {
             // However many bad lines there may be: all of them would be.
-            let mut records = Records::new(Lines::new("f", io::Cursor::new(bytes)), 9);
+            let mut records = Records::new(Lines::new("f", io::Cursor::new(bytes)), "t", 9);
             let error = records.next_with(&mut io::sink(), Ok).unwrap_err();
             let error = error.to_string();
             assert!(
@@ -298,7 +302,7 @@ mod tests {
         ] {
             let long = begins.repeat(MAX_LINE_BYTES / 2 + 1);
             let stream = io::Cursor::new([before.as_bytes(), &long].concat());
-            let mut records = Records::new(Lines::new("f", stream), 9);
+            let mut records = Records::new(Lines::new("f", stream), "t", 9);
             let mut rejects = Vec::new();
             let error = loop {
                 match records.next_with(&mut rejects, Ok) {

@@ -94,8 +94,11 @@ pub struct AtomicFile {
 }
 
 impl AtomicFile {
-    /// Starts the file; missing folders above it are made.
+    /// Starts the file; missing folders above it are made. A link stays one.
     pub fn create(path: &Path) -> Result<Self, WriteError> {
+        let linked = path.is_symlink().then(|| path.canonicalize().ok());
+        let path = linked.flatten().unwrap_or_else(|| path.to_owned());
+        let path = path.as_path();
         let direct = path.metadata().is_ok_and(|m| !m.is_file() && !m.is_dir());
         let part = (!direct).then(|| {
             let mut name = path.as_os_str().to_owned();
@@ -217,6 +220,11 @@ mod tests {
         );
         write_atomically(&path, b"whole").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"whole");
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        write_atomically(&link, b"by a link").unwrap();
+        assert!(link.is_symlink());
+        assert_eq!(std::fs::read(&path).unwrap(), b"by a link");
         let full = write_atomically(Path::new("/dev/full"), b"x")
             .unwrap_err()
             .to_string();

@@ -95,6 +95,8 @@ pub struct Rejected {
 /// A malformed line as it stands in a rejects file (`--max-bad-lines`).
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct BadLine {
+    /// The tool that refused it.
+    pub by: String,
     /// The file it came from; `-` is standard input.
     pub file: String,
     /// The line's number, counted from 1.
