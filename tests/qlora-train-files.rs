@@ -1286,6 +1286,13 @@ fn what_is_no_model_file_is_named() {
     assert!(Command::new("mkfifo").arg(&run).status().unwrap().success());
     let merge = ["merge", "--no-check", "--model", &model(), "--adapter"];
     let merge = [&merge[..], &["lora", "--out", "m"]].concat();
+    tool.run(&merge, "")
+        .exits(4)
+        .says("lora/run.json: is no regular file");
+    fs::remove_file(&run).unwrap();
+    fs::write(&run, "{\"v\":").unwrap();
+    tool.run(&merge, "").exits(4).says("lora/run.json: EOF");
+    fs::remove_file(&run).unwrap();
     tool.run(&merge, "").exits(0);
 }
 

@@ -232,7 +232,7 @@ fn signals_at_once_are_one() {
         }
         let said = ended(child);
         let name = signals[0].replace('-', "SIG");
-        let begins = format!("{name}: what is in hand is finished and kept");
+        let begins = format!("{name}: ends in good order");
         assert!(said.contains(&begins), "{said}");
         let zero = tool.folder().join(&out).join("checkpoints/step-0");
         assert!(zero.exists(), "{out}: {said}");

@@ -78,10 +78,12 @@ impl Setup {
             .iter()
             .map(|n| Ok((n.name.as_str(), n.trained_with()?)))
             .collect::<Result<_>>()?;
-        let of_training = trained.iter().find_map(|(_, settings)| settings.as_ref());
+        let first = trained.iter().position(|(_, settings)| settings.is_some());
+        let of_training = first.and_then(|at| trained[at].1.as_ref());
 
         let named_base = || -> Result<Option<String>> {
-            Ok((named.first().map(Named::names_base).transpose()?).flatten())
+            let of = named.get(first.unwrap_or(0));
+            Ok((of.map(Named::names_base).transpose()?).flatten())
         };
         let base = match (&settings.model, of_training) {
             (Some(model), _) => Some(model.clone()),

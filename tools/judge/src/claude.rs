@@ -169,7 +169,7 @@ impl Claude {
             if app.interrupted()? {
                 self.client.give_up();
                 if self.failure.borrow().is_none() {
-                    app.info("interrupted: answers under way are waited for, and kept");
+                    app.info("answers under way are waited for, and kept");
                     self.fail(Failure::Interrupted("interrupted".into()).into());
                 }
             }

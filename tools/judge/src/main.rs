@@ -211,7 +211,9 @@ impl Judge {
     fn read(&self, app: &App, pairs: &[(String, String)]) -> anyhow::Result<(Vec<Entry>, Counts)> {
         let mut rejects = app.rejects("--rejects", self.rejects.as_deref())?;
         if let Some(path) = &self.summary {
-            app.claim("--summary", path, |first| first.contains_key("judge"))?;
+            app.claim("--summary", path, |first| {
+                first.contains("judge") && first.contains("outcomes")
+            })?;
         }
         let mut records = app.records(Lines::open("-".as_ref())?);
         let mut entries = Vec::new();

@@ -127,7 +127,9 @@ impl Tool for PairDedup {
         let mut dropped = app.rejects("--dropped", self.dropped.as_deref())?;
         if let Some(path) = &self.summary {
             app.claim("--summary", path, |first| {
-                first.get("tool").is_some_and(|tool| tool == NAME)
+                first
+                    .get("tool")
+                    .is_ok_and(|tool: Option<String>| tool.as_deref() == Some(NAME))
             })?;
         }
         let (mut rows, bad) = self.read(app, &mut dropped)?;
@@ -232,6 +234,10 @@ fn check(resolved: &Resolved<DataSettings>) -> Result<(), Failure> {
         let cause = format!("is {}; it must be in 0 to 1", cli::shown(fraction));
         return wrong("eval_fraction", cause);
     }
+    if !Path::new(&settings.model).exists() {
+        let cause = "there is no such folder; `make models` fetches the sentence model";
+        return wrong("model", format!("(--model) {}: {cause}", settings.model));
+    }
     Ok(())
 }
 
@@ -299,11 +305,6 @@ fn number_texts(rows: &[Row]) -> (Vec<&str>, Vec<(usize, usize)>) {
 
 /// Sentence vectors of the texts.
 fn embed(texts: &[&str], model: &str, app: &App) -> anyhow::Result<Vectors> {
-    if !Path::new(model).exists() {
-        let cause = "there is no such folder; `make models` fetches the sentence model";
-        let cause = format!("deduplication.model (--model): {model}: {cause}");
-        return Err(Failure::Usage(cause).into());
-    }
     let embedder = Embedder::load(Path::new(model)).context("deduplication.model (--model)")?;
     let progress = Mutex::new(app.progress("sentence vectors", Some(texts.len() as u64)));
     let vectors = embedder.embed(texts, |done| {

@@ -70,7 +70,9 @@ impl Tool for PairValidate {
         let mut rejects = app.rejects("--rejects", self.rejects.as_deref())?;
         if let Some(path) = &self.summary {
             app.claim("--summary", path, |first| {
-                first.get("tool").is_some_and(|tool| tool == NAME)
+                first
+                    .get("tool")
+                    .is_ok_and(|tool: Option<String>| tool.as_deref() == Some(NAME))
             })?;
         }
         let mut out = Output::stdout();

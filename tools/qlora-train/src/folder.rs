@@ -149,9 +149,17 @@ fn check_same(path: &Path, identity: &Identity) -> Result<bool> {
 
 /// The fingerprint of the base that the adapter in `path` was trained on, if it is a
 /// run's.
-pub fn trained_on(path: &Path) -> Option<String> {
-    let run = qwen3::read(&path.join(RUN)).ok()?;
-    Some(serde_json::from_slice::<Identity>(&run).ok()?.model)
+///
+/// # Errors
+/// If it is one that cannot be read.
+pub fn trained_on(path: &Path) -> Result<Option<String>> {
+    let run = path.join(RUN);
+    if !run.exists() {
+        return Ok(None);
+    }
+    let identity: Identity =
+        serde_json::from_slice(&qwen3::read(&run)?).with_context(|| run.display().to_string())?;
+    Ok(Some(identity.model))
 }
 
 /// Most tokens of a pass in the run that is in `path`, if there is one that can be read.
@@ -366,6 +374,7 @@ impl Folder {
         }
         fs::create_dir_all(path).with_context(|| format!("{name}"))?;
         let lock_path = path.join(LOCK);
+        refuse_pipe(&lock_path)?;
         let lock = File::create(&lock_path).with_context(|| lock_path.display().to_string())?;
         if lock.try_lock().is_err() {
             return Err(usage(format!(
@@ -383,10 +392,7 @@ impl Folder {
         }
         let open = |file: &str| -> Result<File> {
             let path = path.join(file);
-            if path.metadata().is_ok_and(|found| !found.is_file()) {
-                let cause = format!("{}: is no regular file", path.display());
-                return Err(Failure::World(cause).into());
-            }
+            refuse_pipe(&path)?;
             File::options()
                 .create(true)
                 .append(true)
@@ -594,6 +600,17 @@ fn synced(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut file = File::create(path)?;
     file.write_all(bytes)?;
     Ok(file.sync_all()?)
+}
+
+/// Refuses to open for writing what could be waited for without end.
+fn refuse_pipe(path: &Path) -> Result<(), Failure> {
+    match path.metadata().is_ok_and(|found| !found.is_file()) {
+        true => Err(Failure::World(format!(
+            "{}: is no regular file",
+            path.display()
+        ))),
+        false => Ok(()),
+    }
 }
 
 /// SHA-256 of a file's first bytes.

@@ -123,7 +123,7 @@ impl Merge {
         };
         let base = Checkpoint::open(&model_path)?;
         let fingerprint = base.fingerprint()?;
-        if let Some(was) = crate::folder::trained_on(&self.adapter)
+        if let Some(was) = crate::folder::trained_on(&self.adapter)?
             && was != fingerprint
         {
             let other = format!(

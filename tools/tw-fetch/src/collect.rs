@@ -624,9 +624,9 @@ impl Collector<'_> {
                 match rounds {
                     0 => self.api.give_up(),
                     // It was no wait between attempts, which would have ended.
-                    1 => self.app.info(
-                        "interrupted: waiting for the answer to a request that may cost money; once more ends this at once",
-                    ),
+                    1 => self
+                        .app
+                        .info("waiting for the answer to a request that may cost money"),
                     _ => {}
                 }
                 rounds += 1;

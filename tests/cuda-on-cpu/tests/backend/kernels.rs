@@ -584,8 +584,8 @@ fn products_of_a_mixed_group_with_dropout() {
 #[test]
 fn products_with_dropout_of_all_sizes() {
     // Tokens, inputs and ranks that are no multiple of a tile; tiles enough for several
-    // blocks, several rounds of one, and several stretches of tokens; ranks so large that
-    // inputs are copied.
+    // blocks, several passes over the ranks, and several stretches of tokens; ranks so
+    // large that inputs are copied.
     let sizes: [(&[usize], usize, &[usize], f32); 9] = [
         (&[1], 8, &[1], 0.2),
         (&[130, 3], 264, &[16, 16, 16], 0.05),
@@ -629,6 +629,27 @@ fn products_with_dropout_of_many_tokens() {
         };
         let want = group(&Rounded, &products);
         let name = format!("linear, dropout, {tokens} tokens");
+        compare_over(&[Order::Newest], &name, &[BF16], want, |b| {
+            group(b, &products)
+        });
+    }
+}
+
+#[test]
+fn products_with_dropout_of_wide_inputs() {
+    // Blocks of the input's gradient go on with further tokens: with the factors that they
+    // hold, or, where these are too many, with all of them once more.
+    for rank in [5, 136] {
+        let products = Products {
+            kinds: &[None],
+            inputs: 8192,
+            ranks: [rank, 0, 0],
+            lengths: &[(1, 1_160)],
+            dropout: 0.1,
+            ..PLAIN
+        };
+        let want = group(&Rounded, &products);
+        let name = format!("linear, dropout, 8,192 inputs, rank {rank}");
         compare_over(&[Order::Newest], &name, &[BF16], want, |b| {
             group(b, &products)
         });

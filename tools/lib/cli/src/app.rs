@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use anyhow::Context;
 use indicatif::MultiProgress;
-use serde_json::{Map, Value};
+use record::Record;
+use serde_json::Value;
 use signal_hook::flag;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -115,10 +116,13 @@ impl App {
             return Err(Failure::Usage(cause).into());
         }
         if let Some(path) = path {
-            let by_us = |value: &Value| value["by"] == self.name();
+            let by_us = |first: &Record, key: &str| {
+                let why = first.get::<Value>(key).ok().flatten();
+                why.is_some_and(|why| why["by"] == self.name())
+            };
             self.claim(flag, path, |first| {
                 let keys = ["bad_line", "rejected", "dropped"];
-                keys.iter().any(|key| first.get(*key).is_some_and(by_us))
+                keys.iter().any(|key| by_us(first, key))
             })?;
         }
         Ok(jsonl::Rejects::create(path)?)
@@ -154,7 +158,7 @@ impl App {
         &self,
         flag: &str,
         path: &Path,
-        is_own: impl FnOnce(&Map<String, Value>) -> bool,
+        is_own: impl FnOnce(&Record) -> bool,
     ) -> anyhow::Result<()> {
         let refuse = |cause: String| {
             let cause = format!("{flag} {}: {cause}", path.display());
@@ -285,10 +289,7 @@ const SOMETHING_ELSE: &str = "is there and holds something else; name another fi
 
 /// Whether a file is there that does not begin with an object of one's own. One that is
 /// empty holds nothing, and what is no file is written to as it is.
-fn holds_something_else(
-    path: &Path,
-    is_own: impl FnOnce(&Map<String, Value>) -> bool,
-) -> io::Result<bool> {
+fn holds_something_else(path: &Path, is_own: impl FnOnce(&Record) -> bool) -> io::Result<bool> {
     if !path.metadata().is_ok_and(|m| m.is_file() && m.len() > 0) {
         return Ok(false);
     }

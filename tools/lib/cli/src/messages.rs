@@ -44,10 +44,11 @@ impl Messages {
     /// cannot be written must not end the work.
     pub fn say(&self, message: fmt::Arguments<'_>) {
         let text = printable(&format!("{}: {message}", self.name));
+        // First: stderr may be a pipe that is full.
+        self.log_line(&text);
         self.bars.suspend(|| {
             let _ = writeln!(std::io::stderr().lock(), "{text}");
         });
-        self.log_line(&text);
     }
 
     /// `NAME: message` to the log alone.

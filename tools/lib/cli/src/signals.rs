@@ -42,8 +42,7 @@ pub fn heed(messages: &Arc<Messages>, kept: &Kept) -> io::Result<Arc<AtomicBool>
                 match first {
                     None => {
                         first = Some(Instant::now());
-                        let what =
-                            "what is in hand is finished and kept; another one ends it at once";
+                        let what = "ends in good order; another one, a second from now or later, ends it at once";
                         say(&messages, format!("{name}: {what}"));
                     }
                     Some(first) if signal != SIGHUP && first.elapsed() >= ONE_WISH => {
