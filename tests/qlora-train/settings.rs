@@ -71,7 +71,7 @@ fn settings_that_cannot_work_are_refused_by_key() {
         ),
         (
             "lora: {alpha: 1.0e+308}",
-            "train.yaml:1: lora.alpha is 1e308; it must be above 0 and at most 1000000",
+            "train.yaml:1: lora.alpha is 1e308; it must be at least 1e-6 and at most 1000000",
         ),
         (
             "lora: {alpha_pattern: {q_proj: 1.0e+308}}",

@@ -112,6 +112,10 @@ pub fn is_finished(path: &Path) -> bool {
 /// If another run is there, or the adapter is not as it was written.
 pub fn check_finished(path: &Path, identity: &Identity) -> Result<()> {
     check_same(path, identity)?;
+    check_adapter(path)
+}
+
+fn check_adapter(path: &Path) -> Result<()> {
     match check_whole(path) {
         Ok(()) => Ok(()),
         Err(doubt) => Err(Failure::World(doubt.with_remedy(path)?).into()),
@@ -387,7 +391,7 @@ impl Folder {
             jsonl::write_atomically(&run, text.as_bytes())?;
         }
         if is_finished(path) {
-            check_finished(path, identity)?;
+            check_adapter(path)?;
             return Ok(Found::Finished);
         }
         let open = |file: &str| -> Result<File> {

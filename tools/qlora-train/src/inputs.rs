@@ -39,7 +39,7 @@ pub struct Inputs<'a> {
 
 impl<'a> Inputs<'a> {
     /// Reads the rows of `data` for the base that is open, tells of what may not be meant,
-    /// and plans the run. `initial` is a folder of `--init-adapter`.
+    /// and plans the run. `initial` is the adapter to start from, and what it has seen.
     ///
     /// # Errors
     /// If settings, base and rows do not go together.

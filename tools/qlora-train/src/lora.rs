@@ -9,10 +9,24 @@ use qwen3::{Adapter, AdapterConfig, Config, LoraLayout, Targets, Unfit};
 use settings::{TargetModules, TrainSettings};
 
 /// The largest alpha: far beyond what is of use.
-pub const MOST_ALPHA: f64 = 1e6;
+const MOST_ALPHA: f64 = 1e6;
 
 /// The smallest: with it the scale is a number of 32 bits still, whatever the rank.
 const LEAST_ALPHA: f64 = 1e-6;
+
+/// Refuses an alpha of no use, which no model would show to be wrong.
+pub fn check_alphas(resolved: &Resolved<TrainSettings>) -> Result<(), Failure> {
+    let lora = &resolved.settings.lora;
+    let others = lora.alpha_pattern.iter();
+    let others = others.map(|(name, &alpha)| (format!("lora.alpha_pattern.{name}"), alpha));
+    let mut all = std::iter::once(("lora.alpha".to_owned(), lora.alpha)).chain(others);
+    let wrong = all.find(|(_, alpha)| !(LEAST_ALPHA..=MOST_ALPHA).contains(alpha));
+    wrong.map_or(Ok(()), |(key, alpha)| {
+        let (is, least) = (shown(alpha), shown(LEAST_ALPHA));
+        let cause = format!("is {is}; it must be at least {least} and at most {MOST_ALPHA}");
+        Err(resolved.wrong(&key, cause))
+    })
+}
 
 /// What is trained and where its values lie; refuses what matches nothing.
 pub fn layout(
@@ -27,18 +41,6 @@ pub fn layout(
             let key = format!("lora.rank_pattern.{name}");
             let most = "a rank is at least 1 and at most as the model is wide";
             let cause = format!("is {rank}: {most} ({width})");
-            return Err(resolved.wrong(&key, cause).into());
-        }
-    }
-    let others = (lora.alpha_pattern.iter())
-        .map(|(name, &alpha)| (format!("lora.alpha_pattern.{name}"), alpha));
-    for (key, alpha) in [("lora.alpha".to_owned(), lora.alpha)]
-        .into_iter()
-        .chain(others)
-    {
-        if !(LEAST_ALPHA..=MOST_ALPHA).contains(&alpha) {
-            let (is, least) = (shown(alpha), shown(LEAST_ALPHA));
-            let cause = format!("is {is}; it must be at least {least} and at most {MOST_ALPHA}");
             return Err(resolved.wrong(&key, cause).into());
         }
     }

@@ -334,6 +334,7 @@ fn check(app: &App, resolved: &Resolved<TrainSettings>) -> Result<()> {
     if let Some(Err(cause)) = t.max_memory.as_deref().map(memory::parse) {
         return Err(resolved.wrong("training.max_memory", cause).into());
     }
+    lora::check_alphas(resolved)?;
     plan::rows_per_step(resolved)?;
     let watched = t.early_stopping_patience > 0 || t.load_best_model_at_end;
     if watched && t.eval_steps == 0 {
@@ -343,7 +344,6 @@ fn check(app: &App, resolved: &Resolved<TrainSettings>) -> Result<()> {
     // Bounds are far beyond what is of use, and where 32-bit figures still hold.
     for (key, value, most) in [
         ("lora.rank", l.rank as f64, f64::INFINITY),
-        ("lora.alpha", l.alpha, lora::MOST_ALPHA),
         ("lora.lr_ratio", l.lr_ratio, 1e6),
         ("training.learning_rate", t.learning_rate, 1e38),
         ("training.batch_size", t.batch_size as f64, f64::INFINITY),

@@ -153,7 +153,7 @@ impl App {
     /// Refuses a path to write to that is a folder or in none, standard input's or output's
     /// own file, or another flag's: it would be overwritten while it is used. Also a file
     /// that holds something else than this flag of this tool writes: `is_own` says whether
-    /// an object that a file begins with is that.
+    /// the record that a file begins with is that.
     pub fn claim(
         &self,
         flag: &str,

@@ -312,10 +312,24 @@ fn a_tokenizer_that_was_cut_anywhere_is_told_by_its_file() {
     }
 }
 
+/// Checks that a chat template is refused, by its file and in these words.
+#[track_caller]
+fn refused(template: &str, words: &str) {
+    let folder = copy(|f| std::fs::write(f.join("chat_template.jinja"), template).unwrap());
+    let chat = Chat::load(folder.path()).unwrap();
+    let stop_ids = stops(&[chat.turn_end()]);
+    let error = chat.check(&model(1 << 18), &stop_ids).unwrap_err();
+    let error = error.to_string();
+    assert!(
+        error.contains("chat_template.jinja: the chat template") && error.contains(words),
+        "{error}"
+    );
+}
+
 #[test]
 fn a_template_that_does_not_write_what_is_said_is_refused() {
-    let (config, stop_ids) = (model(1 << 18), stops(&[chat().turn_end()]));
-    chat().check(&config, &stop_ids).unwrap();
+    let stop_ids = stops(&[chat().turn_end()]);
+    chat().check(&model(1 << 18), &stop_ids).unwrap();
     let turn = |text: &str| format!("<|im_start|>assistant\n{text}<|im_end|>\n");
     for (source, words) in [
         ("always the same".to_owned(), "writes 0 assistant turns"),
@@ -329,20 +343,13 @@ fn a_template_that_does_not_write_what_is_said_is_refused() {
             "only parrots",
         ),
     ] {
-        let folder = copy(|f| std::fs::write(f.join("chat_template.jinja"), &source).unwrap());
-        let chat = Chat::load(folder.path()).unwrap();
-        let error = chat.check(&config, &stop_ids).unwrap_err().to_string();
-        assert!(
-            error.contains("chat_template.jinja: the chat template") && error.contains(words),
-            "{error}"
-        );
+        refused(&source, words);
     }
 }
 
 /// Templates come with models, from anyone: none may take all time or memory there is.
 #[test]
 fn a_template_without_end_is_ended() {
-    let (config, stop_ids) = (model(1 << 18), stops(&[chat().turn_end()]));
     let again = "{% set x = x ~ x %}".repeat(60);
     let nested = "{% set x = [x, x] %}".repeat(60);
     let loops = "{% for i in range(9999) %}".repeat(5) + &"{% endfor %}".repeat(5);
@@ -365,13 +372,7 @@ fn a_template_without_end_is_ended() {
             "levels",
         ),
     ] {
-        let folder = copy(|f| std::fs::write(f.join("chat_template.jinja"), &source).unwrap());
-        let chat = Chat::load(folder.path()).unwrap();
-        let error = chat.check(&config, &stop_ids).unwrap_err().to_string();
-        assert!(
-            error.contains("chat_template.jinja: the chat template") && error.contains(words),
-            "{error}"
-        );
+        refused(&source, words);
     }
     // As long as a line of data may be.
     let tea = "tea ".repeat(4 << 20);
