@@ -390,9 +390,11 @@ void copy_wait(int pending) {
   t.copies.erase(late, t.copies.end());
 }
 
-void atomic_add(unsigned long long *p, unsigned long long x) {
-  note(p, 8, false);
+uint32_t atomic_add(uint32_t *p, uint32_t x) {
+  note(p, 4, false);
+  const uint32_t old = *p;
   *p += x;
+  return old;
 }
 
 void add_kernel(const char *name, bool checked, Thunk thunk, void *function, const size_t *sizes, int count) {

@@ -49,7 +49,7 @@ void multiply(float *acc, const u32 *a, u32 b0, u32 b1);
 void copy_async(void *to, const void *from, bool valid);
 void copy_commit();
 void copy_wait(int pending);
-void atomic_add(unsigned long long *p, unsigned long long x);
+uint32_t atomic_add(uint32_t *p, uint32_t x);
 
 using Thunk = void (*)(void *function, void **arguments);
 void add_kernel(const char *name, bool checked, Thunk, void *function, const size_t *sizes, int count);
@@ -127,7 +127,7 @@ template <class T> DEVICE T shuffle_xor(T x, int lane_mask) {
   cpu::exchange(&x, sizeof x, lane_mask);
   return x;
 }
-DEVICE void atomic_add(u64 *p, u64 x) { cpu::atomic_add(p, x); }
+DEVICE u32 atomic_add(u32 *p, u32 x) { return cpu::atomic_add(p, x); }
 DEVICE void load_matrices(u32 (&r)[4], const void *p) { cpu::matrices(r, p, false); }
 DEVICE void load_matrices_transposed(u32 (&r)[4], const void *p) { cpu::matrices(r, p, true); }
 DEVICE void multiply(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) { cpu::multiply(acc, a, b0, b1); }

@@ -254,14 +254,18 @@ impl Warp {
             }
             Act::Load(access) => self.load(access, lanes, world)?,
             Act::Store(access) => self.store(access, lanes, world)?,
-            Act::Add(place, from) => {
-                let (places, from) = (self.addresses(*place, lanes)?, *self.w(*from, lanes)?);
+            Act::Add(to, place, from) => {
+                let (places, from) = (self.addresses(*place, lanes)?, *self.n(*from, lanes)?);
+                let mut old = [0; LANES];
                 for l in each(lanes) {
                     let how = (self.thread(l), Touch::Add);
-                    let at = world.shared.at(places[l], 8, how)?;
-                    let bytes = &mut world.shared.bytes[at..at + 8];
-                    let sum = value(bytes).wrapping_add(from[l]);
-                    bytes.copy_from_slice(&sum.to_le_bytes());
+                    let at = world.shared.at(places[l], 4, how)?;
+                    let bytes = &mut world.shared.bytes[at..at + 4];
+                    old[l] = value(bytes) as u32;
+                    bytes.copy_from_slice(&old[l].wrapping_add(from[l]).to_le_bytes());
+                }
+                if let Some(to) = to {
+                    self.set_n(*to, lanes, &old);
                 }
             }
             Act::Butterfly(to, given, from) => {

@@ -73,8 +73,8 @@ pub enum Act {
     Unpack([u16; 2], u16),
     Load(Access),
     Store(Access),
-    /// Adds a value of 64 bits to shared memory.
-    Add(Place, u16),
+    /// Adds a value of 32 bits to shared memory, and gives what was there if asked to.
+    Add(Option<u16>, Place, u16),
     Branch(usize),
     Exit,
     Barrier,
@@ -506,8 +506,12 @@ impl Parser {
             ("cp.async.wait_group", [groups]) => {
                 Act::Wait(groups.parse().map_err(|_| "no number of groups")?)
             }
-            ("red.shared.add.u64", [place, value]) => {
-                Act::Add(self.place(place)?, self.wide(value)?)
+            ("red.shared.add.u32", [place, value]) => {
+                Act::Add(None, self.place(place)?, self.narrow(value)?)
+            }
+            ("atom.shared.add.u32", [to, place, value]) => {
+                let to = self.narrow(to)?;
+                Act::Add(Some(to), self.place(place)?, self.narrow(value)?)
             }
             _ if spelling.starts_with("ld.param.") => {
                 let [to, from] = words[..] else {

@@ -283,18 +283,27 @@ fn attention_of_a_long_row() {
 fn the_cache_and_attention_over_it() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
         let mut results = Vec::new();
-        for heads in HEADS {
+        // Five query heads a key head are more than a block has.
+        let mut of_five = HEADS[2];
+        of_five.query = 5;
+        for heads in HEADS.into_iter().chain([of_five]) {
             let mut draw = fresh(heads.dim as u64 + 9);
             let cache = Cache {
                 slots: 3,
-                capacity: 9,
+                capacity: 140,
             };
             let len = cache.slots * cache.capacity * heads.k();
             // What is not filled is noise that must not be read.
             let (mut keys, mut values) = (b.act(&draw.vec(len)), b.act(&draw.vec(len)));
             let mut out = b.poisoned(2 * heads.q());
-            let mut scratch = b.alloc_workspace(b.attention_scratch(heads, 9)).unwrap();
-            for (slots, positions) in [([2, 0], [0, 0]), ([0, 2], [1, 1]), ([2, 0], [6, 8])] {
+            let bytes = b.attention_scratch(heads, cache.capacity);
+            let mut scratch = b.alloc_workspace(bytes).unwrap();
+            for (slots, positions) in [
+                ([2, 0], [0, 0]),
+                ([0, 2], [1, 1]),
+                ([2, 0], [6, 139]),
+                ([1, 2], [64, 127]),
+            ] {
                 let at = [slots, positions].map(|ids| b.upload_ids(&ids).unwrap());
                 let at = (&at[0], &at[1], 2);
                 let (qk, qkv) = (
@@ -311,7 +320,7 @@ fn the_cache_and_attention_over_it() {
         }
         results
     }
-    compare("cache", &[BF16, BF16, BF16, 0.0, 0.0], run(&Rounded), run);
+    compare("cache", &[BF16, BF16, BF16, BF16, 0.0, 0.0], run(&Rounded), run);
 }
 
 /// A group whose members share their input.
@@ -741,7 +750,8 @@ fn decoding_is_the_rounded_value() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
         let mut results = Vec::new();
         for nested in [false, true] {
-            let (rows, cols) = (9, 8 * 41);
+            // Several blocks of the kernel, and scales in two blocks of theirs.
+            let (rows, cols) = (53, 8 * 41);
             let matrix = nf4(&mut fresh(5), [rows, cols], nested);
             let weight = b.upload_matrix(matrix).unwrap();
             let one: Vec<f32> = (0..cols * cols)
@@ -1273,31 +1283,37 @@ fn noise_on_embeddings_is_the_same() {
 
 #[test]
 fn sampling_chooses_the_same_tokens() {
+    // Of logits in steps many are equal: of those the lower id comes first. In the last
+    // rows all are, or all but the likeliest.
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
-        let (rows, width) = (12, 777);
-        let mut draw = fresh(51);
-        // In steps, so that many are equal: ties go to the lower id.
-        let logits: Vec<f32> = draw
-            .vec(rows * width)
-            .iter()
-            .map(|x| (x * 40.0).round() / 8.0)
-            .collect();
-        let logits = b.upload_f32(&logits).unwrap();
-        let items = b
-            .upload_ids(&(0..rows as u32).map(|i| i / 2).collect::<Vec<_>>())
-            .unwrap();
-        let positions = b.upload_ids(&(0..rows as u32).collect::<Vec<_>>()).unwrap();
+        let cases = [(12, 777, 1.0 / 8.0), (2, 20_011, 1.0 / 64.0)];
+        let chosen = cases.map(|(rows, width, step)| {
+            let mut logits = fresh(width as u64).vec((rows - 1) * width);
+            logits
+                .iter_mut()
+                .for_each(|x| *x = (*x * 5.0 / step).round() * step);
+            logits.extend((0..width).map(|i| if i == width / 3 { 3.0 } else { 2.5 }));
+            logits.extend((0..width).map(|_| -1.5));
+            choose(b, &logits, [rows + 1, width])
+        });
+        chosen.concat()
+    }
+
+    fn choose<B: Machine>(b: &B, logits: &[f32], [rows, width]: [usize; 2]) -> Vec<Vec<f32>> {
+        let logits = b.upload_f32(logits).unwrap();
+        let ids = |divisor| (0..rows as u32).map(|i| i / divisor).collect::<Vec<_>>();
+        let [items, positions] = [2, 1].map(|divisor| b.upload_ids(&ids(divisor)).unwrap());
         let mut out = b.upload_ids(&vec![u32::MAX; rows]).unwrap();
         let mut scratch = b.alloc_workspace(2 * rows * width * 4).unwrap();
-        let mut results = Vec::new();
-        for (temperature, top_k, top_p) in [
+        let settings = [
             (0.0, 0, 1.0),
             (1.0, 0, 1.0),
             (0.7, 20, 0.8),
             (1.5, 3, 1.0),
             (2.0, 0, 0.5),
             (1.0, 5000, 1e-6),
-        ] {
+        ];
+        let chosen = settings.map(|(temperature, top_k, top_p)| {
             let how = Sampling {
                 temperature,
                 top_k,
@@ -1307,9 +1323,9 @@ fn sampling_chooses_the_same_tokens() {
             let keys = (&items, &positions);
             b.sample(&how, (&logits, [rows, width]), keys, &mut out, &mut scratch);
             let chosen = b.read_ids(&out, rows).unwrap();
-            results.push(chosen.into_iter().map(|id| id as f32).collect());
-        }
-        results
+            chosen.into_iter().map(|id| id as f32).collect()
+        });
+        chosen.into()
     }
     compare("sample", &[0.0], run(&Rounded), run);
 }

@@ -332,48 +332,113 @@ ATTENTION(32)
 ATTENTION(64)
 ATTENTION(128)
 
-// One query over its slot's cached positions 0..=positions[t]. Grid [tokens,
-// query heads], four warps: each takes every fourth position and keeps a softmax
-// of its own; at the end they are put together. dim ≤ 128, a multiple of 32.
-KERNEL(THREADS)
+// Attention of a new token over its slot's cached positions 0..=positions[t]. A block
+// has up to SHARING query heads of one token that share their keys and values, which are
+// so read once; grid [tokens, kv heads · blocks a kv head], eight warps. As many lanes as a head
+// has octets of features hold a position, and AHEAD positions at a time; each such group of lanes keeps
+// a softmax of its own, and at the end they are put together. dim: 32, 64 or 128.
+constexpr int SHARING = 4, AHEAD = 4, WARPS = 8;
+constexpr float LOWEST = -3e38f; // below every score, and no infinity: the difference of two is 0
+
+KERNEL(WARPS * 32)
 cache_attention(const bf16 *__restrict__ qk, const bf16 *__restrict__ keys,
                 const bf16 *__restrict__ values, const u32 *__restrict__ slots,
                 const u32 *__restrict__ positions, u32 query, u32 kv, u32 dim, u32 capacity,
                 float scale, bf16 *__restrict__ out) {
-  SHARED(float, tops, 4);
-  SHARED(float, sums, 4);
-  SHARED(float, parts, 4 * 128);
-  const size_t t = blockIdx.x;
-  const u32 h = blockIdx.y, kv_head = h * kv / query, per_lane = dim / 32, w = warp();
-  const bf16 *q = qk + (t * (query + kv) + h) * dim;
-  const size_t base = ((size_t)slots[t] * capacity * kv + kv_head) * dim;
-  float own[4], acc[4] = {0, 0, 0, 0}, top = -infinity(), sum = 0;
-  for (u32 i = 0; i < per_lane; i++) own[i] = widen(q[lane() + 32 * i].bits) * scale;
-  for (u32 p = w; p <= positions[t]; p += 4) {
-    const size_t at = base + (size_t)p * kv * dim;
-    float score = 0;
-    for (u32 i = 0; i < per_lane; i++) score += own[i] * widen(keys[at + lane() + 32 * i].bits);
-    score = warp_sum(score);
-    const float most = fmaxf(top, score), fade = fast_exp(top - most), weight = fast_exp(score - most);
-    for (u32 i = 0; i < per_lane; i++)
-      acc[i] = acc[i] * fade + weight * widen(values[at + lane() + 32 * i].bits);
-    sum = sum * fade + weight;
-    top = most;
+  SHARED(float, tops, WARPS * SHARING);
+  SHARED(float, sums, WARPS * SHARING);
+  SHARED(float, parts, WARPS * SHARING * 128);
+  const u32 t = blockIdx.x, per_kv = query / kv, blocks = (per_kv + SHARING - 1) / SHARING;
+  const u32 kv_head = blockIdx.y / blocks, before = blockIdx.y % blocks * SHARING;
+  const u32 first = kv_head * per_kv + before, count = min(per_kv - before, (u32)SHARING);
+  const u32 lanes = dim / 8, groups = 32 / lanes, feature = lane() % lanes * 8;
+  const u32 seen = positions[t] + 1, place = warp() * groups + lane() / lanes;
+  const size_t base = ((size_t)slots[t] * capacity * kv + kv_head) * dim + feature;
+  Eight q[SHARING], acc[SHARING];
+  float top[SHARING], sum[SHARING];
+#pragma unroll
+  for (u32 h = 0; h < SHARING; h++) {
+    q[h] = acc[h] = Eight{};
+    if (h < count) q[h] = load8(qk + ((size_t)t * (query + kv) + first + h) * dim + feature);
+    for (int e = 0; e < 8; e++) q[h].x[e] *= scale;
+    top[h] = LOWEST;
+    sum[h] = 0;
   }
-  if (lane() == 0) {
-    tops[w] = top;
-    sums[w] = sum;
+  for (u32 from = 0; from < seen; from += AHEAD * WARPS * groups) {
+    uint4 k[AHEAD], v[AHEAD];
+    float s[SHARING][AHEAD];
+#pragma unroll
+    for (u32 a = 0; a < AHEAD; a++) {
+      const u32 p = from + a * WARPS * groups + place;
+      const size_t at = base + (size_t)p * kv * dim;
+      k[a] = p < seen ? load16(keys + at) : uint4{0, 0, 0, 0};
+      v[a] = p < seen ? load16(values + at) : uint4{0, 0, 0, 0};
+    }
+#pragma unroll
+    for (u32 a = 0; a < AHEAD; a++) {
+      const Eight key = eight(k[a]);
+#pragma unroll
+      for (u32 h = 0; h < SHARING; h++) {
+        s[h][a] = 0;
+        for (int e = 0; e < 8; e++) s[h][a] += q[h].x[e] * key.x[e];
+#pragma unroll
+        for (u32 mask = 1; mask < 16; mask *= 2)
+          if (mask < lanes) s[h][a] += shuffle_xor(s[h][a], mask);
+        if (from + a * WARPS * groups + place >= seen) s[h][a] = -infinity();
+      }
+    }
+#pragma unroll
+    for (u32 h = 0; h < SHARING; h++) {
+      float most = top[h];
+      for (u32 a = 0; a < AHEAD; a++) most = fmaxf(most, s[h][a]);
+      const float fade = fast_exp(top[h] - most);
+      top[h] = most;
+      sum[h] *= fade;
+      for (int e = 0; e < 8; e++) acc[h].x[e] *= fade;
+      for (u32 a = 0; a < AHEAD; a++) {
+        s[h][a] = fast_exp(s[h][a] - most);
+        sum[h] += s[h][a];
+      }
+    }
+#pragma unroll
+    for (u32 a = 0; a < AHEAD; a++) {
+      const Eight value = eight(v[a]);
+#pragma unroll
+      for (u32 h = 0; h < SHARING; h++)
+        for (int e = 0; e < 8; e++) acc[h].x[e] += s[h][a] * value.x[e];
+    }
   }
-  for (u32 i = 0; i < per_lane; i++) parts[w * 128 + lane() + 32 * i] = acc[i];
+#pragma unroll
+  for (u32 h = 0; h < SHARING; h++) {
+    for (u32 mask = lanes; mask < 32; mask *= 2) {
+      const float most = fmaxf(top[h], shuffle_xor(top[h], mask)), by = fast_exp(top[h] - most);
+      top[h] = most;
+      sum[h] *= by;
+      sum[h] += shuffle_xor(sum[h], mask);
+      for (int e = 0; e < 8; e++) {
+        acc[h].x[e] *= by;
+        acc[h].x[e] += shuffle_xor(acc[h].x[e], mask);
+      }
+    }
+    const u32 part = warp() * SHARING + h;
+    if (lane() == 0) {
+      tops[part] = top[h];
+      sums[part] = sum[h];
+    }
+    if (lane() < (int)lanes)
+      for (int e = 0; e < 8; e++) parts[part * 128 + feature + e] = acc[h].x[e];
+  }
   sync_block();
-  const float most = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
-  if (threadIdx.x >= dim) return;
-  float total = 0, value = 0;
-  for (int i = 0; i < 4; i++) {
-    const float by = fast_exp(tops[i] - most);
-    total += by * sums[i];
-    value += by * parts[i * 128 + threadIdx.x];
+  for (u32 i = threadIdx.x; i < count * dim; i += blockDim.x) {
+    const u32 h = i / dim;
+    float most = LOWEST, total = 0, value = 0;
+    for (u32 w = 0; w < WARPS; w++) most = fmaxf(most, tops[w * SHARING + h]);
+    for (u32 w = 0; w < WARPS; w++) {
+      const float by = fast_exp(tops[w * SHARING + h] - most);
+      total += by * sums[w * SHARING + h];
+      value += by * parts[(w * SHARING + h) * 128 + i % dim];
+    }
+    out[((size_t)t * query + first) * dim + i] = narrow(value / total);
   }
-  out[(t * query + h) * dim + threadIdx.x] = narrow(value / total);
 }
 EXPORT(cache_attention)

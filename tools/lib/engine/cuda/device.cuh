@@ -78,7 +78,8 @@ DEVICE float shuffle_xor(float x, int lane_mask) { return __shfl_xor_sync(~0u, x
 DEVICE double shuffle_xor(double x, int lane_mask) { return __shfl_xor_sync(~0u, x, lane_mask); }
 DEVICE u32 shuffle_xor(u32 x, int lane_mask) { return __shfl_xor_sync(~0u, x, lane_mask); }
 DEVICE u64 shuffle_xor(u64 x, int lane_mask) { return __shfl_xor_sync(~0u, x, lane_mask); }
-DEVICE void atomic_add(u64 *p, u64 x) { atomicAdd(p, x); }
+// Gives what was there.
+DEVICE u32 atomic_add(u32 *p, u32 x) { return atomicAdd(p, x); }
 
 DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -143,10 +144,10 @@ struct Eight {
   float x[8];
 };
 
-DEVICE Eight load8(const bf16 *p) {
-  const uint4 v = load16(p);
+DEVICE Eight eight(const uint4 &v) {
   return Eight{{low(v.x), high(v.x), low(v.y), high(v.y), low(v.z), high(v.z), low(v.w), high(v.w)}};
 }
+DEVICE Eight load8(const bf16 *p) { return eight(load16(p)); }
 DEVICE Eight load8(const float *p) {
   const uint4 a = load16(p), b = load16(p + 4);
   return Eight{{as_float(a.x), as_float(a.y), as_float(a.z), as_float(a.w), as_float(b.x),

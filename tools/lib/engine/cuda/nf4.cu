@@ -7,31 +7,55 @@ CONSTANT float LEVELS[16] = {
 
 // out[0..count] = the values from flat index `start` on; both multiples of 8. A
 // block of 64 values has the scale absmax[block] (`nested` null), or
-// map[nested[block]] · absmax[block / 256] + offset. Eight values a thread: a
-// warp reads 128 bytes and writes 512. The arithmetic is f32, step by step as on
-// the CPU, so that the result is its rounding to the bit.
+// map[nested[block]] · absmax[block / 256] + offset. A thread has PIECES times eight values,
+// so that a warp reads 128 bytes and writes 512 at a time, and has all it reads under way at
+// once: behind the barrier, and where a piece is not there, it reads the first again. The
+// arithmetic is f32, step by step as on the CPU, so that the result is its rounding to the bit.
+constexpr int PIECES = 4;
+
 KERNEL(256)
 nf4_decode(const u8 *__restrict__ codes, const u8 *__restrict__ nested,
            const float *__restrict__ absmax, const float *__restrict__ map, float offset, u64 start,
            u64 count, bf16 *__restrict__ out) {
   SHARED(float, levels, 16);
-  SHARED(float, scales, 256);
   if (threadIdx.x < 16) levels[threadIdx.x] = LEVELS[threadIdx.x];
-  if (nested) scales[threadIdx.x] = map[threadIdx.x];
   sync_block();
-  const u64 i = global_thread() * 8;
-  if (i >= count) return;
-  const u64 block = (start + i) / 64;
-  const float scale =
-      nested ? add_rn(mul_rn(scales[nested[block]], absmax[block / 256]), offset) : absmax[block];
-  const u32 word = *reinterpret_cast<const u32 *>(codes + (start + i) / 2);
-  Eight v;
-  for (int b = 0; b < 4; b++) { // the earlier value is in the high half of its byte
-    const u32 byte = word >> 8 * b;
-    v.x[2 * b] = mul_rn(levels[byte >> 4 & 15], scale);
-    v.x[2 * b + 1] = mul_rn(levels[byte & 15], scale);
+  const u64 first = (u64)blockIdx.x * (PIECES * 2048) + threadIdx.x * 8;
+  if (first >= count) return;
+  const int left = (int)min(count - first, (u64)PIECES * 2048);
+  const u64 block = (start + first) / 64;
+  codes += (start + first) / 2;
+  out += first;
+  u32 words[PIECES];
+  float scale[PIECES];
+#pragma unroll
+  for (int p = 0; p < PIECES; p++)
+    words[p] = *reinterpret_cast<const u32 *>(codes + (p * 2048 < left ? p : 0) * 1024);
+  if (nested) {
+    nested += block;
+    absmax += block / 256;
+    const u32 within = block % 256;
+#pragma unroll
+    for (int p = 0; p < PIECES; p++) {
+      const int there = p * 2048 < left ? p * 32 : 0;
+      scale[p] = add_rn(mul_rn(map[nested[there]], absmax[(within + there) / 256]), offset);
+    }
+  } else {
+    absmax += block;
+#pragma unroll
+    for (int p = 0; p < PIECES; p++) scale[p] = absmax[p * 2048 < left ? p * 32 : 0];
   }
-  store8(out + i, v);
+#pragma unroll
+  for (int p = 0; p < PIECES; p++) {
+    if (left <= p * 2048) return;
+    Eight v;
+    for (int b = 0; b < 4; b++) { // the earlier value is in the high half of its byte
+      const u32 byte = words[p] >> 8 * b;
+      v.x[2 * b] = mul_rn(levels[byte >> 4 & 15], scale[p]);
+      v.x[2 * b + 1] = mul_rn(levels[byte & 15], scale[p]);
+    }
+    store8(out + p * 2048, v);
+  }
 }
 EXPORT(nf4_decode)
 

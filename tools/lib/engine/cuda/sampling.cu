@@ -1,25 +1,76 @@
 // Choosing the next token; a block a row.
 //
 // Nothing is sorted. The order of likelihood is walked as a number: a logit's
-// bits make a key that sorts as the logit does, and eight bits of it at a time,
+// bits make a key that sorts as the logit does, and eleven bits of it at a time,
 // from the top, a histogram tells in which part of the order a running sum
 // passes a target. Weights are integers (2^-40 of the largest), so that the sums
 // do not depend on the order in which threads add.
 
 constexpr float ONE = 1099511627776.0f; // 2^40
+constexpr u32 CHOOSERS = 1024;          // threads of a block
+constexpr u32 BUCKETS = 2 * CHOOSERS;   // of the histogram: eleven bits
+constexpr u32 BATCH = 8;                // logits of a thread that are read at once
 
 struct Logits {
   const float *x;
   u32 width;
   float top, temperature;
 
-  // Larger for the likelier; as f32's total order.
-  DEVICE_MEMBER u32 key(u32 i) const {
-    const u32 bits = as_bits(x[i]);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-  }
-  DEVICE_MEMBER u64 weight(u32 i) const { return (u64)(expf((x[i] - top) / temperature) * ONE); }
+  DEVICE_MEMBER u64 weight(float x) const { return (u64)(expf((x - top) / temperature) * ONE); }
 };
+
+// Larger for the likelier; as f32's total order. And back.
+DEVICE u32 key_of(float x) {
+  const u32 bits = as_bits(x);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+DEVICE float of_key(u32 key) { return as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
+
+// Calls f(i, x[i]) for every `stride`-th i of from..to.
+template <class F> DEVICE void each(const float *x, u32 from, u32 to, u32 stride, F f) {
+  for (u32 i = from; i < to; i += BATCH * stride) {
+    float v[BATCH];
+#pragma unroll
+    for (u32 b = 0; b < BATCH; b++) v[b] = i + b * stride < to ? x[i + b * stride] : 0.0f;
+#pragma unroll
+    for (u32 b = 0; b < BATCH; b++)
+      if (i + b * stride < to) f(i + b * stride, v[b]);
+  }
+}
+template <class F> DEVICE void each(const Logits &logits, F f) {
+  each(logits.x, threadIdx.x, logits.width, CHOOSERS, f);
+}
+
+// What a block has in common. The machine adds 32 bits in shared memory at once, 64
+// only by trying again until no other thread came between: so sums are in two halves.
+struct Board {
+  u32 low[BUCKETS], high[BUCKETS];
+  u64 warps[32], before;
+  u32 bucket;
+
+  DEVICE_MEMBER void count(u32 bucket) { atomic_add(&low[bucket], 1); }
+  DEVICE_MEMBER void add(u32 bucket, u64 x) {
+    const u32 down = (u32)x, old = atomic_add(&low[bucket], down);
+    const u32 up = (u32)(x >> 32) + (old + down < old);
+    if (up) atomic_add(&high[bucket], up);
+  }
+  DEVICE_MEMBER u64 sum(u32 bucket) const { return (u64)high[bucket] << 32 | low[bucket]; }
+};
+
+// The sum of x over the threads before this one; afterwards board.warps has the warps' sums.
+DEVICE u64 sum_before(u64 x, Board &board) {
+  u64 before = 0;
+  for (int mask = 1; mask < 32; mask *= 2) {
+    const u64 other = shuffle_xor(x, mask); // of as many neighbours
+    if (lane() & mask) before += other;
+    x += other;
+  }
+  sync_block(); // the last use of the sums is over
+  if (lane() == 0) board.warps[warp()] = x;
+  sync_block();
+  for (int w = 0; w < warp(); w++) before += board.warps[w];
+  return before;
+}
 
 // A place in the order of likelihood: number `rank`, by id, of those with `key`.
 struct Place {
@@ -28,88 +79,108 @@ struct Place {
 
 // Where the running sum of weights (or, with COUNT, of ones) first exceeds
 // `target`, which is less than the sum of all.
-template <bool COUNT> DEVICE Place locate(const Logits &logits, u64 target, u64 *histogram) {
+template <bool COUNT> DEVICE Place locate(const Logits &logits, u64 target, Board &board) {
   u32 prefix = 0;
-  u64 before = 0, each = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
+  for (int above = 32, shift = 21; above; above = shift, shift = max(shift - 11, 0)) {
     sync_block();
-    for (u32 i = threadIdx.x; i < 256; i += blockDim.x) histogram[i] = 0;
+    for (u32 i = threadIdx.x; i < BUCKETS; i += CHOOSERS) board.low[i] = board.high[i] = 0;
     sync_block();
-    for (u32 i = threadIdx.x; i < logits.width; i += blockDim.x) {
-      const u32 key = logits.key(i);
-      if (shift == 24 || key >> (shift + 8) == prefix)
-        atomic_add(&histogram[key >> shift & 255], COUNT ? 1 : logits.weight(i));
+    each(logits, [&](u32, float x) {
+      const u32 key = key_of(x), bucket = key >> shift & ((1u << (above - shift)) - 1);
+      if (above < 32 && key >> above != prefix) return;
+      if (COUNT)
+        board.count(bucket);
+      else
+        board.add(bucket, logits.weight(x));
+    });
+    sync_block();
+    // A thread has two neighbours, the first threads the likeliest.
+    const u32 upper = BUCKETS - 1 - 2 * threadIdx.x;
+    const u64 first = board.sum(upper), both = first + board.sum(upper - 1);
+    const u64 before = sum_before(both, board);
+    if (target >= before && target - before < both) {
+      const bool second = target - before >= first;
+      board.bucket = upper - second;
+      board.before = before + (second ? first : 0);
     }
     sync_block();
-    u32 digit = 255;
-    while (digit > 0 && before + histogram[digit] <= target) before += histogram[digit--];
-    prefix = prefix << 8 | digit;
+    prefix = prefix << (above - shift) | board.bucket;
+    target -= board.before;
   }
-  if (COUNT) {
-    each = 1;
-  } else {
-    const float x = as_float(prefix >> 31 ? prefix & 0x7fffffffu : ~prefix);
-    each = (u64)(expf((x - logits.top) / logits.temperature) * ONE);
-  }
-  return Place{prefix, (u32)((target - before) / (each ? each : 1))};
+  const u64 weight = COUNT ? 1 : logits.weight(of_key(prefix));
+  return Place{prefix, (u32)(target / (weight ? weight : 1))};
 }
 
 // The sum of weights up to and with a place.
-DEVICE u64 mass_until(const Logits &logits, Place place, u64 *partial) {
+DEVICE u64 mass_until(const Logits &logits, Place place, Board &board) {
   u64 sum = 0;
-  for (u32 i = threadIdx.x; i < logits.width; i += blockDim.x) {
-    const u32 key = logits.key(i);
-    if (key > place.key) sum += logits.weight(i);
-  }
-  const float x = as_float(place.key >> 31 ? place.key & 0x7fffffffu : ~place.key);
-  const u64 each = (u64)(expf((x - logits.top) / logits.temperature) * ONE);
-  return block_sum(sum, partial) + (place.rank + 1) * each;
+  each(logits, [&](u32, float x) {
+    if (key_of(x) > place.key) sum += logits.weight(x);
+  });
+  return block_sum(sum, board.warps) + (place.rank + 1) * logits.weight(of_key(place.key));
 }
 
-// The token at a place: each thread counts in a stretch of ids of its own.
-DEVICE void write_token(const Logits &logits, Place place, u32 *counts, u32 *out) {
-  const u32 stretch = (logits.width + blockDim.x - 1) / blockDim.x;
-  const u32 from = min(threadIdx.x * stretch, logits.width), to = min(from + stretch, logits.width);
-  u32 count = 0;
-  for (u32 i = from; i < to; i++) count += logits.key(i) == place.key;
+// The token at a place: number `rank` of those with its key, which the warps count in a
+// stretch of ids each, and then all threads in the stretch in which it is.
+DEVICE void write_token(const Logits &logits, Place place, Board &board, u32 *out) {
+  const u32 stretch = (logits.width + 31) / 32, mine = min(warp() * stretch, logits.width);
+  u64 count = 0;
+  each(logits.x, mine + lane(), min(mine + stretch, logits.width), 32,
+       [&](u32, float x) { count += key_of(x) == place.key; });
+  sum_before(count, board);
+  u32 rank = place.rank, from = 0;
+  for (int w = 0; w < 31 && rank >= board.warps[w]; w++) {
+    rank -= (u32)board.warps[w];
+    from += stretch;
+  }
+  const u32 to = min(from + stretch, logits.width), own = (stretch + CHOOSERS - 1) / CHOOSERS;
+  const u32 first = min(from + threadIdx.x * own, to), last = min(first + own, to);
+  count = 0;
+  for (u32 i = first; i < last; i++) count += key_of(logits.x[i]) == place.key;
+  u64 before = sum_before(count, board);
+  if (rank < before || rank >= before + count) return;
+  for (u32 i = first; i < last; i++)
+    if (key_of(logits.x[i]) == place.key && before++ == rank) *out = i;
+}
+
+// The likeliest token: of those the one with the lowest id.
+DEVICE void write_likeliest(const Logits &logits, Board &board, u32 *out) {
+  u64 best = 0;
+  each(logits, [&](u32 i, float x) { best = max(best, (u64)key_of(x) << 32 | ~i); });
+  for (int mask = 16; mask; mask /= 2) best = max(best, shuffle_xor(best, mask));
+  if (lane() == 0) board.warps[warp()] = best;
   sync_block();
-  counts[threadIdx.x] = count;
-  sync_block();
-  u32 before = 0;
-  for (u32 i = 0; i < threadIdx.x; i++) before += counts[i];
-  if (place.rank < before || place.rank >= before + count) return;
-  for (u32 i = from; i < to; i++)
-    if (logits.key(i) == place.key && before++ == place.rank) *out = i;
+  for (u32 w = 0; w < 32; w++) best = max(best, board.warps[w]);
+  if (threadIdx.x == 0) *out = ~(u32)best;
 }
 
 // As the CPU's `choose`: temperature (0: the likeliest), then the `top_k` (0: all)
 // likeliest, then the fewest that hold `top_p` of those; one of them by a draw
 // keyed by (seed, item, position).
-KERNEL(256)
+KERNEL(CHOOSERS)
 sample(const float *__restrict__ values, u32 width, const u32 *__restrict__ items,
        const u32 *__restrict__ positions, float temperature, u32 top_k, float top_p, u64 seed,
        u32 *__restrict__ out) {
   SHARED(float, partial, 32);
-  SHARED(u64, sums, 32);
-  SHARED(u64, histogram, 256);
-  SHARED(u32, counts, 256);
+  SHARED(Board, boards, 1);
+  Board &board = boards[0];
   Logits logits{values + (size_t)blockIdx.x * width, width, -infinity(), temperature};
-  float top = -infinity();
-  for (u32 i = threadIdx.x; i < width; i += blockDim.x) top = fmaxf(top, logits.x[i]);
-  logits.top = block_max(top, partial);
   out += blockIdx.x;
-  if (temperature == 0.0f) return write_token(logits, locate<true>(logits, 0, histogram), counts, out);
+  if (temperature == 0.0f) return write_likeliest(logits, board, out);
 
+  float top = -infinity();
+  each(logits, [&](u32, float x) { top = fmaxf(top, x); });
+  logits.top = block_max(top, partial);
   const u32 kept = top_k && top_k < width ? top_k : width;
-  u64 inside = mass_until(logits, locate<true>(logits, kept - 1, histogram), sums);
+  u64 inside = mass_until(logits, locate<true>(logits, kept - 1, board), board);
   if (top_p < 1.0f) {
     const double wanted = ceil((double)top_p * inside);
     const u64 target = wanted >= 1.0 ? (u64)wanted - 1 : 0;
-    inside = mass_until(logits, locate<false>(logits, target, histogram), sums);
+    inside = mass_until(logits, locate<false>(logits, target, board), board);
   }
   const Bits bits = philox(seed, items[blockIdx.x], positions[blockIdx.x], 0, 3u << 28);
   const u64 draw = ((u64)bits.word[0] << 32 | bits.word[1]) >> 11;
   const u64 target = (u64)((double)draw * (1.0 / 9007199254740992.0) * inside);
-  write_token(logits, locate<false>(logits, target, histogram), counts, out);
+  write_token(logits, locate<false>(logits, target, board), board, out);
 }
 EXPORT(sample)

@@ -47,6 +47,9 @@ const NORM_BLOCKS: usize = 256;
 /// Features of a head for which `attention.cu` makes kernels.
 const WIDTHS: [usize; 3] = [32, 64, 128];
 
+/// Values of a block of `nf4_decode`.
+const DECODED: usize = 8192;
+
 /// Queries, and keys, of a tile of the attention.
 const TILE: usize = 64;
 
@@ -232,7 +235,7 @@ impl Cuda {
                     Count(range.len()),
                     scratch,
                 ];
-                self.launch_each("nf4_decode", range.len() / 8, args);
+                self.launch("nf4_decode", range.len().div_ceil(DECODED), args);
                 scratch
             }
         }
@@ -897,8 +900,9 @@ impl Backend for Cuda {
             scale_of(heads),
             out.first(tokens * heads.q()),
         ];
-        let kernel = Self::attention_kernel(heads, ["cache_attention"; 3], 0).0;
-        self.launch_shaped(kernel, [tokens, heads.query, 1], 128, 0, args);
+        // A block has up to four query heads of one key head.
+        let blocks = heads.kv * (heads.query / heads.kv).div_ceil(4);
+        self.launch_shaped("cache_attention", [tokens, blocks, 1], 256, 0, args);
     }
 
     fn logits(
@@ -933,7 +937,7 @@ impl Backend for Cuda {
             Arg::U64(how.seed),
             out.first(rows),
         ];
-        self.launch("sample", rows, args);
+        self.launch_shaped("sample", [rows, 1, 1], 1024, 0, args);
     }
 }
 
