@@ -4,12 +4,14 @@
 // say; what they do beyond that only a GPU shows.
 //
 // CUDA_STAND_IN makes it unfit: `old` (driver), `none` (no GPU), `ancient` (GPU), `full` (memory),
-// `crowded` (no page-locked memory that the GPU sees), `swamped` (none at all).
+// `crowded` (no page-locked memory that the GPU sees), `swamped` (none at all), `uncaptured`
+// (graphs).
 #include "internal.h"
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <set>
@@ -18,23 +20,47 @@
 
 extern "C" const char *cuda_on_cpu_launch(const char *, const unsigned *, const unsigned *, size_t, void **,
                                           const size_t *, int, unsigned, bool);
+extern "C" void cuda_on_cpu_arguments(const char *, void (*)(void *, size_t), void *);
 
 namespace {
 
-enum Result { Success = 0, Invalid = 1, OutOfMemory = 2, NoDevice = 100, NotFound = 500, NotReady = 600, LaunchFailed = 719 };
+enum Result {
+  Success = 0,
+  Invalid = 1,
+  OutOfMemory = 2,
+  NoDevice = 100,
+  NotFound = 500,
+  NotReady = 600,
+  LaunchFailed = 719,
+  CaptureUnsupported = 900
+};
 
 bool unfit(const char *how) {
   const char *set = getenv("CUDA_STAND_IN");
   return set && !strcmp(set, how);
 }
 
-int the_context, the_stream, the_module;
+int the_context, the_module;
 thread_local int *current_context;
 std::map<std::string, std::string> functions; // stable addresses: a handle is a name
 std::map<const void *, int> shared_limit;
 std::map<void *, size_t> memory;
 std::set<void *> page_locked;
 std::mutex one; // call at a time, of those that change what is above or run
+
+// What a stream is given is done at once, unless it is captured.
+using Graph = std::vector<std::function<int()>>;
+struct Stream {
+  Graph *capturing = nullptr;
+};
+std::set<void *> streams;
+int give(void *stream, std::function<int()> work) {
+  if (!streams.count(stream)) return Invalid;
+  Graph *to = static_cast<Stream *>(stream)->capturing;
+  if (!to) return work();
+  return to->push_back(std::move(work)), Success;
+}
+bool captured(void *stream) { return streams.count(stream) && static_cast<Stream *>(stream)->capturing; }
 
 // Copies from page-locked memory are done late, when something needs them: memory
 // that was used again before its event passed shows by then.
@@ -81,12 +107,53 @@ EXPORTED int cuDevicePrimaryCtxRelease_v2(int) { return Success; }
 EXPORTED int cuCtxSetCurrent(void *context) { return current_context = static_cast<int *>(context), Success; }
 EXPORTED int cuDeviceGetDefaultMemPool(void **pool, int) { return *pool = &the_context, Success; }
 EXPORTED int cuMemPoolSetAttribute(void *, int attribute, void *) { return attribute == 4 ? Success : Invalid; }
-EXPORTED int cuStreamCreate(void **stream, unsigned flags) { return *stream = &the_stream, flags == 1 ? Success : Invalid; }
-EXPORTED int cuStreamSynchronize(void *) {
+EXPORTED int cuStreamCreate(void **stream, unsigned flags) {
   std::lock_guard lock(one);
+  streams.insert(*stream = new Stream);
+  return flags == 1 ? Success : Invalid;
+}
+EXPORTED int cuStreamSynchronize(void *stream) {
+  std::lock_guard lock(one);
+  if (captured(stream)) return CaptureUnsupported;
   return settle(), Success;
 }
-EXPORTED int cuStreamDestroy_v2(void *) { return Success; }
+EXPORTED int cuStreamDestroy_v2(void *stream) {
+  std::lock_guard lock(one);
+  if (!streams.erase(stream)) return Invalid;
+  return delete static_cast<Stream *>(stream), Success;
+}
+
+// Graphs: what a stream was given is done when one is launched, as often as it is. The
+// arguments of kernels, factors of products and so on are those of the time of the capture.
+EXPORTED int cuStreamBeginCapture_v2(void *stream, int) {
+  std::lock_guard lock(one);
+  if (!streams.count(stream) || captured(stream)) return Invalid;
+  if (unfit("uncaptured")) return CaptureUnsupported;
+  static_cast<Stream *>(stream)->capturing = new Graph;
+  return Success;
+}
+EXPORTED int cuStreamEndCapture(void *stream, void **graph) {
+  std::lock_guard lock(one);
+  if (!captured(stream)) return Invalid;
+  *graph = std::exchange(static_cast<Stream *>(stream)->capturing, nullptr);
+  return Success;
+}
+EXPORTED int cuGraphInstantiateWithFlags(void **executable, void *graph, unsigned long long flags) {
+  *executable = new Graph(*static_cast<Graph *>(graph));
+  return flags ? Invalid : Success;
+}
+EXPORTED int cuGraphDestroy(void *graph) { return delete static_cast<Graph *>(graph), Success; }
+EXPORTED int cuGraphExecDestroy(void *executable) { return delete static_cast<Graph *>(executable), Success; }
+EXPORTED int cuGraphLaunch(void *executable, void *stream) {
+  IN_CONTEXT;
+  std::lock_guard lock(one);
+  if (!streams.count(stream) || captured(stream)) return Invalid;
+  settle();
+  for (const auto &work : *static_cast<Graph *>(executable))
+    if (const int problem = work()) return problem;
+  return Success;
+}
+
 // An event has not passed when it is asked for the first time.
 EXPORTED int cuEventCreate(void **event, unsigned) { return *event = calloc(1, sizeof(int)), Success; }
 EXPORTED int cuEventRecord(void *, void *) { return Success; }
@@ -120,15 +187,31 @@ EXPORTED int cuFuncSetAttribute(void *function, int attribute, int value) {
 EXPORTED int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
                             unsigned bz, unsigned shared, void *stream, void **args, void **) {
   IN_CONTEXT;
-  if (stream != &the_stream) return Invalid;
   std::lock_guard lock(one);
-  settle();
   if (shared > 48 << 10 && (int)shared > shared_limit[function]) return Invalid;
-  const unsigned grid[] = {gx, gy, gz}, block[] = {bx, by, bz};
   const char *name = static_cast<std::string *>(function)->c_str();
-  const char *problem = cuda_on_cpu_launch(name, grid, block, shared, args, nullptr, 0, 0, false);
-  if (problem) fprintf(stderr, "stand-in for libcuda: %s\n", problem);
-  return problem ? LaunchFailed : Success;
+  std::vector<std::vector<char>> values;
+  struct Copy {
+    decltype(values) *to;
+    void **from;
+  } copy{&values, args};
+  cuda_on_cpu_arguments(
+      name,
+      [](void *context, size_t size) {
+        Copy &copy = *static_cast<Copy *>(context);
+        const char *from = static_cast<char *>(copy.from[copy.to->size()]);
+        copy.to->emplace_back(from, from + size);
+      },
+      &copy);
+  return give(stream, [=]() mutable {
+    settle();
+    const unsigned grid[] = {gx, gy, gz}, block[] = {bx, by, bz};
+    std::vector<void *> args;
+    for (auto &value : values) args.push_back(value.data());
+    const char *problem = cuda_on_cpu_launch(name, grid, block, shared, args.data(), nullptr, 0, 0, false);
+    if (problem) fprintf(stderr, "stand-in for libcuda: %s\n", problem);
+    return problem ? LaunchFailed : Success;
+  });
 }
 
 // A device of 1 GiB.
@@ -155,19 +238,20 @@ EXPORTED int cuMemFreeAsync(void *address, void *) {
   if (!memory.erase(address)) return Invalid;
   return free(address), Success;
 }
-EXPORTED int cuMemsetD8Async(void *at, unsigned char value, size_t bytes, void *) {
+EXPORTED int cuMemsetD8Async(void *at, unsigned char value, size_t bytes, void *stream) {
   std::lock_guard lock(one);
-  settle();
-  return memset(at, value, bytes), Success;
+  return give(stream, [=] { return settle(), memset(at, value, bytes), Success; });
 }
-EXPORTED int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *) {
+EXPORTED int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *stream) {
   std::lock_guard lock(one);
+  if (captured(stream)) return CaptureUnsupported;
   if (page_locked.count(const_cast<void *>(from))) return uploads.push_back({to, from, bytes}), Success;
   settle();
   return memcpy(to, from, bytes), Success;
 }
-EXPORTED int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void *) {
+EXPORTED int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void *stream) {
   std::lock_guard lock(one);
+  if (captured(stream)) return CaptureUnsupported;
   settle();
   return memcpy(to, from, bytes), Success;
 }
@@ -232,26 +316,30 @@ EXPORTED int cublasLtMatmul(void *, void *description, const float *alpha, const
                             Layout *lb, const float *beta, const void *c, Layout *lc, void *d, Layout *ld, void *,
                             void *, size_t, void *stream) {
   IN_CONTEXT;
-  if (stream != &the_stream) return 7;
-  {
-    std::lock_guard lock(one);
-    settle();
-  }
   const auto &t = static_cast<Descriptor *>(description)->transposed;
-  const uint64_t m = t[0] ? la->cols : la->rows, k = t[0] ? la->rows : la->cols;
-  const uint64_t n = t[1] ? lb->rows : lb->cols;
-  if ((t[1] ? lb->cols : lb->rows) != k || ld->rows != m || ld->cols != n || lc->rows != m || lc->cols != n) return 7;
-  for (uint64_t j = 0; j < n; j++)
-    for (uint64_t i = 0; i < m; i++) {
-      float sum = 0;
-      for (uint64_t l = 0; l < k; l++)
-        sum += (t[0] ? la->get(a, l, i) : la->get(a, i, l)) * (t[1] ? lb->get(b, j, l) : lb->get(b, l, j));
-      sum = *alpha * sum + (*beta != 0 ? *beta * lc->get(c, i, j) : 0);
-      const uint64_t at = i + j * ld->ld;
-      if (ld->type == 0)
-        static_cast<float *>(d)[at] = sum;
-      else
-        static_cast<uint16_t *>(d)[at] = (uint16_t)to_bf16(sum);
-    }
+  const bool ta = t[0], tb = t[1];
+  const uint64_t m = ta ? la->cols : la->rows, k = ta ? la->rows : la->cols;
+  const uint64_t n = tb ? lb->rows : lb->cols;
+  if ((tb ? lb->cols : lb->rows) != k || ld->rows != m || ld->cols != n || lc->rows != m || lc->cols != n) return 7;
+  auto product = [=, alpha = *alpha, beta = *beta] {
+    for (uint64_t j = 0; j < n; j++)
+      for (uint64_t i = 0; i < m; i++) {
+        float sum = 0;
+        for (uint64_t l = 0; l < k; l++)
+          sum += (ta ? la->get(a, l, i) : la->get(a, i, l)) * (tb ? lb->get(b, j, l) : lb->get(b, l, j));
+        sum = alpha * sum + (beta != 0 ? beta * lc->get(c, i, j) : 0);
+        const uint64_t at = i + j * ld->ld;
+        if (ld->type == 0)
+          static_cast<float *>(d)[at] = sum;
+        else
+          static_cast<uint16_t *>(d)[at] = (uint16_t)to_bf16(sum);
+      }
+  };
+  std::unique_lock lock(one);
+  if (captured(stream)) return give(stream, [=] { return settle(), product(), 0; });
+  if (!streams.count(stream)) return 7;
+  settle();
+  lock.unlock(); // it may take long, and changes nothing that is everybody's
+  product();
   return 0;
 }

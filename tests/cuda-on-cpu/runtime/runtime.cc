@@ -462,3 +462,10 @@ extern "C" const char *cuda_on_cpu_launch(const char *name, const unsigned *grid
   checking = false;
   return error.empty() ? nullptr : error.c_str();
 }
+
+// Calls `each` with the size of every argument of a kernel, in their order.
+extern "C" void cuda_on_cpu_arguments(const char *name, void (*each)(void *, size_t), void *context) {
+  auto found = kernels(false).find(name);
+  if (found == kernels(false).end()) return;
+  for (size_t size : found->second.sizes) each(context, size);
+}

@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 
 use crate::support::{
-    Draw, Machine, compare, compare_over, distance, emulated, fresh, gpu, on_processor,
+    Draw, Machine, compare, compare_over, distance, emulated, fresh, gpu, on_processor, recorded,
 };
 use cuda_on_cpu::Order;
 use engine::nf4::{self, Nf4Tensor};
@@ -320,7 +320,12 @@ fn the_cache_and_attention_over_it() {
         }
         results
     }
-    compare("cache", &[BF16, BF16, BF16, BF16, 0.0, 0.0], run(&Rounded), run);
+    compare(
+        "cache",
+        &[BF16, BF16, BF16, BF16, 0.0, 0.0],
+        run(&Rounded),
+        run,
+    );
 }
 
 /// A group whose members share their input.
@@ -1281,12 +1286,43 @@ fn noise_on_embeddings_is_the_same() {
     compare("add_noise", &[0.0], reference, run);
 }
 
+/// Other contents, then another size, then something in between that cannot be gathered.
+#[test]
+fn what_is_repeated_is_done_as_it_is_asked_for() {
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        let mut draw = fresh(61);
+        let mut grads = b.alloc_f32(50).unwrap();
+        let mut norm = b.poisoned_f32(1);
+        let mut norms = Vec::new();
+        for i in 0..8 {
+            b.write_f32(&draw.vec(50), &mut grads).unwrap();
+            let (len, other) = (if i == 4 { 30 } else { 50 }, draw.vec(50));
+            b.repeat(|| {
+                b.global_norm(&grads, len, &mut norm);
+                if i == 6 {
+                    b.write_f32(&other, &mut grads).unwrap();
+                    b.global_norm(&grads, len, &mut norm);
+                }
+            });
+            norms.extend(b.read_f32(&norm, 0..1).wait().unwrap());
+        }
+        vec![norms]
+    }
+    compare("repeat", &[F32], run(&Rounded), |cuda| {
+        let norms = run(cuda);
+        // The second and later of the same: 1, 2, 3, 5 and 7.
+        let recorded = recorded(cuda);
+        assert_eq!(cuda.played(), if recorded { 5 } else { 0 });
+        norms
+    });
+}
+
 #[test]
 fn sampling_chooses_the_same_tokens() {
     // Of logits in steps many are equal: of those the lower id comes first. In the last
     // rows all are, or all but the likeliest.
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
-        let cases = [(12, 777, 1.0 / 8.0), (2, 20_011, 1.0 / 64.0)];
+        let cases = [(12, 777, 1.0 / 8.0), (2, 9_001, 1.0 / 64.0)];
         let chosen = cases.map(|(rows, width, step)| {
             let mut logits = fresh(width as u64).vec((rows - 1) * width);
             logits

@@ -1,7 +1,7 @@
 //! A whole small model through the CUDA backend: the same code that runs on a GPU,
 //! from the launch upwards, against the CPU backend.
 
-use crate::support::{Draw, distance, gpu, on_processor};
+use crate::support::{Draw, distance, gpu, on_processor, recorded};
 use cuda_on_cpu::{Emulated, Order};
 use engine::nf4::Nf4Tensor;
 use engine::{Backend, Cpu, Cuda, Heads, HostMatrix, Reading, Rounded, Sampling};
@@ -224,6 +224,11 @@ fn train<B: Backend>(model: &Model<B>, keep: Keep, steps: u32, extras: Extras) -
             number: 1,
             ids: &ids[3][..7],
         },
+        // Alone in the end, beside a slot that is free.
+        Prompt {
+            number: 2,
+            ids: &ids[1][..9],
+        },
     ];
     let sampling = Sampling::GREEDY;
     let how = Generation {
@@ -267,7 +272,8 @@ fn training_and_generation_follow_the_cpu() {
     assert!(want.losses[49] < 0.2 * want.losses[0]);
     for device in devices() {
         let name = device.describe();
-        let got = train(&model(device), Keep::All, STEPS, NONE);
+        let model = model(device);
+        let got = train(&model, Keep::All, STEPS, NONE);
         let (gradient, loss) = (
             distance(&got.gradient, &want.gradient),
             apart(&got.losses, &want.losses),
@@ -296,7 +302,40 @@ fn training_and_generation_follow_the_cpu() {
         assert!(loss < limit, "{name}: {loss:e}");
         assert_eq!(got.replies, want.replies, "{name}");
         assert_eq!(got.replies, exact.replies, "{name}");
+        // Four steps of two replies and four of one, all of two rows; the first was new.
+        let recorded = recorded(model.backend());
+        assert_eq!(model.backend().played(), if recorded { 7 } else { 0 });
     }
+}
+
+/// The replies of a model that has learnt nothing, whatever comes: some end early, so that
+/// there are steps of several sizes.
+#[test]
+fn replies_are_the_same_where_steps_are_recorded() {
+    let Some(gpu) = gpu() else { return };
+    let mut draw = Draw(8);
+    let ids: Vec<_> = (0..14).map(|i| draw.ids(3 + i % 5, 211)).collect();
+    let prompts: Vec<_> = (0..)
+        .zip(&ids)
+        .map(|(number, ids)| Prompt { number, ids })
+        .collect();
+    let sampling = Sampling {
+        temperature: 1.0,
+        top_k: 0,
+        top_p: 1.0,
+        seed: 1,
+    };
+    let how = Generation {
+        sampling,
+        max_new_tokens: 12,
+        stop_ids: &(0..30).collect::<Vec<_>>(),
+        slots: 12,
+    };
+    let model = model(gpu);
+    let replies = generate(&model, None, &prompts, &how, |_| {}).unwrap();
+    println!("replies: {replies:?}");
+    println!("played: {}", model.backend().played());
+    assert_eq!(model.backend().played() > 0, recorded(model.backend()));
 }
 
 #[test]

@@ -6,13 +6,13 @@ use cuda_on_cpu::STAND_IN;
 use engine::{Backend, Choice, Device, HostMatrix};
 use half::bf16;
 
-use crate::support::{ONLY_GPU, gpu, only_gpu};
+use crate::support::{ONLY_GPU, UNCAPTURED, UNFIT, gpu, only_gpu};
 
 /// A command that finds these folders' libraries, and no others.
 fn with(mut command: Command, folders: &[&str], unfit: &str) -> Output {
     command
         .env("LD_LIBRARY_PATH", folders.join(":"))
-        .env("CUDA_STAND_IN", unfit)
+        .env(UNFIT, unfit)
         .env_remove("VIRTUAL_ENV")
         .env_remove("CONDA_PREFIX")
         .env("HOME", "/nonexistent")
@@ -79,6 +79,30 @@ fn kernels_and_training_through_the_real_driver_layer() {
     // Not by having run nothing.
     let ran = text.matches("cuda:0 stand-in, bf16: ").count();
     assert!(ran > 50, "{ran} comparisons\n{text}");
+}
+
+/// As a whole or one by one, and on a device that cannot record: the same.
+#[test]
+fn replies_are_the_same_where_nothing_can_be_recorded() {
+    if only_gpu() {
+        return;
+    }
+    let [recorded, not] = ["", UNCAPTURED].map(|unfit| {
+        let mut test = Command::new(std::env::current_exe().unwrap());
+        let name = "model::replies_are_the_same_where_steps_are_recorded";
+        test.args(["--exact", name, "--nocapture"])
+            .env(ONLY_GPU, "1");
+        let output = with(test, &STAND_IN, unfit);
+        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        assert!(output.status.success(), "{text}");
+        let line = |what| text.lines().find_map(|line| line.strip_prefix(what));
+        (
+            line("replies: ").unwrap().to_owned(),
+            line("played: ").unwrap().parse::<usize>().unwrap(),
+        )
+    });
+    assert_eq!(recorded.0, not.0);
+    assert!(recorded.1 > 5 && not.1 == 0, "{recorded:?} {not:?}");
 }
 
 #[test]

@@ -131,6 +131,18 @@ pub fn gpu() -> Option<Cuda> {
     found.then(|| Cuda::new(Box::new(Nvidia::open(0).unwrap())).unwrap())
 }
 
+/// Set where the stand-in for a GPU shall be unfit for something.
+pub const UNFIT: &str = "CUDA_STAND_IN";
+
+/// What the stand-in is that records nothing.
+pub const UNCAPTURED: &str = "uncaptured";
+
+/// Whether a device records what is repeated: the processor does not.
+pub fn recorded(cuda: &Cuda) -> bool {
+    let unable = std::env::var(UNFIT).is_ok_and(|how| how == UNCAPTURED);
+    cuda.describe().starts_with("cuda:") && !unable
+}
+
 /// `‖got - want‖ / ‖want‖`; infinite where anything is NaN.
 pub fn distance(got: &[f32], want: &[f32]) -> f64 {
     assert_eq!(got.len(), want.len());

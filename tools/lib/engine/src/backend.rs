@@ -405,6 +405,19 @@ pub trait Backend: Sized + Send + Sync {
     /// If the device failed.
     fn read_ids(&self, buffer: &Self::Ids, len: usize) -> Result<Vec<u32>>;
 
+    /// Does something whose operations are likely to come again in this order, on these
+    /// buffers with other contents, as in decoding: a device may know them by then and
+    /// take all of them at once.
+    fn repeat<R>(&self, work: impl FnOnce() -> R) -> R {
+        work()
+    }
+
+    /// For how many replies to compute a decoding step of so many, at least as many: what
+    /// comes of the others is thrown away. 0 replies need none.
+    fn decoding_rows(&self, replies: usize) -> usize {
+        replies
+    }
+
     /// Bytes that a weight takes on the device. One without its values
     /// ([`HostMatrix::hollow`]) counts as with them.
     fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize;

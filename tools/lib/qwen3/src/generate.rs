@@ -89,6 +89,8 @@ pub struct Slots<B: Backend> {
     cache: KvCache<B>,
     logits: B::F32,
     chosen: B::Ids,
+    /// What a step is told of each of its rows, always in the same place.
+    told: Told<B>,
     /// The most prompt tokens of a pass.
     tokens: usize,
 }
@@ -115,6 +117,7 @@ impl<B: Backend> Slots<B> {
             },
             logits: backend.alloc_f32(shape.slots * config.vocab_size)?,
             chosen: backend.alloc_ids(shape.slots)?,
+            told: Told::new(backend, shape.slots)?,
             tokens: lengths
                 .iter()
                 .sum::<usize>()
@@ -177,12 +180,21 @@ impl<B: Backend> Slots<B> {
             (prompts.iter()).all(|p| limit.min(p.ids.len() + how.max_new_tokens) <= capacity),
             "a prompt that was not announced"
         );
+        let Slots {
+            cache,
+            logits,
+            chosen,
+            told,
+            ..
+        } = self;
         let mut decoder = Decoder {
             model,
             lora,
             prompts,
             sampling: how.sampling,
-            slots: self,
+            cache,
+            logits,
+            chosen,
             pass,
         };
         let mut free: Vec<u32> = (0..slots as u32).rev().collect();
@@ -206,7 +218,7 @@ impl<B: Backend> Slots<B> {
                 });
             }
             let (moved, chosen) = if fresh.is_empty() {
-                let chosen = decoder.step(&active)?;
+                let chosen = decoder.step(&active, &free, told)?;
                 (std::mem::take(&mut active), chosen)
             } else {
                 let chosen = decoder.prefill(&fresh)?;
@@ -235,13 +247,38 @@ impl<B: Backend> Slots<B> {
     }
 }
 
+/// What a pass is told of each token, or of each reply.
+struct Told<B: Backend> {
+    ids: B::Ids,
+    slots: B::Ids,
+    positions: B::Ids,
+    /// Of each reply the number of its prompt, and the position of its next token.
+    numbers: B::Ids,
+    next: B::Ids,
+}
+
+impl<B: Backend> Told<B> {
+    fn new(backend: &B, rows: usize) -> Result<Self> {
+        let ids = || backend.alloc_ids(rows);
+        Ok(Self {
+            ids: ids()?,
+            slots: ids()?,
+            positions: ids()?,
+            numbers: ids()?,
+            next: ids()?,
+        })
+    }
+}
+
 /// The device's side of one call.
 struct Decoder<'a, B: Backend> {
     model: &'a Model<B>,
     lora: Option<Lora<'a, B>>,
     prompts: &'a [Prompt<'a>],
     sampling: Sampling,
-    slots: &'a mut Slots<B>,
+    cache: &'a mut KvCache<B>,
+    logits: &'a mut B::F32,
+    chosen: &'a mut B::Ids,
     pass: &'a mut Pass<B>,
 }
 
@@ -260,70 +297,78 @@ impl<B: Backend> Decoder<'_, B> {
         }
         let rows = Ragged::new(backend, &lengths)?;
         let (slots, last) = (backend.upload_ids(&slots)?, backend.upload_ids(&last)?);
+        let numbers: Vec<u32> = lengths.iter().map(|&(number, _)| number).collect();
+        let next: Vec<u32> = lengths.iter().map(|&(_, len)| len as u32).collect();
+        let keys = (&backend.upload_ids(&numbers)?, &backend.upload_ids(&next)?);
+        let count = ids.len();
+        let ids = backend.upload_ids(&ids)?;
         let tokens = Tokens {
-            count: ids.len(),
+            count,
             positions: &rows.positions,
             rows: Some(&rows),
             slots: Some(&slots),
             wanted: Some((&last, replies.len())),
         };
-        self.advance(replies, &ids, &tokens)
+        self.advance(replies.len(), &ids, &tokens, keys)?;
+        backend.read_ids(self.chosen, replies.len())
     }
 
-    /// Feeds every reply its last token and chooses the next.
-    fn step(&mut self, replies: &[Active]) -> Result<Vec<u32>> {
+    /// Feeds every reply its last token and chooses the next. Where the device wants more
+    /// rows, those are in slots that are free.
+    fn step(&mut self, replies: &[Active], free: &[u32], told: &mut Told<B>) -> Result<Vec<u32>> {
         let backend = self.model.backend();
-        let last = |r: &Active| r.ids[r.ids.len() - 1];
-        let ids: Vec<u32> = replies.iter().map(last).collect();
-        let slots: Vec<u32> = replies.iter().map(|r| r.slot).collect();
-        let positions: Vec<u32> = replies.iter().map(|r| self.next(r) - 1).collect();
-        let (positions, slots) = (backend.upload_ids(&positions)?, backend.upload_ids(&slots)?);
+        let all = replies.len() + free.len();
+        let rows = backend.decoding_rows(replies.len()).min(all);
+        let each = |of: &dyn Fn(&Active) -> u32, other: u32| -> Vec<u32> {
+            let others = std::iter::repeat_n(other, rows - replies.len());
+            replies.iter().map(of).chain(others).collect()
+        };
+        let next = |r: &Active| (self.prompts[r.prompt].ids.len() + r.ids.len()) as u32;
+        let slots = replies.iter().map(|r| r.slot).chain(free.iter().copied());
+        let slots: Vec<u32> = slots.take(rows).collect();
+        for (values, to) in [
+            (each(&|r| r.ids[r.ids.len() - 1], 0), &mut told.ids),
+            (slots, &mut told.slots),
+            (each(&|r| next(r) - 1, 0), &mut told.positions),
+            (
+                each(&|r| self.prompts[r.prompt].number, 0),
+                &mut told.numbers,
+            ),
+            (each(&next, 1), &mut told.next),
+        ] {
+            backend.write_ids(&values, to)?;
+        }
         let tokens = Tokens {
-            count: ids.len(),
-            positions: &positions,
+            count: rows,
+            positions: &told.positions,
             rows: None,
-            slots: Some(&slots),
+            slots: Some(&told.slots),
             wanted: None,
         };
-        self.advance(replies, &ids, &tokens)
+        let keys = (&told.numbers, &told.next);
+        backend.repeat(|| self.advance(rows, &told.ids, &tokens, keys))?;
+        backend.read_ids(self.chosen, replies.len())
     }
 
-    /// The position of a reply's next token.
-    fn next(&self, reply: &Active) -> u32 {
-        (self.prompts[reply.prompt].ids.len() + reply.ids.len()) as u32
-    }
-
-    /// One pass, and a token per reply from the wanted tokens.
+    /// One pass, and a token for each of `replies`, from the wanted tokens; `keys` are
+    /// their numbers and the positions of what is chosen.
     fn advance(
         &mut self,
-        replies: &[Active],
-        ids: &[u32],
+        replies: usize,
+        ids: &B::Ids,
         tokens: &Tokens<'_, B>,
-    ) -> Result<Vec<u32>> {
+        keys: (&B::Ids, &B::Ids),
+    ) -> Result<()> {
         let (model, backend) = (self.model, self.model.backend());
-        let numbers: Vec<u32> = replies
-            .iter()
-            .map(|r| self.prompts[r.prompt].number)
-            .collect();
-        let next: Vec<u32> = replies.iter().map(|r| self.next(r)).collect();
-        let keys = (backend.upload_ids(&numbers)?, backend.upload_ids(&next)?);
-        let ids = backend.upload_ids(ids)?;
-        let Slots {
-            cache,
-            logits,
-            chosen,
-            ..
-        } = &mut *self.slots;
-        let size = [tokens.count, replies.len(), cache.shape.capacity];
+        let size = [tokens.count, replies, self.cache.shape.capacity];
         let buffers = self.pass.fit(model, size, self.lora)?;
-        model.embed(&ids, tokens.count, buffers);
-        model.layers_forward(tokens, self.lora, None, Some(cache), buffers);
-        model.final_hidden(replies.len(), buffers);
+        model.embed(ids, tokens.count, buffers);
+        model.layers_forward(tokens, self.lora, None, Some(self.cache), buffers);
+        model.final_hidden(replies, buffers);
         let (hidden, scratch) = (&buffers.head.normed, &mut buffers.scratch);
-        backend.logits(model.head(), (hidden, replies.len()), logits, scratch);
-        let logits = (&*logits, [replies.len(), model.config().vocab_size]);
-        let keys = (&keys.0, &keys.1);
-        backend.sample(&self.sampling, logits, keys, chosen, scratch);
-        backend.read_ids(chosen, replies.len())
+        backend.logits(model.head(), (hidden, replies), self.logits, scratch);
+        let logits = (&*self.logits, [replies, model.config().vocab_size]);
+        backend.sample(&self.sampling, logits, keys, self.chosen, scratch);
+        Ok(())
     }
 }

@@ -9,7 +9,7 @@ use crate::Result;
 pub type Address = u64;
 
 /// An argument of a kernel, in its C type.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Arg {
     /// `u32`
     U32(u32),
@@ -41,7 +41,7 @@ impl Arg {
 }
 
 /// A kernel of `kernels.cu` over a grid.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Launch<'a> {
     /// Its name.
     pub kernel: &'static str,
@@ -56,7 +56,7 @@ pub struct Launch<'a> {
 }
 
 /// A bf16 matrix as it lies in memory, or (`transposed`) its transpose.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Operand {
     /// Its first element.
     pub address: Address,
@@ -95,7 +95,7 @@ pub enum Precision {
 }
 
 /// `out [m, n] = scale · a [m, k] b [k, n] (+ add)`, row-major.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Product {
     /// `[m, n, k]`
     pub size: [usize; 3],
@@ -111,6 +111,51 @@ pub struct Product {
     pub add: Option<(Address, usize)>,
     /// Factor of the product.
     pub scale: f32,
+}
+
+/// Something to be queued, as it was asked for.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Work {
+    /// [`Driver::launch`], its arguments apart.
+    Launch(Launch<'static>, Vec<Arg>),
+    /// [`Driver::multiply`]
+    Multiply(Product),
+    /// [`Driver::zero`]
+    Zero(Address, usize),
+}
+
+impl From<&Launch<'_>> for Work {
+    fn from(launch: &Launch<'_>) -> Self {
+        let shape = Launch {
+            kernel: launch.kernel,
+            args: &[],
+            ..*launch
+        };
+        Self::Launch(shape, launch.args.to_vec())
+    }
+}
+
+impl Work {
+    /// Queues it.
+    ///
+    /// # Errors
+    /// If the device refuses it.
+    pub fn queue(&self, driver: &(impl Driver + ?Sized)) -> Result<()> {
+        match self {
+            Self::Launch(shape, args) => driver.launch(&Launch { args, ..*shape }),
+            Self::Multiply(product) => driver.multiply(product),
+            Self::Zero(at, bytes) => driver.zero(*at, *bytes),
+        }
+    }
+}
+
+/// Work that a device knows, all of it at once.
+pub trait Recording: Send {
+    /// Queues it.
+    ///
+    /// # Errors
+    /// If the device refuses it.
+    fn play(&self) -> Result<()>;
 }
 
 /// Bytes on their way from the device.
@@ -181,4 +226,10 @@ pub trait Driver: Send + Sync {
     /// # Errors
     /// If the device refuses it.
     fn multiply(&self, product: &Product) -> Result<()>;
+
+    /// Makes one of what is to be queued again and again in this order; it has been
+    /// queued before. Nothing is queued now. None: the device has no such thing.
+    fn record(&self, _work: &[Work]) -> Option<Box<dyn Recording>> {
+        None
+    }
 }

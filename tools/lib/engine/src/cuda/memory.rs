@@ -2,71 +2,13 @@
 
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use half::bf16;
 
-use super::driver::{Address, Driver, Launch, Pending, Product};
-use crate::{Error, Reading, Result};
-
-/// A driver and its first failure. Operations queue work and return nothing, so
-/// a failure is kept for the next call that can report it; what is queued after it
-/// is dropped.
-pub(super) struct Queue {
-    driver: Box<dyn Driver>,
-    failure: Mutex<Option<String>>,
-}
-
-impl Queue {
-    pub fn new(driver: Box<dyn Driver>) -> Self {
-        Self {
-            driver,
-            failure: Mutex::new(None),
-        }
-    }
-
-    pub fn describe(&self) -> String {
-        self.driver.describe()
-    }
-
-    pub fn free(&self) -> Result<usize> {
-        self.driver.free()
-    }
-
-    /// The failure so far, if any.
-    fn check(&self) -> Result<()> {
-        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*failure {
-            None => Ok(()),
-            Some(problem) => Err(Error::Device {
-                problem: problem.clone(),
-                remedy: "start again; finished steps are in the checkpoint",
-            }),
-        }
-    }
-
-    /// Queues something, unless the queue has failed.
-    fn then(&self, work: impl FnOnce(&dyn Driver) -> Result<()>) {
-        if self.check().is_ok()
-            && let Err(error) = work(&*self.driver)
-        {
-            let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
-            *failure = Some(error.to_string());
-        }
-    }
-
-    pub fn launch(&self, launch: &Launch<'_>) {
-        self.then(|driver| driver.launch(launch));
-    }
-
-    pub fn multiply(&self, product: &Product) {
-        self.then(|driver| driver.multiply(product));
-    }
-
-    pub fn zero(&self, at: Address, bytes: usize) {
-        self.then(|driver| driver.zero(at, bytes));
-    }
-}
+use super::driver::{Address, Pending};
+use super::queue::Queue;
+use crate::{Reading, Result};
 
 /// What a device buffer can hold.
 pub trait Element: Copy + Send + Sync + 'static {}
@@ -114,7 +56,7 @@ impl<T: Element> Buffer<T> {
         queue.check()?;
         let address = match len {
             0 => 0,
-            _ => queue.driver.allocate(what, len * size_of::<T>())?,
+            _ => queue.device().allocate(what, len * size_of::<T>())?,
         };
         Ok(Self {
             queue: queue.clone(),
@@ -172,7 +114,7 @@ impl<T: Element> Buffer<T> {
     pub(super) fn write(&self, values: &[T]) -> Result<()> {
         let at = self.first(values.len());
         if !values.is_empty() {
-            self.queue.then(|d| d.write(bytes_of(values), at));
+            self.queue.write(bytes_of(values), at);
         }
         self.queue.check()
     }
@@ -185,7 +127,7 @@ impl<T: Element> Buffer<T> {
             _ => self
                 .queue
                 .check()
-                .and_then(|()| self.queue.driver.read(at, bytes).map(Some)),
+                .and_then(|()| self.queue.device().read(at, bytes).map(Some)),
         };
         DeviceReading {
             queue: self.queue.clone(),
@@ -198,7 +140,7 @@ impl<T: Element> Buffer<T> {
 impl<T: Element> Drop for Buffer<T> {
     fn drop(&mut self) {
         if self.address != 0 {
-            self.queue.driver.release(self.address);
+            self.queue.device().release(self.address);
         }
     }
 }
@@ -216,7 +158,7 @@ impl Shared {
         queue.check()?;
         let address = match len {
             0 => 0,
-            _ => queue.driver.share(len * size_of::<T>())?,
+            _ => queue.device().share(len * size_of::<T>())?,
         };
         Ok(Self {
             queue: queue.clone(),
@@ -238,7 +180,7 @@ impl Shared {
 impl Drop for Shared {
     fn drop(&mut self) {
         if self.address != 0 {
-            self.queue.driver.unshare(self.address);
+            self.queue.device().unshare(self.address);
         }
     }
 }

@@ -17,6 +17,7 @@ mod linear;
 mod memory;
 mod nvidia;
 mod quantize;
+mod queue;
 mod random;
 mod thin;
 
@@ -25,7 +26,9 @@ use std::sync::Arc;
 
 use half::bf16;
 
-pub use driver::{Address, Arg, Driver, Launch, Operand, Pending, Precision, Product};
+pub use driver::{
+    Address, Arg, Driver, Launch, Operand, Pending, Precision, Product, Recording, Work,
+};
 pub use memory::{Buffer, DeviceReading, Element};
 pub use nvidia::Nvidia;
 
@@ -36,7 +39,8 @@ use crate::{
     AdamW, Adapter, Backend, Cache, Dropout, Error, Group, Heads, HostMatrix, LinearGrad,
     MOMENT_BLOCK, MatrixData, Neftune, QkNorms, Ragged, Result, Sampling, Stretch,
 };
-use memory::{Queue, Shared};
+use memory::Shared;
+use queue::Queue;
 
 /// The kernels, as `make kernels` compiled them.
 pub(crate) const PTX: &str = include_str!("../../cuda/kernels.ptx");
@@ -154,6 +158,11 @@ impl Cuda {
             partial: Buffer::new(&queue, "sums", NORM_BLOCKS)?,
             queue,
         })
+    }
+
+    /// How often a [repeated](Backend::repeat) whole was queued as one.
+    pub fn played(&self) -> usize {
+        self.queue.played()
     }
 
     /// A buffer holding these activations, rounded to bf16.
@@ -317,7 +326,7 @@ impl Backend for Cuda {
     }
 
     fn free_memory(&self) -> Result<Option<usize>> {
-        self.queue.free().map(Some)
+        self.queue.device().free().map(Some)
     }
 
     fn alloc_act(&self, len: usize) -> Result<Buffer<bf16>> {
@@ -429,6 +438,20 @@ impl Backend for Cuda {
 
     fn read_ids(&self, buffer: &Buffer<u32>, len: usize) -> Result<Vec<u32>> {
         buffer.read(0..len).values()
+    }
+
+    fn repeat<R>(&self, work: impl FnOnce() -> R) -> R {
+        self.queue.repeat(work)
+    }
+
+    /// Of few sizes, so that most steps are like one before; in steps of what a tile of a
+    /// product has anyway.
+    fn decoding_rows(&self, replies: usize) -> usize {
+        match replies {
+            ..=8 => 8,
+            ..=16 => 16,
+            _ => replies.next_multiple_of(32),
+        }
     }
 
     fn matrix_bytes(&self, matrix: &Matrix) -> usize {

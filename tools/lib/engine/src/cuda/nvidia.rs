@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::cublaslt::{result as blas, sys as blas_sys};
 use cudarc::driver::{result as cuda, sys};
 
-use super::driver::{Address, Driver, Launch, Pending, Precision, Product};
+use super::driver::{Address, Driver, Launch, Pending, Precision, Product, Recording, Work};
 use super::{Operand, PTX};
 use crate::{Error, Result};
 
@@ -465,6 +465,73 @@ impl Nvidia {
             algorithm: choice.algo,
         })
     }
+
+    fn launch_on(&self, stream: sys::CUstream, launch: &Launch<'_>) -> Result<()> {
+        let function = self.function(launch)?;
+        let mut args: Vec<*mut c_void> =
+            launch.args.iter().map(|a| a.as_ptr().cast_mut()).collect();
+        let [x, y, z] = launch.grid;
+        // SAFETY: the arguments are those of the kernel in number and type (checked
+        // against the kernels' signatures by the tests), are copied before the call
+        // returns, and point into buffers of the backend's.
+        unsafe {
+            cuda::launch_kernel(
+                function,
+                (x, y, z),
+                (launch.block, 1, 1),
+                launch.shared,
+                stream,
+                &mut args,
+            )
+        }
+        .map_err(|e| failed(launch.kernel, e))
+    }
+
+    fn multiply_on(&self, stream: sys::CUstream, product: &Product) -> Result<()> {
+        let with = |e: blas::CublasError| {
+            unusable(
+                format!("a product of {:?}: {e}", product.size),
+                "try another version of cuBLAS; or use --device cpu",
+            )
+        };
+        if product.size[0] == 0 {
+            return Ok(());
+        }
+        let plan = self.plan(product).map_err(with)?;
+        let (alpha, beta) = (
+            product.scale,
+            if product.add.is_some() { 1f32 } else { 0f32 },
+        );
+        let (c, _) = product.add.unwrap_or(product.out);
+        // SAFETY: the layouts describe ranges inside buffers of the backend's; factors
+        // are read before the call returns; `out` may be `add`, with the same layout.
+        unsafe {
+            blas::matmul(
+                self.blas,
+                plan.desc,
+                std::ptr::from_ref(&alpha).cast(),
+                std::ptr::from_ref(&beta).cast(),
+                product.b.address as *const c_void,
+                plan.a,
+                product.a.address as *const c_void,
+                plan.b,
+                c as *const c_void,
+                plan.c,
+                product.out.0 as *mut c_void,
+                plan.c,
+                &plan.algorithm,
+                self.workspace as *mut c_void,
+                BLAS_WORKSPACE,
+                stream.cast(),
+            )
+        }
+        .map_err(with)
+    }
+
+    fn zero_on(&self, stream: sys::CUstream, at: Address, bytes: usize) -> Result<()> {
+        // SAFETY: the backend asks for ranges inside its own buffers.
+        unsafe { cuda::memset_d8_async(at, 0, bytes, stream) }.map_err(|e| failed("zeroing", e))
+    }
 }
 
 impl Drop for Nvidia {
@@ -602,9 +669,7 @@ impl Driver for Nvidia {
 
     fn zero(&self, at: Address, bytes: usize) -> Result<()> {
         self.context.enter()?;
-        // SAFETY: the backend asks for ranges inside its own buffers.
-        unsafe { cuda::memset_d8_async(at, 0, bytes, self.context.stream) }
-            .map_err(|e| failed("zeroing", e))
+        self.zero_on(self.context.stream, at, bytes)
     }
 
     fn write(&self, bytes: &[u8], to: Address) -> Result<()> {
@@ -645,66 +710,86 @@ impl Driver for Nvidia {
 
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         self.context.enter()?;
-        let function = self.function(launch)?;
-        let mut args: Vec<*mut c_void> =
-            launch.args.iter().map(|a| a.as_ptr().cast_mut()).collect();
-        let [x, y, z] = launch.grid;
-        // SAFETY: the arguments are those of the kernel in number and type (checked
-        // against the kernels' signatures by the tests), are copied before the call
-        // returns, and point into buffers of the backend's.
-        unsafe {
-            cuda::launch_kernel(
-                function,
-                (x, y, z),
-                (launch.block, 1, 1),
-                launch.shared,
-                self.context.stream,
-                &mut args,
-            )
-        }
-        .map_err(|e| failed(launch.kernel, e))
+        self.launch_on(self.context.stream, launch)
     }
 
     fn multiply(&self, product: &Product) -> Result<()> {
         self.context.enter()?;
-        let with = |e: blas::CublasError| {
-            unusable(
-                format!("a product of {:?}: {e}", product.size),
-                "try another version of cuBLAS; or use --device cpu",
-            )
-        };
-        if product.size[0] == 0 {
-            return Ok(());
-        }
-        let plan = self.plan(product).map_err(with)?;
-        let (alpha, beta) = (
-            product.scale,
-            if product.add.is_some() { 1f32 } else { 0f32 },
-        );
-        let (c, _) = product.add.unwrap_or(product.out);
-        // SAFETY: the layouts describe ranges inside buffers of the backend's; factors
-        // are read before the call returns; `out` may be `add`, with the same layout.
+        self.multiply_on(self.context.stream, product)
+    }
+
+    fn record(&self, work: &[Work]) -> Option<Box<dyn Recording>> {
+        self.context.enter().ok()?;
+        let aside = Aside::new().ok()?;
+        // In this thread alone: others may go on with the device's own stream.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: a fresh stream, on which nothing but what is captured is queued.
+        unsafe { cuda::stream::begin_capture(aside.0, mode) }.ok()?;
+        let captured = work.iter().try_for_each(|work| match work {
+            Work::Launch(shape, args) => self.launch_on(aside.0, &Launch { args, ..*shape }),
+            Work::Multiply(product) => self.multiply_on(aside.0, product),
+            Work::Zero(at, bytes) => self.zero_on(aside.0, *at, *bytes),
+        });
+        // SAFETY: as above; the graph is destroyed once there is an executable one.
         unsafe {
-            blas::matmul(
-                self.blas,
-                plan.desc,
-                std::ptr::from_ref(&alpha).cast(),
-                std::ptr::from_ref(&beta).cast(),
-                product.b.address as *const c_void,
-                plan.a,
-                product.a.address as *const c_void,
-                plan.b,
-                c as *const c_void,
-                plan.c,
-                product.out.0 as *mut c_void,
-                plan.c,
-                &plan.algorithm,
-                self.workspace as *mut c_void,
-                BLAS_WORKSPACE,
-                self.context.stream.cast(),
-            )
+            let graph = cuda::stream::end_capture(aside.0).ok()?;
+            let flags = sys::CUgraphInstantiate_flags(0);
+            let executable = captured
+                .is_ok()
+                .then(|| cuda::graph::instantiate(graph, flags));
+            let _ = cuda::graph::destroy(graph);
+            Some(Box::new(Graph {
+                context: self.context.clone(),
+                executable: executable?.ok()?,
+            }))
         }
-        .map_err(with)
+    }
+}
+
+/// A stream for what is recorded.
+struct Aside(sys::CUstream);
+
+impl Aside {
+    fn new() -> Result<Self, cuda::DriverError> {
+        cuda::stream::create(cuda::stream::StreamKind::NonBlocking).map(Self)
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        // SAFETY: this stream's only owner lets go of it.
+        let _ = unsafe { cuda::stream::destroy(self.0) };
+    }
+}
+
+/// Recorded work.
+struct Graph {
+    context: Arc<Context>,
+    executable: sys::CUgraphExec,
+}
+
+// SAFETY: as for `Context`.
+unsafe impl Send for Graph {}
+
+impl Recording for Graph {
+    fn play(&self) -> Result<()> {
+        self.context.enter()?;
+        // SAFETY: both live as long as `self`; what the graph uses is the same as when it
+        // was recorded, and asked for now by who owns it.
+        unsafe { cuda::graph::launch(self.executable, self.context.stream) }
+            .map_err(|e| failed("queueing a decoding step", e))
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: its only owner lets go of it when it is not under way any more.
+            unsafe {
+                let _ = cuda::stream::synchronize(self.context.stream);
+                let _ = cuda::graph::exec_destroy(self.executable);
+            }
+        }
     }
 }
 
