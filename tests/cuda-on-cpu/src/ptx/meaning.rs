@@ -252,6 +252,10 @@ pub fn meaning(spelling: &str) -> Option<Meaning> {
                 each!(|a, b| relation(signed(a).partial_cmp(&signed(b)))),
                 holds,
             ),
+            "s16" => TestNarrow(
+                each!(|a, b| relation((a as i16).partial_cmp(&(b as i16)))),
+                holds,
+            ),
             "f32" => TestNarrow(each!(|a, b| relation(f(a).partial_cmp(&f(b)))), holds),
             "u64" | "b64" => TestWide(each!(|a, b| relation(a.partial_cmp(&b))), holds),
             "s64" => TestWide(
@@ -343,7 +347,7 @@ pub fn meaning(spelling: &str) -> Option<Meaning> {
         "cvt.u64.u32" => Widen1(each!(|a| a.into())),
         "cvt.s64.s32" => Widen1(each!(|a| i64::from(signed(a)).cast_unsigned())),
         "cvt.u32.u64" => Shrink(each!(|a| a as u32)),
-        "cvt.u32.u16" => Narrow1(each!(|a| a & 0xffff)),
+        "cvt.u16.u32" | "cvt.u32.u16" => Narrow1(each!(|a| a & 0xffff)),
         "cvt.rn.f32.s32" => Narrow1(each!(|a| (signed(a) as f32).to_bits())),
         "cvt.rn.f32.u32" => Narrow1(each!(|a| (a as f32).to_bits())),
         "cvt.rn.f32.f64" => Shrink(each!(|a| single(d(a) as f32))),

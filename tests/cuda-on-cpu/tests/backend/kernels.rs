@@ -333,6 +333,7 @@ struct Products<'a> {
     /// Of each member: whether its scales are quantised, if it is.
     kinds: &'a [Option<bool>],
     inputs: usize,
+    outputs: [usize; 3],
     /// Of each member; 0: it has no adapter.
     ranks: [usize; 3],
     lengths: &'a [(u32, usize)],
@@ -349,6 +350,7 @@ struct Products<'a> {
 const PLAIN: Products<'_> = Products {
     kinds: &[],
     inputs: 72,
+    outputs: [40, 24, 136],
     // The middle one has no adapter where there are three.
     ranks: [3, 0, 16],
     lengths: &[(4, 9), (11, 6)],
@@ -365,6 +367,7 @@ fn group<B: Machine>(b: &B, products: &Products<'_>) -> Vec<Vec<f32>> {
     let &Products {
         kinds,
         inputs,
+        outputs,
         ranks,
         lengths,
         dropout,
@@ -376,7 +379,6 @@ fn group<B: Machine>(b: &B, products: &Products<'_>) -> Vec<Vec<f32>> {
     let mut draw = fresh(kinds.len() as u64 + 20);
     let rows = Ragged::new(b, lengths).unwrap();
     let tokens = rows.tokens();
-    let outputs = [40, 24, 136];
     let (mut weights, mut adapters, mut params) = (Vec::new(), Vec::new(), 0);
     let stacked = ranks[..kinds.len()].iter().sum::<usize>() * inputs;
     let mut above = 0;
@@ -561,6 +563,39 @@ fn products_of_a_quantised_group() {
         };
         let want = group(&Rounded, &products);
         compare("linear, NF4", &[BF16], want, |b| group(b, &products));
+    }
+}
+
+#[test]
+fn factors_of_few_tokens_are_read_as_they_are_stored() {
+    // Tokens, inputs, outputs and ranks that are no multiple of a tile, and enough of each
+    // for several blocks; and more tokens than go this way.
+    let sizes: [(&[usize], usize, [usize; 3], [usize; 3]); 5] = [
+        (&[1], 8, [8, 8, 8], [1, 0, 0]),
+        (&[9, 6], 72, [40, 24, 136], [3, 0, 16]),
+        (&[200, 300], 1064, [520, 8, 264], [16, 8, 16]),
+        (&[37], 40, [264, 24, 256], [100, 5, 24]),
+        (&[513], 16, [16, 8, 8], [4, 4, 4]),
+    ];
+    for (lengths, inputs, outputs, ranks) in sizes {
+        let lengths: Vec<_> = (3..).zip(lengths.iter().copied()).collect();
+        for residual in [false, true] {
+            let products = Products {
+                kinds: &[None; 3],
+                inputs,
+                outputs,
+                ranks,
+                lengths: &lengths,
+                residual,
+                apart: false,
+                ..PLAIN
+            };
+            let want = group(&Rounded, &products);
+            let name = format!("linear, {lengths:?} of {inputs}, ranks {ranks:?}");
+            compare_over(&[Order::Newest], &name, &[BF16], want, |b| {
+                group(b, &products)
+            });
+        }
     }
 }
 

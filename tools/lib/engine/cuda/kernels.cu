@@ -7,6 +7,7 @@
 #include "nf4.cu"
 #include "random.cu"
 #include "thin.cu"
+#include "adapter.cu"
 #include "rows.cu"
 #include "dora.cu"
 #include "attention.cu"

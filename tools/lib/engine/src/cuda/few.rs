@@ -1,7 +1,7 @@
-//! Products of a few tokens with quantised weights, which are read as they are
-//! stored: a decoding step, its logits, or a pass over one short row. There the floor is
-//! reading the weights once, and decoding them to memory first moves nine times as
-//! much as the codes take.
+//! Products of a few tokens: a decoding step, its logits, or a pass over one short row.
+//! Quantised weights are read as they are stored: there the floor is reading them once,
+//! and decoding them to memory first moves nine times as much as the codes take. So are
+//! the factors of adapters, where the floor is a kernel's own time.
 
 use super::driver::Address;
 use super::{Buffer, Cuda, Matrix, Store, args};
@@ -9,6 +9,10 @@ use super::{Buffer, Cuda, Matrix, Store, args};
 /// Most tokens of such a product. Beyond, every block's reading of its tokens costs
 /// more than decoding once: predicted, to be tuned on a GPU (docs/gpu.md).
 const MOST: usize = 32;
+
+/// Most tokens of a product with factors as they are stored: beyond, cuBLAS' tiles are
+/// worth rounding the factors first. Predicted, as above.
+const MOST_OF_FACTORS: usize = 512;
 
 /// Inputs that a warp takes at a time; every width of a Qwen3 is a multiple.
 const PIECE: usize = 128;
@@ -22,6 +26,45 @@ const MEMBERS: usize = 3;
 /// Whether a product with quantised weights goes this way.
 pub(super) fn suits(tokens: usize, inputs: usize) -> bool {
     tokens <= MOST && inputs.is_multiple_of(PIECE)
+}
+
+/// Whether a product with factors as they are stored suits so many tokens.
+pub(super) fn suits_factors(tokens: usize) -> bool {
+    tokens <= MOST_OF_FACTORS
+}
+
+/// One member's update, as the kernels take it: `scale · x Aᵀ Bᵀ`.
+#[derive(Clone, Copy)]
+pub(super) struct Low {
+    /// `[rank, inputs]`, sixteen bytes aligned.
+    pub a: Address,
+    /// `[outputs, rank]`
+    pub b: Address,
+    pub rank: usize,
+    pub outputs: usize,
+    /// Its first output; this and the number of outputs are multiples of 8.
+    pub column: usize,
+    pub scale: f32,
+}
+
+impl Low {
+    /// Of no ranks and no outputs.
+    const NONE: Self = Self {
+        a: 0,
+        b: 0,
+        rank: 0,
+        outputs: 0,
+        column: 0,
+        scale: 0.0,
+    };
+
+    /// Three, as a launch takes them.
+    fn three(members: &[Self]) -> [Self; MEMBERS] {
+        assert!(members.len() <= MEMBERS, "a group with more adapters");
+        let mut three = [Self::NONE; MEMBERS];
+        three[..members.len()].copy_from_slice(members);
+        three
+    }
 }
 
 /// One quantised weight, as the kernel takes it.
@@ -121,6 +164,57 @@ impl Cuda {
             let blocks = weights.iter().map(|w| w.outputs.div_ceil(OUTPUTS)).sum();
             self.launch(kernel, blocks, args);
         }
+    }
+
+    /// `xa [tokens, Σ rank] = x Aᵀ`
+    pub(super) fn few_ranks(
+        &self,
+        members: &[Low],
+        (x, [tokens, inputs]): (Address, [usize; 2]),
+        xa: Address,
+    ) {
+        let [a, b, c] = Low::three(members);
+        let tiles = members.iter().map(|m| m.rank.div_ceil(8)).sum();
+        let args = args![x, a.a, b.a, c.a, tokens, inputs, a.rank, b.rank, c.rank, xa];
+        self.launch_shaped("few_ranks", [tokens.div_ceil(16), tiles, 1], 256, 0, args);
+    }
+
+    /// `out = scale · xa Bᵀ (+ residual)` in each member's columns; `out` and `residual` are
+    /// `[tokens, width]`.
+    pub(super) fn few_update(
+        &self,
+        members: &[Low],
+        (xa, tokens): (Address, usize),
+        residual: Option<Address>,
+        (out, width): (Address, usize),
+    ) {
+        let [a, b, c] = Low::three(members);
+        let args = args![
+            xa,
+            a.b,
+            b.b,
+            c.b,
+            tokens,
+            a.rank,
+            b.rank,
+            c.rank,
+            a.outputs,
+            b.outputs,
+            c.outputs,
+            a.column,
+            b.column,
+            c.column,
+            a.scale,
+            b.scale,
+            c.scale,
+            residual.unwrap_or(0),
+            width,
+            out,
+        ];
+        let blocks: usize = members.iter().map(|m| m.outputs.div_ceil(256)).sum();
+        // Enough for two a multiprocessor of a large GPU; the fewer, the more B is shared.
+        let stretches = tokens.div_ceil(16).min(264usize.div_ceil(blocks.max(1)));
+        self.launch_shaped("few_update", [blocks, stretches, 1], 256, 0, args);
     }
 
     /// `out [tokens, vocabulary] = x headᵀ` in f32, of a quantised head.

@@ -289,6 +289,26 @@ impl<'a> Run<'a> {
         pending.into_iter().for_each(round);
     }
 
+    /// The members' factors as they are stored, if products of so few tokens read them so.
+    fn low(&self) -> Option<Vec<few::Low>> {
+        let params = self.params?;
+        let whole = |len: usize| len.is_multiple_of(8);
+        let low = |(p, a): (Place<'_>, Adapter)| {
+            let (rows, rank) = (p.weight.rows, a.rank);
+            let aligned = whole(rows) && whole(p.out) && a.a.is_multiple_of(4);
+            aligned.then(|| few::Low {
+                a: params.at(a.a..a.a + rank * self.inputs),
+                b: params.at(a.b..a.b + rows * rank),
+                rank,
+                outputs: rows,
+                column: p.out,
+                scale: a.scale,
+            })
+        };
+        let fit = few::suits_factors(self.tokens) && self.dropout.is_none() && whole(self.width);
+        fit.then(|| self.adapters().map(low).collect())?
+    }
+
     /// Where every `A` lies in the parameters, if one below the other.
     fn stack(&self) -> Option<Range<usize>> {
         let mut all = self
@@ -358,7 +378,8 @@ impl<'a> Run<'a> {
     pub fn forward(&self, residual: Option<&Buffer<bf16>>, out: &Buffer<bf16>) {
         let (tokens, width) = (self.tokens, self.width);
         let out = out.first(tokens * width);
-        if let Some(params) = self.params {
+        let low = self.low();
+        if let Some(params) = self.params.filter(|_| low.is_none()) {
             self.round_factors(params);
         }
         let xa = |(x, scale): (Address, f32), a: Address, ranks: usize, to: Address| {
@@ -380,6 +401,10 @@ impl<'a> Run<'a> {
                 }
             }
             Some(thin) => thin.product(self.x, self.xa),
+            None if let Some(low) = &low => {
+                let x = (self.x, [tokens, self.inputs]);
+                self.cuda.few_ranks(low, x, self.xa);
+            }
             None if self.ranks > 0 => {
                 xa((self.x, 1.0), self.scratch.factors, self.ranks, self.xa);
             }
@@ -407,7 +432,12 @@ impl<'a> Run<'a> {
     fn products(&self, residual: Option<Address>, out: Address) {
         let (tokens, width) = (self.tokens, self.width);
         let at = |base: Address, column: usize| (base + column as u64 * BF16, width);
-        for (p, a) in self.adapters() {
+        let low = self.low();
+        if let Some(low) = &low {
+            let xa = (self.xa, tokens);
+            self.cuda.few_update(low, xa, residual, (out, width));
+        }
+        for (p, a) in self.adapters().filter(|_| low.is_none()) {
             let b = Operand::new(self.b_of(p), a.rank);
             self.product(Product {
                 size: [tokens, p.weight.rows, a.rank],

@@ -1,0 +1,101 @@
+// Low-rank products of few tokens, as in decoding: what counts is how many kernels there
+// are. The factors are read as they are stored, in f32, and rounded where they are used:
+// a bf16 copy would be one kernel more, and be read once. Members of a group: see thin.cu.
+
+constexpr u32 DEPTH = 4; // pieces of a lane that are read at once
+
+// xa [tokens, ranks] = x [tokens, inputs] Aᵀ, of 16 tokens and 8 ranks a block; grid
+// [tokens / 16, tiles of ranks]. Eight warps share out the inputs, 32 at a time, eight a lane.
+KERNEL(256)
+few_ranks(const bf16 *__restrict__ x, const float *__restrict__ a0, const float *__restrict__ a1,
+          const float *__restrict__ a2, u32 tokens, u32 inputs, u32 rank0, u32 rank1, u32 rank2,
+          bf16 *__restrict__ xa) {
+  SHARED(float, partial, 8 * 16 * 8);
+  const u32 g = lane() / 4, c = lane() % 4;
+  const Cut cut = Cut::at<8>(blockIdx.y, rank0, rank1, rank2);
+  const u32 rank = cut.column - of(cut.member, 0, rank0, rank0 + rank1), token = blockIdx.x * 16;
+  const float *a = cut.member == 0 ? a0 : cut.member == 1 ? a1 : a2;
+  // What is beyond the tokens, and beyond a member's ranks, is computed and not stored.
+  a += (size_t)(rank + min(g, cut.left - 1)) * inputs;
+  const bf16 *upper = x + (size_t)min(token + g, tokens - 1) * inputs;
+  const bf16 *lower = x + (size_t)min(token + g + 8, tokens - 1) * inputs;
+  float acc[4] = {};
+  for (u32 piece = warp(); piece * 32 < inputs; piece += 8 * DEPTH) {
+    uint4 up[DEPTH], down[DEPTH];
+    Eight row[DEPTH];
+#pragma unroll
+    for (u32 d = 0; d < DEPTH; d++) {
+      const u32 i = (piece + 8 * d) * 32 + c * 8;
+      up[d] = i < inputs ? load16(upper + i) : uint4{0, 0, 0, 0};
+      down[d] = i < inputs ? load16(lower + i) : uint4{0, 0, 0, 0};
+      row[d] = i < inputs ? load8(a + i) : Eight{};
+    }
+#pragma unroll
+    for (u32 d = 0; d < DEPTH; d++) {
+      const float *v = row[d].x;
+      const u32 early[4] = {up[d].x, down[d].x, up[d].y, down[d].y};
+      const u32 late[4] = {up[d].z, down[d].z, up[d].w, down[d].w};
+      multiply(acc, early, pack(v[0], v[1]), pack(v[2], v[3]));
+      multiply(acc, late, pack(v[4], v[5]), pack(v[6], v[7]));
+    }
+  }
+  for (int e = 0; e < 4; e++)
+    partial[(warp() * 16 + g + e / 2 * 8) * 8 + 2 * c + e % 2] = acc[e];
+  sync_block();
+  const u32 to = token + threadIdx.x / 8, column = threadIdx.x % 8;
+  if (threadIdx.x >= 128 || to >= tokens || column >= cut.left) return;
+  float sum = 0;
+  for (int w = 0; w < 8; w++) sum += partial[w * 128 + threadIdx.x];
+  xa[(size_t)to * (rank0 + rank1 + rank2) + cut.column + column] = narrow(sum);
+}
+EXPORT(few_ranks)
+
+// out [tokens, width] = scale · xa Bᵀ (+ residual), each member in its columns from `column`
+// on. A block has 256 of a member's outputs, a warp 32, and every gridDim.y-th 16 tokens.
+// Outputs are numbered such that eight neighbours are one lane's.
+KERNEL(256)
+few_update(const bf16 *__restrict__ xa, const float *__restrict__ b0, const float *__restrict__ b1,
+           const float *__restrict__ b2, u32 tokens, u32 rank0, u32 rank1, u32 rank2, u32 outputs0,
+           u32 outputs1, u32 outputs2, u32 column0, u32 column1, u32 column2, float scale0,
+           float scale1, float scale2, const bf16 *residual, u32 width, bf16 *out) {
+  const u32 g = lane() / 4, c = lane() % 4;
+  const u32 second = (outputs0 + 255) / 256, third = second + (outputs1 + 255) / 256;
+  const u32 member = blockIdx.x < second ? 0 : blockIdx.x < third ? 1 : 2;
+  const u32 first = (blockIdx.x - of(member, 0, second, third)) * 256 + warp() * 32;
+  const u32 outputs = of(member, outputs0, outputs1, outputs2), rank = of(member, rank0, rank1, rank2);
+  const u32 ranks = rank0 + rank1 + rank2, left = of(member, 0, rank0, rank0 + rank1);
+  const float *b = member == 0 ? b0 : member == 1 ? b1 : b2;
+  const float scale = member == 0 ? scale0 : member == 1 ? scale1 : scale2;
+  const u32 column = of(member, column0, column1, column2) + first + c * 8;
+  for (u32 start = blockIdx.y * 16; start < tokens; start += gridDim.y * 16) {
+    auto pair = [&](u32 token, u32 r) {
+      const bf16 *at = xa + token * ranks + left + r;
+      const u32 even = token < tokens && r < rank ? at[0].bits : 0;
+      const u32 odd = token < tokens && r + 1 < rank ? at[1].bits : 0;
+      return odd << 16 | even;
+    };
+    float acc[4][4] = {};
+    for (u32 k = 2 * c; k < rank + 2 * c; k += 16) {
+      const u32 a[4] = {pair(start + g, k), pair(start + g + 8, k), pair(start + g, k + 8),
+                        pair(start + g + 8, k + 8)};
+#pragma unroll
+      for (u32 j = 0; j < 4; j++) {
+        const u32 output = first + g / 2 * 8 + j * 2 + g % 2;
+        auto value = [&](u32 r) {
+          return output < outputs && r < rank ? b[output * rank + r] : 0.0f;
+        };
+        multiply(acc[j], a, pack(value(k), value(k + 1)), pack(value(k + 8), value(k + 9)));
+      }
+    }
+    for (u32 half = 0; half < 2; half++) {
+      const u32 token = start + g + 8 * half;
+      if (token >= tokens || first + c * 8 >= outputs) continue;
+      const size_t at = (size_t)token * width + column;
+      Eight v = residual ? load8(residual + at) : Eight{};
+      for (u32 j = 0; j < 4; j++)
+        for (u32 e = 0; e < 2; e++) v.x[2 * j + e] += scale * acc[j][2 * half + e];
+      store8(out + at, v);
+    }
+  }
+}
+EXPORT(few_update)
