@@ -322,18 +322,25 @@ EXPORTED int cublasLtMatmul(void *, void *description, const float *alpha, const
   const uint64_t n = tb ? lb->rows : lb->cols;
   if ((tb ? lb->cols : lb->rows) != k || ld->rows != m || ld->cols != n || lc->rows != m || lc->cols != n) return 7;
   auto product = [=, alpha = *alpha, beta = *beta] {
+    // A column's sums side by side, each in the order of k.
+    std::vector<float> left(m * k), right(n * k), sums(m);
+    for (uint64_t i = 0; i < m; i++)
+      for (uint64_t l = 0; l < k; l++) left[l * m + i] = ta ? la->get(a, l, i) : la->get(a, i, l);
     for (uint64_t j = 0; j < n; j++)
+      for (uint64_t l = 0; l < k; l++) right[j * k + l] = tb ? lb->get(b, j, l) : lb->get(b, l, j);
+    for (uint64_t j = 0; j < n; j++) {
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (uint64_t l = 0; l < k; l++)
+        for (uint64_t i = 0; i < m; i++) sums[i] += left[l * m + i] * right[j * k + l];
       for (uint64_t i = 0; i < m; i++) {
-        float sum = 0;
-        for (uint64_t l = 0; l < k; l++)
-          sum += (ta ? la->get(a, l, i) : la->get(a, i, l)) * (tb ? lb->get(b, j, l) : lb->get(b, l, j));
-        sum = alpha * sum + (beta != 0 ? beta * lc->get(c, i, j) : 0);
+        const float sum = alpha * sums[i] + (beta != 0 ? beta * lc->get(c, i, j) : 0);
         const uint64_t at = i + j * ld->ld;
         if (ld->type == 0)
           static_cast<float *>(d)[at] = sum;
         else
           static_cast<uint16_t *>(d)[at] = (uint16_t)to_bf16(sum);
       }
+    }
   };
   std::unique_lock lock(one);
   if (captured(stream)) return give(stream, [=] { return settle(), product(), 0; });

@@ -329,6 +329,7 @@ fn the_cache_and_attention_over_it() {
 }
 
 /// A group whose members share their input.
+#[derive(Clone, Copy)]
 struct Products<'a> {
     /// Of each member: whether its scales are quantised, if it is.
     kinds: &'a [Option<bool>],
@@ -569,29 +570,80 @@ fn products_of_a_quantised_group() {
 #[test]
 fn factors_of_few_tokens_are_read_as_they_are_stored() {
     // Tokens, inputs, outputs and ranks that are no multiple of a tile, and enough of each
-    // for several blocks; and more tokens than go this way.
-    let sizes: [(&[usize], usize, [usize; 3], [usize; 3]); 5] = [
-        (&[1], 8, [8, 8, 8], [1, 0, 0]),
-        (&[9, 6], 72, [40, 24, 136], [3, 0, 16]),
-        (&[200, 300], 1064, [520, 8, 264], [16, 8, 16]),
-        (&[37], 40, [264, 24, 256], [100, 5, 24]),
-        (&[513], 16, [16, 8, 8], [4, 4, 4]),
+    // for several blocks; weights whose codes are read directly; and more tokens than go
+    // this way.
+    let one = Products {
+        kinds: &[None],
+        inputs: 8,
+        outputs: [8, 0, 0],
+        ranks: [1, 0, 0],
+        lengths: &[(3, 1)],
+        apart: false,
+        ..PLAIN
+    };
+    let small = Products {
+        kinds: &[None; 3],
+        lengths: &[(3, 9), (4, 6)],
+        apart: false,
+        ..PLAIN
+    };
+    let large = Products {
+        inputs: 1064,
+        outputs: [264, 8, 40],
+        ranks: [16, 8, 16],
+        lengths: &[(3, 20), (4, 13)],
+        ..small
+    };
+    // So many blocks that each has tokens of several tiles.
+    let wide = Products {
+        outputs: [6144, 0, 0],
+        lengths: &[(3, 200)],
+        ..one
+    };
+    let many_ranks = Products {
+        inputs: 40,
+        outputs: [264, 24, 256],
+        ranks: [100, 5, 24],
+        lengths: &[(3, 37)],
+        ..small
+    };
+    let direct = Products {
+        kinds: &[Some(true), None, Some(false)],
+        inputs: 256,
+        ranks: [3, 16, 20],
+        lengths: &[(3, 19), (4, 11)],
+        ..small
+    };
+    let partly = Products {
+        kinds: &[Some(false), Some(true), Some(true)],
+        inputs: 128,
+        ranks: [16, 0, 8],
+        lengths: &[(3, 1)],
+        ..small
+    };
+    let many_tokens = Products {
+        inputs: 16,
+        lengths: &[(3, 513)],
+        ..small
+    };
+    let all = [
+        one,
+        small,
+        large,
+        wide,
+        many_ranks,
+        direct,
+        partly,
+        many_tokens,
     ];
-    for (lengths, inputs, outputs, ranks) in sizes {
-        let lengths: Vec<_> = (3..).zip(lengths.iter().copied()).collect();
+    for (i, products) in (0..).zip(all) {
         for residual in [false, true] {
             let products = Products {
-                kinds: &[None; 3],
-                inputs,
-                outputs,
-                ranks,
-                lengths: &lengths,
                 residual,
-                apart: false,
-                ..PLAIN
+                ..products
             };
             let want = group(&Rounded, &products);
-            let name = format!("linear, {lengths:?} of {inputs}, ranks {ranks:?}");
+            let name = format!("linear, factors as stored, {i}");
             compare_over(&[Order::Newest], &name, &[BF16], want, |b| {
                 group(b, &products)
             });

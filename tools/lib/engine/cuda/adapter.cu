@@ -1,6 +1,7 @@
 // Low-rank products of few tokens, as in decoding: what counts is how many kernels there
 // are. The factors are read as they are stored, in f32, and rounded where they are used:
 // a bf16 copy would be one kernel more, and be read once. Members of a group: see thin.cu.
+// Of weights in NF4 the second product is part of the first (nf4.cu).
 
 constexpr u32 DEPTH = 4; // pieces of a lane that are read at once
 
@@ -51,25 +52,26 @@ few_ranks(const bf16 *__restrict__ x, const float *__restrict__ a0, const float 
 EXPORT(few_ranks)
 
 // out [tokens, width] = scale · xa Bᵀ (+ residual), each member in its columns from `column`
-// on. A block has 256 of a member's outputs, a warp 32, and every gridDim.y-th 16 tokens.
+// on, by its columns from `rank_at` on of xa [tokens, ranks]. A block has 256 of a member's outputs, a warp 32, and every gridDim.y-th 16 tokens.
 // Outputs are numbered such that eight neighbours are one lane's.
 KERNEL(256)
 few_update(const bf16 *__restrict__ xa, const float *__restrict__ b0, const float *__restrict__ b1,
-           const float *__restrict__ b2, u32 tokens, u32 rank0, u32 rank1, u32 rank2, u32 outputs0,
-           u32 outputs1, u32 outputs2, u32 column0, u32 column1, u32 column2, float scale0,
-           float scale1, float scale2, const bf16 *residual, u32 width, bf16 *out) {
+           const float *__restrict__ b2, u32 tokens, u32 ranks, u32 rank0, u32 rank1, u32 rank2,
+           u32 rank_at0, u32 rank_at1, u32 rank_at2, u32 outputs0, u32 outputs1, u32 outputs2,
+           u32 column0, u32 column1, u32 column2, float scale0, float scale1, float scale2,
+           const bf16 *residual, u32 width, bf16 *out) {
   const u32 g = lane() / 4, c = lane() % 4;
   const u32 second = (outputs0 + 255) / 256, third = second + (outputs1 + 255) / 256;
   const u32 member = blockIdx.x < second ? 0 : blockIdx.x < third ? 1 : 2;
   const u32 first = (blockIdx.x - of(member, 0, second, third)) * 256 + warp() * 32;
   const u32 outputs = of(member, outputs0, outputs1, outputs2), rank = of(member, rank0, rank1, rank2);
-  const u32 ranks = rank0 + rank1 + rank2, left = of(member, 0, rank0, rank0 + rank1);
+  const u32 rank_at = of(member, rank_at0, rank_at1, rank_at2);
   const float *b = member == 0 ? b0 : member == 1 ? b1 : b2;
   const float scale = member == 0 ? scale0 : member == 1 ? scale1 : scale2;
   const u32 column = of(member, column0, column1, column2) + first + c * 8;
   for (u32 start = blockIdx.y * 16; start < tokens; start += gridDim.y * 16) {
     auto pair = [&](u32 token, u32 r) {
-      const bf16 *at = xa + token * ranks + left + r;
+      const bf16 *at = xa + token * ranks + rank_at + r;
       const u32 even = token < tokens && r < rank ? at[0].bits : 0;
       const u32 odd = token < tokens && r + 1 < rank ? at[1].bits : 0;
       return odd << 16 | even;

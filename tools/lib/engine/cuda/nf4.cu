@@ -67,6 +67,25 @@ struct Quantised {
   u32 outputs, column;
 };
 
+// What an adapter adds to a weight's products: scale · xa Bᵀ, by its columns from `rank_at`
+// on of xa [tokens, ranks]. No rank: nothing.
+struct Update {
+  const bf16 *xa;
+  const float *b;
+  u32 ranks, rank_at, rank;
+  float scale;
+
+  // Onto what is there already, rounded as where it is a product of its own (adapter.cu).
+  DEVICE_MEMBER float onto(float there, u32 token, u32 output) const {
+    if (!rank) return there;
+    const bf16 *row = xa + token * ranks + rank_at;
+    const float *column = b + output * rank;
+    float sum = 0;
+    for (u32 r = 0; r < rank; r++) sum += widen(row[r].bits) * widen(narrow(column[r]).bits);
+    return widen(narrow(there + scale * sum).bits);
+  }
+};
+
 // Products of few tokens, which read the weights as they are stored. The scale
 // of block b as `nf4_decode` computes it.
 DEVICE float scale_of(const Quantised &w, const float *map, size_t b) {
@@ -88,14 +107,15 @@ DEVICE u32 word(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i 
 DEVICE void put(bf16 *at, float x) { *at = narrow(x); }
 DEVICE void put(float *at, float x) { *at = x; }
 
-// out [tokens, width] = x Wᵀ (+ residual) for up to 8 N tokens and the outputs
+// out [tokens, width] = x Wᵀ (+ update) (+ residual) for up to 8 N tokens and the outputs
 // from `first` on; T: bf16, or float for logits. The inputs of a product may be taken in any order, if weights
 // and tokens agree: so a lane's are neighbours, and travel sixteen bytes at a time.
 // Weights become bf16 as `nf4_decode` makes them, sums are f32, and those of the
 // warps are added in order.
 template <int N, class T>
-DEVICE void nf4_product(const Quantised &w, u32 first, const float *map, const bf16 *x, u32 tokens,
-                        u32 inputs, const bf16 *residual, u32 width, T *out) {
+DEVICE void nf4_product(const Quantised &w, const Update &update, u32 first, const float *map,
+                        const bf16 *x, u32 tokens, u32 inputs, const bf16 *residual, u32 width,
+                        T *out) {
   SHARED(float, levels, 16);
   SHARED(float, scales, 256);
   SHARED(float, partial, SPLIT * N * 8 * (OUTPUTS + 4)); // the padding spreads tokens over the banks
@@ -165,7 +185,7 @@ DEVICE void nf4_product(const Quantised &w, u32 first, const float *map, const b
     float sum = 0;
     for (int s = 0; s < SPLIT; s++) sum += partial[(s * N * 8 + token) * (OUTPUTS + 4) + output];
     const size_t at = (size_t)token * width + w.column + first + output;
-    put(out + at, residual ? sum + widen(residual[at].bits) : sum);
+    put(out + at, sum + update.onto(residual ? widen(residual[at].bits) : 0.0f, token, first + output));
   }
 }
 
@@ -178,19 +198,25 @@ DEVICE u32 blocks_of(const Quantised &w) { return (w.outputs + OUTPUTS - 1) / OU
                   u32 outputs0, u32 column0, const u8 *codes1, const u8 *nested1,                  \
                   const float *absmax1, float offset1, u32 outputs1, u32 column1,                  \
                   const u8 *codes2, const u8 *nested2, const float *absmax2, float offset2,        \
-                  u32 outputs2, u32 column2, const float *map, const bf16 *x, u32 tokens,          \
-                  u32 inputs, const bf16 *residual, u32 width, bf16 *out) {                        \
+                  u32 outputs2, u32 column2, const bf16 *xa, u32 ranks, const float *b0,           \
+                  u32 rank0, u32 rank_at0, float scale0, const float *b1, u32 rank1, u32 rank_at1, \
+                  float scale1, const float *b2, u32 rank2, u32 rank_at2, float scale2,            \
+                  const float *map, const bf16 *x, u32 tokens, u32 inputs, const bf16 *residual,   \
+                  u32 width, bf16 *out) {                                                          \
     Quantised w = {codes0, nested0, absmax0, offset0, outputs0, column0};                          \
+    Update update = {xa, b0, ranks, rank_at0, rank0, scale0};                                      \
     u32 block = blockIdx.x;                                                                        \
     if (block >= blocks_of(w)) {                                                                   \
       block -= blocks_of(w);                                                                       \
       w = Quantised{codes1, nested1, absmax1, offset1, outputs1, column1};                         \
+      update = Update{xa, b1, ranks, rank_at1, rank1, scale1};                                     \
       if (block >= blocks_of(w)) {                                                                 \
         block -= blocks_of(w);                                                                     \
         w = Quantised{codes2, nested2, absmax2, offset2, outputs2, column2};                       \
+        update = Update{xa, b2, ranks, rank_at2, rank2, scale2};                                   \
       }                                                                                            \
     }                                                                                              \
-    nf4_product<N / 8>(w, block * OUTPUTS, map, x, tokens, inputs, residual, width, out);          \
+    nf4_product<N / 8>(w, update, block * OUTPUTS, map, x, tokens, inputs, residual, width, out);  \
   }                                                                                                \
   EXPORT(nf4_product_##N)
 
@@ -205,8 +231,8 @@ NF4_PRODUCT(32)
                  u32 outputs, const float *map, const bf16 *x, u32 tokens, u32 inputs,             \
                  float *out) {                                                                     \
     const Quantised w = {codes, nested, absmax, offset, outputs, 0};                               \
-    nf4_product<N / 8>(w, blockIdx.x * OUTPUTS, map, x, tokens, inputs, (const bf16 *)nullptr,     \
-                       outputs, out);                                                              \
+    nf4_product<N / 8>(w, Update{}, blockIdx.x * OUTPUTS, map, x, tokens, inputs,                  \
+                       (const bf16 *)nullptr, outputs, out);                                       \
   }                                                                                                \
   EXPORT(nf4_logits_##N)
 

@@ -41,6 +41,8 @@ pub(super) struct Low {
     /// `[outputs, rank]`
     pub b: Address,
     pub rank: usize,
+    /// Its first column of `x Aᵀ`.
+    pub rank_at: usize,
     pub outputs: usize,
     /// Its first output; this and the number of outputs are multiples of 8.
     pub column: usize,
@@ -53,6 +55,7 @@ impl Low {
         a: 0,
         b: 0,
         rank: 0,
+        rank_at: 0,
         outputs: 0,
         column: 0,
         scale: 0.0,
@@ -119,40 +122,37 @@ fn sized(tokens: usize, kernels: [&'static str; 3]) -> &'static str {
 }
 
 impl Cuda {
-    /// `out = x Wᵀ (+ residual)`, in the columns from each weight's own on. All are
-    /// quantised and share `inputs`; `out` and `residual` are `[tokens, width]`.
+    /// `out = x Wᵀ (+ scale · xa Bᵀ) (+ residual)`, in the columns from each weight's own
+    /// on. All are quantised and share `inputs`; `xa` is `[tokens, ranks]`, `out` and
+    /// `residual` are `[tokens, width]`.
     pub(super) fn few_tokens<'a>(
         &self,
-        weights: impl Iterator<Item = (&'a Matrix, usize)>,
+        weights: impl Iterator<Item = (&'a Matrix, usize, Option<Low>)>,
         (x, [tokens, inputs]): (Address, [usize; 2]),
+        (xa, ranks): (Address, usize),
         residual: Option<Address>,
         (out, width): (Address, usize),
     ) {
         let kernels = ["nf4_product_8", "nf4_product_16", "nf4_product_32"];
         let kernel = sized(tokens, kernels);
-        let weights: Vec<_> = weights.map(|(w, column)| Member::new(w, column)).collect();
+        let member = |(w, column, low): (&Matrix, usize, Option<Low>)| {
+            (Member::new(w, column), low.unwrap_or(Low::NONE))
+        };
+        let weights: Vec<_> = weights.map(member).collect();
         for weights in weights.chunks(MEMBERS) {
-            let member = |i: usize| weights.get(i).unwrap_or(&Member::NONE);
-            let (a, b, c) = (member(0), member(1), member(2));
-            let args = args![
-                a.codes,
-                a.nested,
-                a.absmax,
-                a.offset,
-                a.outputs,
-                a.column,
-                b.codes,
-                b.nested,
-                b.absmax,
-                b.offset,
-                b.outputs,
-                b.column,
-                c.codes,
-                c.nested,
-                c.absmax,
-                c.offset,
-                c.outputs,
-                c.column,
+            let mut args = Vec::new();
+            for i in 0..MEMBERS {
+                let w = weights.get(i).map_or(&Member::NONE, |(w, _)| w);
+                args.extend(args![
+                    w.codes, w.nested, w.absmax, w.offset, w.outputs, w.column
+                ]);
+            }
+            args.extend(args![xa, ranks]);
+            for i in 0..MEMBERS {
+                let low = weights.get(i).map_or(&Low::NONE, |(_, low)| low);
+                args.extend(args![low.b, low.rank, low.rank_at, low.scale]);
+            }
+            args.extend(args![
                 self.map.first(256),
                 x,
                 tokens,
@@ -160,9 +160,9 @@ impl Cuda {
                 residual.unwrap_or(0),
                 width,
                 out,
-            ];
-            let blocks = weights.iter().map(|w| w.outputs.div_ceil(OUTPUTS)).sum();
-            self.launch(kernel, blocks, args);
+            ]);
+            let blocks = weights.iter().map(|(w, _)| w.outputs.div_ceil(OUTPUTS));
+            self.launch(kernel, blocks.sum(), &args);
         }
     }
 
@@ -179,12 +179,12 @@ impl Cuda {
         self.launch_shaped("few_ranks", [tokens.div_ceil(16), tiles, 1], 256, 0, args);
     }
 
-    /// `out = scale · xa Bᵀ (+ residual)` in each member's columns; `out` and `residual` are
-    /// `[tokens, width]`.
+    /// `out = scale · xa Bᵀ (+ residual)` in each member's columns; `xa` is `[tokens, ranks]`,
+    /// `out` and `residual` are `[tokens, width]`.
     pub(super) fn few_update(
         &self,
         members: &[Low],
-        (xa, tokens): (Address, usize),
+        (xa, [tokens, ranks]): (Address, [usize; 2]),
         residual: Option<Address>,
         (out, width): (Address, usize),
     ) {
@@ -195,9 +195,13 @@ impl Cuda {
             b.b,
             c.b,
             tokens,
+            ranks,
             a.rank,
             b.rank,
             c.rank,
+            a.rank_at,
+            b.rank_at,
+            c.rank_at,
             a.outputs,
             b.outputs,
             c.outputs,

@@ -289,24 +289,35 @@ impl<'a> Run<'a> {
         pending.into_iter().for_each(round);
     }
 
-    /// The members' factors as they are stored, if products of so few tokens read them so.
-    fn low(&self) -> Option<Vec<few::Low>> {
+    /// Each member's factors as they are stored, if products of so few tokens read them so.
+    fn low(&self) -> Option<Vec<Option<few::Low>>> {
         let params = self.params?;
         let whole = |len: usize| len.is_multiple_of(8);
-        let low = |(p, a): (Place<'_>, Adapter)| {
-            let (rows, rank) = (p.weight.rows, a.rank);
-            let aligned = whole(rows) && whole(p.out) && a.a.is_multiple_of(4);
-            aligned.then(|| few::Low {
-                a: params.at(a.a..a.a + rank * self.inputs),
-                b: params.at(a.b..a.b + rows * rank),
-                rank,
-                outputs: rows,
-                column: p.out,
-                scale: a.scale,
-            })
+        let aligned = |p: &Place<'_>| {
+            whole(p.weight.rows) && whole(p.out) && p.adapter.is_none_or(|a| a.a.is_multiple_of(4))
         };
         let fit = few::suits_factors(self.tokens) && self.dropout.is_none() && whole(self.width);
-        fit.then(|| self.adapters().map(low).collect())?
+        if !fit || !self.places.iter().all(aligned) {
+            return None;
+        }
+        let low = |p: &Place<'_>| {
+            let (
+                rows,
+                Adapter {
+                    a, b, rank, scale, ..
+                },
+            ) = (p.weight.rows, p.adapter?);
+            Some(few::Low {
+                a: params.at(a..a + rank * self.inputs),
+                b: params.at(b..b + rows * rank),
+                rank,
+                rank_at: p.rank,
+                outputs: rows,
+                column: p.out,
+                scale,
+            })
+        };
+        Some(self.places.iter().map(low).collect())
     }
 
     /// Where every `A` lies in the parameters, if one below the other.
@@ -401,9 +412,10 @@ impl<'a> Run<'a> {
                 }
             }
             Some(thin) => thin.product(self.x, self.xa),
-            None if let Some(low) = &low => {
+            None if let Some(low) = low => {
+                let low: Vec<_> = low.into_iter().flatten().collect();
                 let x = (self.x, [tokens, self.inputs]);
-                self.cuda.few_ranks(low, x, self.xa);
+                self.cuda.few_ranks(&low, x, self.xa);
             }
             None if self.ranks > 0 => {
                 xa((self.x, 1.0), self.scratch.factors, self.ranks, self.xa);
@@ -429,45 +441,62 @@ impl<'a> Run<'a> {
     /// `out = scale · xa Bᵀ (+ residual) + x Wᵀ`, in this order: the thin product only
     /// writes, and the thick one reads that while it computes. The other way round the
     /// thin one would read all outputs and write them again.
+    ///
+    /// Of few tokens, codes and the update are one product.
     fn products(&self, residual: Option<Address>, out: Address) {
         let (tokens, width) = (self.tokens, self.width);
-        let at = |base: Address, column: usize| (base + column as u64 * BF16, width);
-        let low = self.low();
-        if let Some(low) = &low {
-            let xa = (self.xa, tokens);
-            self.cuda.few_update(low, xa, residual, (out, width));
-        }
-        for (p, a) in self.adapters().filter(|_| low.is_none()) {
-            let b = Operand::new(self.b_of(p), a.rank);
-            self.product(Product {
-                size: [tokens, p.weight.rows, a.rank],
-                a: Operand::new(self.ranks_of(p, self.xa), self.ranks),
-                b: b.t(),
-                out: at(out, p.out),
-                precision: Precision::Bf16,
-                add: residual.map(|r| at(r, p.out)),
-                scale: a.scale,
-            });
-        }
         let few = few::suits(tokens, self.inputs);
+        let directly = |p: &Place<'_>| few && p.quantised();
+        let low = self.low();
+        match &low {
+            Some(low) => {
+                let all = self.places.iter().zip(low);
+                let apart = all.filter_map(|(p, &low)| low.filter(|_| !directly(p)));
+                let apart: Vec<_> = apart.collect();
+                let xa = (self.xa, [tokens, self.ranks]);
+                self.cuda.few_update(&apart, xa, residual, (out, width));
+            }
+            None => self.updates(residual, out),
+        }
+        let apart = |p: &Place<'_>| p.adapter.is_some() && (low.is_none() || !directly(p));
         for updated in [true, false] {
             let add = if updated { Some(out) } else { residual };
-            let these = self.places.iter();
-            let these = these.filter(|p| p.adapter.is_some() == updated);
-            let (direct, decoded): (Vec<_>, Vec<_>) = these.partition(|p| few && p.quantised());
-            let direct = direct.into_iter().map(|p: &Place<'_>| (p.weight, p.out));
-            let input = (self.x, [tokens, self.inputs]);
-            self.cuda.few_tokens(direct, input, add, (out, width));
-            self.weights(decoded.into_iter(), |first, columns, w| {
+            let these = self.places.iter().enumerate();
+            let (direct, decoded): (Vec<_>, Vec<_>) = these
+                .filter(|(_, p)| apart(p) == updated)
+                .partition(|(_, p)| directly(p));
+            let update = |i: usize| low.as_ref().and_then(|low| low[i]);
+            let direct = direct.into_iter();
+            let direct = direct.map(|(i, p): (usize, &Place<'_>)| (p.weight, p.out, update(i)));
+            let (x, xa) = ((self.x, [tokens, self.inputs]), (self.xa, self.ranks));
+            self.cuda.few_tokens(direct, x, xa, add, (out, width));
+            self.weights(decoded.into_iter().map(|(_, p)| p), |first, columns, w| {
+                let at = |base: Address| (base + first as u64 * BF16, width);
                 self.product(Product {
                     size: [tokens, columns, self.inputs],
                     a: Operand::new(self.x, self.inputs),
                     b: Operand::new(w, self.inputs).t(),
-                    out: at(out, first),
+                    out: at(out),
                     precision: Precision::Bf16,
-                    add: add.map(|a| at(a, first)),
+                    add: add.map(at),
                     scale: 1.0,
                 });
+            });
+        }
+    }
+
+    /// `out = scale · xa Bᵀ (+ residual)` of every member with an adapter.
+    fn updates(&self, residual: Option<Address>, out: Address) {
+        for (p, a) in self.adapters() {
+            let at = |base: Address| (base + p.out as u64 * BF16, self.width);
+            self.product(Product {
+                size: [self.tokens, p.weight.rows, a.rank],
+                a: Operand::new(self.ranks_of(p, self.xa), self.ranks),
+                b: Operand::new(self.b_of(p), a.rank).t(),
+                out: at(out),
+                precision: Precision::Bf16,
+                add: residual.map(at),
+                scale: a.scale,
             });
         }
     }

@@ -448,8 +448,8 @@ impl Backend for Cuda {
     /// product has anyway.
     fn decoding_rows(&self, replies: usize) -> usize {
         match replies {
-            ..=8 => 8,
-            ..=16 => 16,
+            0..=8 => 8,
+            9..=16 => 16,
             _ => replies.next_multiple_of(32),
         }
     }
