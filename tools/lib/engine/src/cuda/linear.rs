@@ -149,6 +149,8 @@ pub(super) struct Run<'a> {
     x: Address,
     xa: Address,
     scratch: Scratch,
+    /// Each member's factors as they are stored, if products of so few tokens read them so.
+    low: Option<Vec<Option<few::Low>>>,
 }
 
 impl<'a> Run<'a> {
@@ -203,7 +205,7 @@ impl<'a> Run<'a> {
         if dora {
             unscaled = room.take::<bf16>(tokens * width);
         }
-        Self {
+        let mut run = Self {
             scratch: Scratch {
                 weights,
                 factors,
@@ -224,7 +226,10 @@ impl<'a> Run<'a> {
             width,
             ranks,
             gradients,
-        }
+            low: None,
+        };
+        run.low = run.stored();
+        run
     }
 
     /// The weights of these members in as few matrices as possible: quantised
@@ -267,16 +272,17 @@ impl<'a> Run<'a> {
         self.places.iter().filter_map(|&p| Some((p, p.adapter?)))
     }
 
-    /// Rounds every `A`, then every `B`, to bf16. What follows each other here does
-    /// so in the parameters as well, as a rule: then it is one launch.
-    fn round_factors(&self, params: &Buffer<f32>) {
+    /// Rounds every `A`, then, if that is wanted, every `B`, to bf16. What follows each other
+    /// here does so in the parameters as well, as a rule: then it is one launch.
+    fn round_factors(&self, params: &Buffer<f32>, both: bool) {
         let a = |(p, a): (Place<'a>, Adapter)| (a.a, a.rank * self.inputs, self.a_of(p));
         let b = |(p, a): (Place<'a>, Adapter)| (a.b, p.weight.rows * a.rank, self.b_of(p));
         let round = |(from, len, to): (usize, usize, Address)| {
             self.cuda.round(params.at(from..from + len), len, to);
         };
         let mut pending: Option<(usize, usize, Address)> = None;
-        for (from, len, to) in self.adapters().map(a).chain(self.adapters().map(b)) {
+        let b = self.adapters().filter(|_| both).map(b);
+        for (from, len, to) in self.adapters().map(a).chain(b) {
             match &mut pending {
                 Some((first, count, start))
                     if *first + *count == from && *start + *count as u64 * BF16 == to =>
@@ -289,32 +295,27 @@ impl<'a> Run<'a> {
         pending.into_iter().for_each(round);
     }
 
-    /// Each member's factors as they are stored, if products of so few tokens read them so.
-    fn low(&self) -> Option<Vec<Option<few::Low>>> {
+    /// See `low`: where everything lies as the kernels want it.
+    fn stored(&self) -> Option<Vec<Option<few::Low>>> {
         let params = self.params?;
         let whole = |len: usize| len.is_multiple_of(8);
         let aligned = |p: &Place<'_>| {
             whole(p.weight.rows) && whole(p.out) && p.adapter.is_none_or(|a| a.a.is_multiple_of(4))
         };
-        let fit = few::suits_factors(self.tokens) && self.dropout.is_none() && whole(self.width);
+        let fit = few::suits_factors(self.tokens) && whole(self.width);
         if !fit || !self.places.iter().all(aligned) {
             return None;
         }
         let low = |p: &Place<'_>| {
-            let (
-                rows,
-                Adapter {
-                    a, b, rank, scale, ..
-                },
-            ) = (p.weight.rows, p.adapter?);
+            let (update, outputs) = (p.adapter?, p.weight.rows);
             Some(few::Low {
-                a: params.at(a..a + rank * self.inputs),
-                b: params.at(b..b + rows * rank),
-                rank,
+                a: params.at(update.a..update.a + update.rank * self.inputs),
+                b: params.at(update.b..update.b + update.rank * outputs),
+                rank: update.rank,
                 rank_at: p.rank,
-                outputs: rows,
+                outputs,
                 column: p.out,
-                scale,
+                scale: update.scale,
             })
         };
         Some(self.places.iter().map(low).collect())
@@ -389,9 +390,9 @@ impl<'a> Run<'a> {
     pub fn forward(&self, residual: Option<&Buffer<bf16>>, out: &Buffer<bf16>) {
         let (tokens, width) = (self.tokens, self.width);
         let out = out.first(tokens * width);
-        let low = self.low();
-        if let Some(params) = self.params.filter(|_| low.is_none()) {
-            self.round_factors(params);
+        let stored = self.low.as_ref().filter(|_| self.dropout.is_none());
+        if let Some(params) = self.params.filter(|_| stored.is_none()) {
+            self.round_factors(params, self.low.is_none());
         }
         let xa = |(x, scale): (Address, f32), a: Address, ranks: usize, to: Address| {
             self.product(Product {
@@ -412,8 +413,8 @@ impl<'a> Run<'a> {
                 }
             }
             Some(thin) => thin.product(self.x, self.xa),
-            None if let Some(low) = low => {
-                let low: Vec<_> = low.into_iter().flatten().collect();
+            None if let Some(low) = stored => {
+                let low: Vec<_> = low.iter().copied().flatten().collect();
                 let x = (self.x, [tokens, self.inputs]);
                 self.cuda.few_ranks(&low, x, self.xa);
             }
@@ -447,8 +448,7 @@ impl<'a> Run<'a> {
         let (tokens, width) = (self.tokens, self.width);
         let few = few::suits(tokens, self.inputs);
         let directly = |p: &Place<'_>| few && p.quantised();
-        let low = self.low();
-        match &low {
+        match &self.low {
             Some(low) => {
                 let all = self.places.iter().zip(low);
                 let apart = all.filter_map(|(p, &low)| low.filter(|_| !directly(p)));
@@ -458,14 +458,14 @@ impl<'a> Run<'a> {
             }
             None => self.updates(residual, out),
         }
-        let apart = |p: &Place<'_>| p.adapter.is_some() && (low.is_none() || !directly(p));
+        let apart = |p: &Place<'_>| p.adapter.is_some() && (self.low.is_none() || !directly(p));
         for updated in [true, false] {
             let add = if updated { Some(out) } else { residual };
             let these = self.places.iter().enumerate();
             let (direct, decoded): (Vec<_>, Vec<_>) = these
                 .filter(|(_, p)| apart(p) == updated)
                 .partition(|(_, p)| directly(p));
-            let update = |i: usize| low.as_ref().and_then(|low| low[i]);
+            let update = |i: usize| self.low.as_ref().and_then(|low| low[i]);
             let direct = direct.into_iter();
             let direct = direct.map(|(i, p): (usize, &Place<'_>)| (p.weight, p.out, update(i)));
             let (x, xa) = ((self.x, [tokens, self.inputs]), (self.xa, self.ranks));
@@ -537,7 +537,7 @@ impl<'a> Run<'a> {
         let dx = want.dx.map(|dx| dx.first(tokens * self.inputs));
         let grads = want.grads;
         if let Some(params) = self.params {
-            self.round_factors(params);
+            self.round_factors(params, true);
         }
         let dout = match self.dora {
             true => self.before_rescaling(dout, grads.as_deref()),
