@@ -4,8 +4,8 @@
 // say; what they do beyond that only a GPU shows.
 //
 // CUDA_STAND_IN makes it unfit: `old` (driver), `none` (no GPU), `ancient` (GPU), `full` (memory),
-// `crowded` (no page-locked memory that the GPU sees), `swamped` (none at all), `uncaptured`
-// (graphs).
+// `crowded` (no page-locked memory that the GPU sees), `swamped` (none at all), and for graphs
+// `uncaptured`, `uninstantiated`, `not uploaded`.
 #include "internal.h"
 
 #include <algorithm>
@@ -139,11 +139,17 @@ EXPORTED int cuStreamEndCapture(void *stream, void **graph) {
   return Success;
 }
 EXPORTED int cuGraphInstantiateWithFlags(void **executable, void *graph, unsigned long long flags) {
+  if (unfit("uninstantiated")) return OutOfMemory;
   *executable = new Graph(*static_cast<Graph *>(graph));
   return flags ? Invalid : Success;
 }
 EXPORTED int cuGraphDestroy(void *graph) { return delete static_cast<Graph *>(graph), Success; }
 EXPORTED int cuGraphExecDestroy(void *executable) { return delete static_cast<Graph *>(executable), Success; }
+EXPORTED int cuGraphUpload(void *, void *stream) {
+  std::lock_guard lock(one);
+  if (unfit("not uploaded")) return OutOfMemory;
+  return streams.count(stream) && !captured(stream) ? Success : Invalid;
+}
 EXPORTED int cuGraphLaunch(void *executable, void *stream) {
   IN_CONTEXT;
   std::lock_guard lock(one);

@@ -290,7 +290,7 @@ fn the_cache_and_attention_over_it() {
             let mut draw = fresh(heads.dim as u64 + 9);
             let cache = Cache {
                 slots: 3,
-                capacity: 140,
+                capacity: 300,
             };
             let len = cache.slots * cache.capacity * heads.k();
             // What is not filled is noise that must not be read.
@@ -301,7 +301,7 @@ fn the_cache_and_attention_over_it() {
             for (slots, positions) in [
                 ([2, 0], [0, 0]),
                 ([0, 2], [1, 1]),
-                ([2, 0], [6, 139]),
+                ([2, 0], [6, 299]),
                 ([1, 2], [64, 127]),
             ] {
                 let at = [slots, positions].map(|ids| b.upload_ids(&ids).unwrap());
@@ -423,7 +423,6 @@ fn group<B: Machine>(b: &B, products: &Products<'_>) -> Vec<Vec<f32>> {
     }
     let values: Vec<f32> = draw.vec(params).iter().map(|x| x * 0.5).collect();
     // Representable, so that rounding the factors is no difference.
-    let values: Vec<f32> = values.iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
     let mut factors = b.upload_f32(&values).unwrap();
     let mut results = Vec::new();
     for (weight, adapter) in weights.iter().zip(&adapters) {
@@ -644,7 +643,12 @@ fn factors_of_few_tokens_are_read_as_they_are_stored() {
             };
             let want = group(&Rounded, &products);
             let name = format!("linear, factors as stored, {i}");
-            compare_over(&[Order::Newest], &name, &[BF16], want, |b| {
+            // With DoRA the norms of three members come first.
+            let limits = match products.dora {
+                true => vec![F32; 3].into_iter().chain([BF16; 7]).collect(),
+                false => vec![BF16],
+            };
+            compare_over(&[Order::Newest], &name, &limits, want, |b| {
                 group(b, &products)
             });
         }
@@ -1386,11 +1390,13 @@ fn what_is_repeated_is_done_as_it_is_asked_for() {
             let (len, other) = (if i == 4 { 30 } else { 50 }, draw.vec(50));
             b.repeat(|| {
                 b.global_norm(&grads, len, &mut norm);
+                b.zero(&mut grads, 3);
                 if i == 6 {
                     b.write_f32(&other, &mut grads).unwrap();
                     b.global_norm(&grads, len, &mut norm);
                 }
             });
+            norms.extend(b.read_f32(&grads, 0..5).wait().unwrap());
             norms.extend(b.read_f32(&norm, 0..1).wait().unwrap());
         }
         vec![norms]
@@ -1398,8 +1404,29 @@ fn what_is_repeated_is_done_as_it_is_asked_for() {
     compare("repeat", &[F32], run(&Rounded), |cuda| {
         let norms = run(cuda);
         // The second and later of the same: 1, 2, 3, 5 and 7.
-        let recorded = recorded(cuda);
-        assert_eq!(cuda.played(), if recorded { 5 } else { 0 });
+        assert_eq!(cuda.played(), if recorded(cuda) { 5 } else { 0 });
+        norms
+    });
+}
+
+/// More works than are kept, each twice, the second time as a whole; then the first again,
+/// of which nothing is known any more.
+#[test]
+fn what_was_not_repeated_for_long_is_forgotten() {
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        let grads = b.upload_f32(&fresh(62).vec(100)).unwrap();
+        let mut norm = b.poisoned_f32(1);
+        let twice = (1..=50).flat_map(|len| [len, len]);
+        let norms = twice.chain([1]).map(|len| {
+            b.repeat(|| b.global_norm(&grads, len, &mut norm));
+            b.read_f32(&norm, 0..1).wait().unwrap()[0]
+        });
+        vec![norms.collect()]
+    }
+    let reference = run(&Rounded);
+    compare_over(&[Order::Forward], "repeat", &[F32], reference, |cuda| {
+        let norms = run(cuda);
+        assert_eq!(cuda.played(), if recorded(cuda) { 50 } else { 0 });
         norms
     });
 }
@@ -1409,7 +1436,12 @@ fn sampling_chooses_the_same_tokens() {
     // Of logits in steps many are equal: of those the lower id comes first. In the last
     // rows all are, or all but the likeliest.
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
-        let cases = [(12, 777, 1.0 / 8.0), (2, 9_001, 1.0 / 64.0)];
+        let cases = [
+            (12, 777, 1.0 / 8.0),
+            (2, 9_001, 1.0 / 64.0),
+            (1, 40_001, 1.0 / 64.0),
+            (2, 20, 1.0),
+        ];
         let chosen = cases.map(|(rows, width, step)| {
             let mut logits = fresh(width as u64).vec((rows - 1) * width);
             logits

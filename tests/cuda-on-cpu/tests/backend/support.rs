@@ -134,12 +134,12 @@ pub fn gpu() -> Option<Cuda> {
 /// Set where the stand-in for a GPU shall be unfit for something.
 pub const UNFIT: &str = "CUDA_STAND_IN";
 
-/// What the stand-in is that records nothing.
-pub const UNCAPTURED: &str = "uncaptured";
+/// What the stand-in is where it records nothing.
+pub const UNRECORDING: [&str; 3] = ["uncaptured", "uninstantiated", "not uploaded"];
 
 /// Whether a device records what is repeated: the processor does not.
 pub fn recorded(cuda: &Cuda) -> bool {
-    let unable = std::env::var(UNFIT).is_ok_and(|how| how == UNCAPTURED);
+    let unable = std::env::var(UNFIT).is_ok_and(|how| UNRECORDING.contains(&&*how));
     cuda.describe().starts_with("cuda:") && !unable
 }
 

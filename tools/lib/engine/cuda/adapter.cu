@@ -51,9 +51,10 @@ few_ranks(const bf16 *__restrict__ x, const float *__restrict__ a0, const float 
 }
 EXPORT(few_ranks)
 
-// out [tokens, width] = scale · xa Bᵀ (+ residual), each member in its columns from `column`
-// on, by its columns from `rank_at` on of xa [tokens, ranks]. A block has 256 of a member's outputs, a warp 32, and every gridDim.y-th 16 tokens.
-// Outputs are numbered such that eight neighbours are one lane's.
+// out [tokens, width] = scale · xa Bᵀ (+ residual): each member in its columns from `column`
+// on, by its columns from `rank_at` on of xa [tokens, ranks]. A block has 256 of a member's
+// outputs, a warp 32, and every gridDim.y-th 16 tokens. Outputs are numbered such that eight
+// neighbours are one lane's.
 KERNEL(256)
 few_update(const bf16 *__restrict__ xa, const float *__restrict__ b0, const float *__restrict__ b1,
            const float *__restrict__ b2, u32 tokens, u32 ranks, u32 rank0, u32 rank1, u32 rank2,
@@ -64,7 +65,8 @@ few_update(const bf16 *__restrict__ xa, const float *__restrict__ b0, const floa
   const u32 second = (outputs0 + 255) / 256, third = second + (outputs1 + 255) / 256;
   const u32 member = blockIdx.x < second ? 0 : blockIdx.x < third ? 1 : 2;
   const u32 first = (blockIdx.x - of(member, 0, second, third)) * 256 + warp() * 32;
-  const u32 outputs = of(member, outputs0, outputs1, outputs2), rank = of(member, rank0, rank1, rank2);
+  const u32 outputs = of(member, outputs0, outputs1, outputs2);
+  const u32 rank = of(member, rank0, rank1, rank2);
   const u32 rank_at = of(member, rank_at0, rank_at1, rank_at2);
   const float *b = member == 0 ? b0 : member == 1 ? b1 : b2;
   const float scale = member == 0 ? scale0 : member == 1 ? scale1 : scale2;

@@ -334,9 +334,9 @@ ATTENTION(128)
 
 // Attention of a new token over its slot's cached positions 0..=positions[t]. A block
 // has up to SHARING query heads of one token that share their keys and values, which are
-// so read once; grid [tokens, kv heads · blocks a kv head], eight warps. As many lanes as a head
-// has octets of features hold a position, and AHEAD positions at a time; each such group of lanes keeps
-// a softmax of its own, and at the end they are put together. dim: 32, 64 or 128.
+// so read once; grid [tokens, kv heads · blocks a kv head], eight warps. As many lanes as a
+// head has octets of features take a position each, AHEAD at a time; each such group of
+// lanes keeps a softmax of its own, and at the end they are put together. dim: 32, 64, 128.
 constexpr int SHARING = 4, AHEAD = 4, WARPS = 8;
 constexpr float LOWEST = -3e38f; // below every score, and no infinity: the difference of two is 0
 

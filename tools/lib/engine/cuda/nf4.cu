@@ -75,14 +75,22 @@ struct Update {
   u32 ranks, rank_at, rank;
   float scale;
 
-  // Onto what is there already, rounded as where it is a product of its own (adapter.cu).
-  DEVICE_MEMBER float onto(float there, u32 token, u32 output) const {
-    if (!rank) return there;
-    const bf16 *row = xa + token * ranks + rank_at;
-    const float *column = b + output * rank;
-    float sum = 0;
-    for (u32 r = 0; r < rank; r++) sum += widen(row[r].bits) * widen(narrow(column[r]).bits);
-    return widen(narrow(there + scale * sum).bits);
+  // acc [16 outputs, 8 tokens] = xa Bᵀ, not scaled.
+  DEVICE_MEMBER void tile(float (&acc)[4], u32 output, u32 outputs, u32 token, u32 tokens) const {
+    const u32 g = lane() / 4, c = lane() % 4;
+    for (u32 k = 2 * c; k < rank + 2 * c; k += 16) {
+      auto value = [&](u32 o, u32 r) { return o < outputs && r < rank ? b[o * rank + r] : 0.0f; };
+      auto factors = [&](u32 o, u32 r) { return pack(value(o, r), value(o, r + 1)); };
+      auto both = [&](u32 r) {
+        const bf16 *at = xa + (token + g) * ranks + rank_at + r;
+        const u32 even = token + g < tokens && r < rank ? at[0].bits : 0;
+        const u32 odd = token + g < tokens && r + 1 < rank ? at[1].bits : 0;
+        return odd << 16 | even;
+      };
+      const u32 o = output + g;
+      const u32 a[4] = {factors(o, k), factors(o + 8, k), factors(o, k + 8), factors(o + 8, k + 8)};
+      multiply(acc, a, both(k), both(k + 8));
+    }
   }
 };
 
@@ -108,17 +116,19 @@ DEVICE void put(bf16 *at, float x) { *at = narrow(x); }
 DEVICE void put(float *at, float x) { *at = x; }
 
 // out [tokens, width] = x Wᵀ (+ update) (+ residual) for up to 8 N tokens and the outputs
-// from `first` on; T: bf16, or float for logits. The inputs of a product may be taken in any order, if weights
-// and tokens agree: so a lane's are neighbours, and travel sixteen bytes at a time.
-// Weights become bf16 as `nf4_decode` makes them, sums are f32, and those of the
-// warps are added in order.
+// from `first` on; T: bf16, or float for logits. The inputs of a product may be taken in any
+// order, if weights and tokens agree: so a lane's are neighbours, and travel sixteen bytes at a
+// time. Weights become bf16 as `nf4_decode` makes them, sums are f32, and those of the
+// warps are added in order. Update and residual are rounded together before they are added,
+// as where they are a product of their own (adapter.cu).
 template <int N, class T>
 DEVICE void nf4_product(const Quantised &w, const Update &update, u32 first, const float *map,
                         const bf16 *x, u32 tokens, u32 inputs, const bf16 *residual, u32 width,
                         T *out) {
   SHARED(float, levels, 16);
   SHARED(float, scales, 256);
-  SHARED(float, partial, SPLIT * N * 8 * (OUTPUTS + 4)); // the padding spreads tokens over the banks
+  constexpr int TILES = N * 8 * (OUTPUTS + 4); // the padding spreads tokens over the banks
+  SHARED(float, partial, (SPLIT + 1) * TILES); // of each warp, and the update
   if (threadIdx.x < 16) levels[threadIdx.x] = LEVELS[threadIdx.x];
   if (w.nested) scales[threadIdx.x] = map[threadIdx.x];
   sync_block();
@@ -135,6 +145,18 @@ DEVICE void nf4_product(const Quantised &w, const Update &update, u32 first, con
   float acc[2][N][4] = {};
   Weights now, next;
   load(next, warp());
+  auto keep = [&](u32 of, int m, int n, const float (&acc)[4]) {
+    for (int e = 0; e < 4; e++) {
+      const int token = n * 8 + 2 * c + e % 2, output = m * 16 + g + e / 2 * 8;
+      partial[of * TILES + token * (OUTPUTS + 4) + output] = acc[e];
+    }
+  };
+  if (update.rank && warp() < 2 * N) { // a tile each
+    const int m = warp() % 2, n = warp() / 2;
+    float added[4] = {};
+    update.tile(added, first + m * 16, w.outputs, n * 8, tokens);
+    keep(SPLIT, m, n, added);
+  }
   for (u32 piece = warp(); piece < inputs / PIECE; piece += SPLIT) {
     now = next;
     load(next, piece + SPLIT); // under way while this piece is multiplied
@@ -173,19 +195,17 @@ DEVICE void nf4_product(const Quantised &w, const Update &update, u32 first, con
   }
 #pragma unroll
   for (int m = 0; m < 2; m++)
-    for (int n = 0; n < N; n++)
-      for (int e = 0; e < 4; e++) {
-        const int token = n * 8 + 2 * c + e % 2, output = m * 16 + g + e / 2 * 8;
-        partial[(warp() * N * 8 + token) * (OUTPUTS + 4) + output] = acc[m][n][e];
-      }
+    for (int n = 0; n < N; n++) keep(warp(), m, n, acc[m][n]);
   sync_block();
   for (int i = threadIdx.x; i < N * 8 * OUTPUTS; i += blockDim.x) {
-    const u32 token = i / OUTPUTS, output = i % OUTPUTS;
+    const u32 token = i / OUTPUTS, output = i % OUTPUTS, own = token * (OUTPUTS + 4) + output;
     if (token >= tokens || first + output >= w.outputs) continue;
     float sum = 0;
-    for (int s = 0; s < SPLIT; s++) sum += partial[(s * N * 8 + token) * (OUTPUTS + 4) + output];
+    for (int s = 0; s < SPLIT; s++) sum += partial[s * TILES + own];
     const size_t at = (size_t)token * width + w.column + first + output;
-    put(out + at, sum + update.onto(residual ? widen(residual[at].bits) : 0.0f, token, first + output));
+    float there = residual ? widen(residual[at].bits) : 0.0f;
+    if (update.rank) there = widen(narrow(there + update.scale * partial[SPLIT * TILES + own]).bits);
+    put(out + at, sum + there);
   }
 }
 

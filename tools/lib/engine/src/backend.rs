@@ -406,14 +406,15 @@ pub trait Backend: Sized + Send + Sync {
     fn read_ids(&self, buffer: &Self::Ids, len: usize) -> Result<Vec<u32>>;
 
     /// Does something whose operations are likely to come again in this order, on these
-    /// buffers with other contents, as in decoding: a device may know them by then and
-    /// take all of them at once.
+    /// buffers with other contents, as a decoding step's do: a device may know them by then
+    /// and take all of them at once. Meanwhile no other thread may use the backend; a call
+    /// inside another's ends the outer one's gathering.
     fn repeat<R>(&self, work: impl FnOnce() -> R) -> R {
         work()
     }
 
-    /// For how many replies to compute a decoding step of so many, at least as many: what
-    /// comes of the others is thrown away. 0 replies need none.
+    /// For how many rows to compute a decoding step of `replies`: at least as many. What
+    /// comes of the others is thrown away, and who has not got so many slots has fewer.
     fn decoding_rows(&self, replies: usize) -> usize {
         replies
     }

@@ -1,7 +1,8 @@
 //! Replies, token by token.
 //!
-//! Prompts are read packed; then every slot's next token is one row of one small
-//! pass over the cache. A finished reply's slot goes to the next prompt. Draws
+//! Prompts are read packed; then the next token of each reply is one row of one small
+//! pass over the cache, which the device may fill up with rows of free slots. A finished
+//! reply's slot goes to the next prompt. Draws
 //! are keyed by the prompt's own number and the position, so which neighbours a
 //! reply had does not enter its randomness.
 
@@ -89,8 +90,7 @@ pub struct Slots<B: Backend> {
     cache: KvCache<B>,
     logits: B::F32,
     chosen: B::Ids,
-    /// What a step is told of each of its rows, always in the same place.
-    told: Told<B>,
+    inputs: StepInputs<B>,
     /// The most prompt tokens of a pass.
     tokens: usize,
 }
@@ -117,7 +117,7 @@ impl<B: Backend> Slots<B> {
             },
             logits: backend.alloc_f32(shape.slots * config.vocab_size)?,
             chosen: backend.alloc_ids(shape.slots)?,
-            told: Told::new(backend, shape.slots)?,
+            inputs: StepInputs::new(backend, shape.slots)?,
             tokens: lengths
                 .iter()
                 .sum::<usize>()
@@ -184,7 +184,7 @@ impl<B: Backend> Slots<B> {
             cache,
             logits,
             chosen,
-            told,
+            inputs,
             ..
         } = self;
         let mut decoder = Decoder {
@@ -218,7 +218,7 @@ impl<B: Backend> Slots<B> {
                 });
             }
             let (moved, chosen) = if fresh.is_empty() {
-                let chosen = decoder.step(&active, &free, told)?;
+                let chosen = decoder.step(&active, &free, inputs)?;
                 (std::mem::take(&mut active), chosen)
             } else {
                 let chosen = decoder.prefill(&fresh)?;
@@ -247,17 +247,18 @@ impl<B: Backend> Slots<B> {
     }
 }
 
-/// What a pass is told of each token, or of each reply.
-struct Told<B: Backend> {
+/// What a step is told of each of its rows: always in the same place, so that one step is
+/// like another.
+struct StepInputs<B: Backend> {
     ids: B::Ids,
     slots: B::Ids,
     positions: B::Ids,
-    /// Of each reply the number of its prompt, and the position of its next token.
+    /// The number of the prompt, and the position of the next token.
     numbers: B::Ids,
     next: B::Ids,
 }
 
-impl<B: Backend> Told<B> {
+impl<B: Backend> StepInputs<B> {
     fn new(backend: &B, rows: usize) -> Result<Self> {
         let ids = || backend.alloc_ids(rows);
         Ok(Self {
@@ -267,6 +268,16 @@ impl<B: Backend> Told<B> {
             numbers: ids()?,
             next: ids()?,
         })
+    }
+
+    /// Of these rows: token, slot, position, number.
+    fn write(&mut self, backend: &B, rows: &[[u32; 4]]) -> Result<()> {
+        let column = |of: fn(&[u32; 4]) -> u32| -> Vec<u32> { rows.iter().map(of).collect() };
+        backend.write_ids(&column(|row| row[0]), &mut self.ids)?;
+        backend.write_ids(&column(|row| row[1]), &mut self.slots)?;
+        backend.write_ids(&column(|row| row[2]), &mut self.positions)?;
+        backend.write_ids(&column(|row| row[3]), &mut self.numbers)?;
+        backend.write_ids(&column(|row| row[2] + 1), &mut self.next)
     }
 }
 
@@ -315,59 +326,52 @@ impl<B: Backend> Decoder<'_, B> {
 
     /// Feeds every reply its last token and chooses the next. Where the device wants more
     /// rows, those are in slots that are free.
-    fn step(&mut self, replies: &[Active], free: &[u32], told: &mut Told<B>) -> Result<Vec<u32>> {
+    fn step(
+        &mut self,
+        replies: &[Active],
+        free: &[u32],
+        inputs: &mut StepInputs<B>,
+    ) -> Result<Vec<u32>> {
         let backend = self.model.backend();
-        let all = replies.len() + free.len();
-        let rows = backend.decoding_rows(replies.len()).min(all);
-        let each = |of: &dyn Fn(&Active) -> u32, other: u32| -> Vec<u32> {
-            let others = std::iter::repeat_n(other, rows - replies.len());
-            replies.iter().map(of).chain(others).collect()
+        let last = |r: &Active| {
+            let Prompt { number, ids } = self.prompts[r.prompt];
+            let position = ids.len() + r.ids.len() - 1;
+            [r.ids[r.ids.len() - 1], r.slot, position as u32, number]
         };
-        let next = |r: &Active| (self.prompts[r.prompt].ids.len() + r.ids.len()) as u32;
-        let slots = replies.iter().map(|r| r.slot).chain(free.iter().copied());
-        let slots: Vec<u32> = slots.take(rows).collect();
-        for (values, to) in [
-            (each(&|r| r.ids[r.ids.len() - 1], 0), &mut told.ids),
-            (slots, &mut told.slots),
-            (each(&|r| next(r) - 1, 0), &mut told.positions),
-            (
-                each(&|r| self.prompts[r.prompt].number, 0),
-                &mut told.numbers,
-            ),
-            (each(&next, 1), &mut told.next),
-        ] {
-            backend.write_ids(&values, to)?;
-        }
+        let other = |&slot: &u32| [0, slot, 0, 0];
+        let all = replies.iter().map(last).chain(free.iter().map(other));
+        let rows: Vec<_> = all.take(backend.decoding_rows(replies.len())).collect();
+        inputs.write(backend, &rows)?;
         let tokens = Tokens {
-            count: rows,
-            positions: &told.positions,
+            count: rows.len(),
+            positions: &inputs.positions,
             rows: None,
-            slots: Some(&told.slots),
+            slots: Some(&inputs.slots),
             wanted: None,
         };
-        let keys = (&told.numbers, &told.next);
-        backend.repeat(|| self.advance(rows, &told.ids, &tokens, keys))?;
+        let keys = (&inputs.numbers, &inputs.next);
+        backend.repeat(|| self.advance(rows.len(), &inputs.ids, &tokens, keys))?;
         backend.read_ids(self.chosen, replies.len())
     }
 
-    /// One pass, and a token for each of `replies`, from the wanted tokens; `keys` are
-    /// their numbers and the positions of what is chosen.
+    /// One pass, and a token for each of `rows`, from the wanted tokens; `keys` are their
+    /// prompts' numbers and the positions of what is chosen.
     fn advance(
         &mut self,
-        replies: usize,
+        rows: usize,
         ids: &B::Ids,
         tokens: &Tokens<'_, B>,
         keys: (&B::Ids, &B::Ids),
     ) -> Result<()> {
         let (model, backend) = (self.model, self.model.backend());
-        let size = [tokens.count, replies, self.cache.shape.capacity];
+        let size = [tokens.count, rows, self.cache.shape.capacity];
         let buffers = self.pass.fit(model, size, self.lora)?;
         model.embed(ids, tokens.count, buffers);
         model.layers_forward(tokens, self.lora, None, Some(self.cache), buffers);
-        model.final_hidden(replies, buffers);
+        model.final_hidden(rows, buffers);
         let (hidden, scratch) = (&buffers.head.normed, &mut buffers.scratch);
-        backend.logits(model.head(), (hidden, replies), self.logits, scratch);
-        let logits = (&*self.logits, [replies, model.config().vocab_size]);
+        backend.logits(model.head(), (hidden, rows), self.logits, scratch);
+        let logits = (&*self.logits, [rows, model.config().vocab_size]);
         backend.sample(&self.sampling, logits, keys, self.chosen, scratch);
         Ok(())
     }

@@ -20,6 +20,15 @@ const PIECE: usize = 128;
 /// Outputs of a block.
 const OUTPUTS: usize = 32;
 
+/// Tokens and ranks of a block of `few_ranks`.
+const RANKS_TILE: [usize; 2] = [16, 8];
+
+/// Tokens that a block of `few_update` takes at a time, and its outputs.
+const UPDATE_TILE: [usize; 2] = [16, 256];
+
+/// Blocks of `few_update` that a large GPU runs at once, two a multiprocessor.
+const AT_ONCE: usize = 264;
+
 /// Weights of a launch.
 const MEMBERS: usize = 3;
 
@@ -28,14 +37,14 @@ pub(super) fn suits(tokens: usize, inputs: usize) -> bool {
     tokens <= MOST && inputs.is_multiple_of(PIECE)
 }
 
-/// Whether a product with factors as they are stored suits so many tokens.
-pub(super) fn suits_factors(tokens: usize) -> bool {
-    tokens <= MOST_OF_FACTORS
+/// Whether a group of so many members reads factors as they are stored for so many tokens.
+pub(super) fn suits_factors(tokens: usize, members: usize) -> bool {
+    tokens <= MOST_OF_FACTORS && members <= MEMBERS
 }
 
 /// One member's update, as the kernels take it: `scale · x Aᵀ Bᵀ`.
 #[derive(Clone, Copy)]
-pub(super) struct Low {
+pub(super) struct LowRank {
     /// `[rank, inputs]`, sixteen bytes aligned.
     pub a: Address,
     /// `[outputs, rank]`
@@ -49,7 +58,7 @@ pub(super) struct Low {
     pub scale: f32,
 }
 
-impl Low {
+impl LowRank {
     /// Of no ranks and no outputs.
     const NONE: Self = Self {
         a: 0,
@@ -63,7 +72,6 @@ impl Low {
 
     /// Three, as a launch takes them.
     fn three(members: &[Self]) -> [Self; MEMBERS] {
-        assert!(members.len() <= MEMBERS, "a group with more adapters");
         let mut three = [Self::NONE; MEMBERS];
         three[..members.len()].copy_from_slice(members);
         three
@@ -127,7 +135,7 @@ impl Cuda {
     /// `residual` are `[tokens, width]`.
     pub(super) fn few_tokens<'a>(
         &self,
-        weights: impl Iterator<Item = (&'a Matrix, usize, Option<Low>)>,
+        weights: impl Iterator<Item = (&'a Matrix, usize, Option<LowRank>)>,
         (x, [tokens, inputs]): (Address, [usize; 2]),
         (xa, ranks): (Address, usize),
         residual: Option<Address>,
@@ -135,8 +143,8 @@ impl Cuda {
     ) {
         let kernels = ["nf4_product_8", "nf4_product_16", "nf4_product_32"];
         let kernel = sized(tokens, kernels);
-        let member = |(w, column, low): (&Matrix, usize, Option<Low>)| {
-            (Member::new(w, column), low.unwrap_or(Low::NONE))
+        let member = |(w, column, low): (&Matrix, usize, Option<LowRank>)| {
+            (Member::new(w, column), low.unwrap_or(LowRank::NONE))
         };
         let weights: Vec<_> = weights.map(member).collect();
         for weights in weights.chunks(MEMBERS) {
@@ -149,7 +157,7 @@ impl Cuda {
             }
             args.extend(args![xa, ranks]);
             for i in 0..MEMBERS {
-                let low = weights.get(i).map_or(&Low::NONE, |(_, low)| low);
+                let low = weights.get(i).map_or(&LowRank::NONE, |(_, low)| low);
                 args.extend(args![low.b, low.rank, low.rank_at, low.scale]);
             }
             args.extend(args![
@@ -169,26 +177,28 @@ impl Cuda {
     /// `xa [tokens, Σ rank] = x Aᵀ`
     pub(super) fn few_ranks(
         &self,
-        members: &[Low],
+        members: &[LowRank],
         (x, [tokens, inputs]): (Address, [usize; 2]),
         xa: Address,
     ) {
-        let [a, b, c] = Low::three(members);
-        let tiles = members.iter().map(|m| m.rank.div_ceil(8)).sum();
+        let [a, b, c] = LowRank::three(members);
+        let [token_tile, rank_tile] = RANKS_TILE;
+        let tiles = members.iter().map(|m| m.rank.div_ceil(rank_tile)).sum();
         let args = args![x, a.a, b.a, c.a, tokens, inputs, a.rank, b.rank, c.rank, xa];
-        self.launch_shaped("few_ranks", [tokens.div_ceil(16), tiles, 1], 256, 0, args);
+        let grid = [tokens.div_ceil(token_tile), tiles, 1];
+        self.launch_shaped("few_ranks", grid, 256, 0, args);
     }
 
     /// `out = scale · xa Bᵀ (+ residual)` in each member's columns; `xa` is `[tokens, ranks]`,
     /// `out` and `residual` are `[tokens, width]`.
     pub(super) fn few_update(
         &self,
-        members: &[Low],
+        members: &[LowRank],
         (xa, [tokens, ranks]): (Address, [usize; 2]),
         residual: Option<Address>,
         (out, width): (Address, usize),
     ) {
-        let [a, b, c] = Low::three(members);
+        let [a, b, c] = LowRank::three(members);
         let args = args![
             xa,
             a.b,
@@ -215,9 +225,12 @@ impl Cuda {
             width,
             out,
         ];
-        let blocks: usize = members.iter().map(|m| m.outputs.div_ceil(256)).sum();
-        // Enough for two a multiprocessor of a large GPU; the fewer, the more B is shared.
-        let stretches = tokens.div_ceil(16).min(264usize.div_ceil(blocks.max(1)));
+        let [token_tile, output_tile] = UPDATE_TILE;
+        let blocks = members.iter().map(|m| m.outputs.div_ceil(output_tile));
+        let blocks: usize = blocks.sum();
+        // The fewer, the more tokens share what a block reads of B.
+        let most = AT_ONCE.div_ceil(blocks.max(1));
+        let stretches = tokens.div_ceil(token_tile).min(most);
         self.launch_shaped("few_update", [blocks, stretches, 1], 256, 0, args);
     }
 

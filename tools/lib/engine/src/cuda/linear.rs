@@ -5,6 +5,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::driver::{Address, Operand, Precision, Product};
+use super::few::LowRank;
 use super::memory::{Buffer, Room, piece};
 use super::thin::{self, Thin};
 use super::{Cuda, Matrix, Store, args, few};
@@ -114,6 +115,34 @@ impl Place<'_> {
     }
 }
 
+/// Each member's factors as they are stored, if products of so few tokens read them so, and
+/// everything lies as the kernels want it; that inputs are multiples of 8 is known.
+fn stored(
+    places: &[Place<'_>],
+    params: &Buffer<f32>,
+    tokens: usize,
+) -> Option<Vec<Option<LowRank>>> {
+    let fits = |p: &Place<'_>| {
+        p.weight.rows.is_multiple_of(8) && p.adapter.is_none_or(|a| a.a.is_multiple_of(4))
+    };
+    if !few::suits_factors(tokens, places.len()) || !places.iter().all(fits) {
+        return None;
+    }
+    let low_rank = |p: &Place<'_>| {
+        let (update, [outputs, inputs]) = (p.adapter?, [p.weight.rows, p.weight.cols]);
+        Some(LowRank {
+            a: params.at(update.a..update.a + update.rank * inputs),
+            b: params.at(update.b..update.b + update.rank * outputs),
+            rank: update.rank,
+            rank_at: p.rank,
+            outputs,
+            column: p.out,
+            scale: update.scale,
+        })
+    };
+    Some(places.iter().map(low_rank).collect())
+}
+
 /// Scratch, in pieces.
 struct Scratch {
     /// The quantised weights, one below the other.
@@ -149,8 +178,8 @@ pub(super) struct Run<'a> {
     x: Address,
     xa: Address,
     scratch: Scratch,
-    /// Each member's factors as they are stored, if products of so few tokens read them so.
-    low: Option<Vec<Option<few::Low>>>,
+    /// See [`stored`].
+    stored: Option<Vec<Option<LowRank>>>,
 }
 
 impl<'a> Run<'a> {
@@ -205,7 +234,8 @@ impl<'a> Run<'a> {
         if dora {
             unscaled = room.take::<bf16>(tokens * width);
         }
-        let mut run = Self {
+        let stored = params.and_then(|params| stored(&places, params, tokens));
+        Self {
             scratch: Scratch {
                 weights,
                 factors,
@@ -226,10 +256,8 @@ impl<'a> Run<'a> {
             width,
             ranks,
             gradients,
-            low: None,
-        };
-        run.low = run.stored();
-        run
+            stored,
+        }
     }
 
     /// The weights of these members in as few matrices as possible: quantised
@@ -293,32 +321,6 @@ impl<'a> Run<'a> {
             }
         }
         pending.into_iter().for_each(round);
-    }
-
-    /// See `low`: where everything lies as the kernels want it.
-    fn stored(&self) -> Option<Vec<Option<few::Low>>> {
-        let params = self.params?;
-        let whole = |len: usize| len.is_multiple_of(8);
-        let aligned = |p: &Place<'_>| {
-            whole(p.weight.rows) && whole(p.out) && p.adapter.is_none_or(|a| a.a.is_multiple_of(4))
-        };
-        let fit = few::suits_factors(self.tokens) && whole(self.width);
-        if !fit || !self.places.iter().all(aligned) {
-            return None;
-        }
-        let low = |p: &Place<'_>| {
-            let (update, outputs) = (p.adapter?, p.weight.rows);
-            Some(few::Low {
-                a: params.at(update.a..update.a + update.rank * self.inputs),
-                b: params.at(update.b..update.b + update.rank * outputs),
-                rank: update.rank,
-                rank_at: p.rank,
-                outputs,
-                column: p.out,
-                scale: update.scale,
-            })
-        };
-        Some(self.places.iter().map(low).collect())
     }
 
     /// Where every `A` lies in the parameters, if one below the other.
@@ -390,9 +392,9 @@ impl<'a> Run<'a> {
     pub fn forward(&self, residual: Option<&Buffer<bf16>>, out: &Buffer<bf16>) {
         let (tokens, width) = (self.tokens, self.width);
         let out = out.first(tokens * width);
-        let stored = self.low.as_ref().filter(|_| self.dropout.is_none());
+        let stored = self.stored.as_ref().filter(|_| self.dropout.is_none());
         if let Some(params) = self.params.filter(|_| stored.is_none()) {
-            self.round_factors(params, self.low.is_none());
+            self.round_factors(params, self.stored.is_none());
         }
         let xa = |(x, scale): (Address, f32), a: Address, ranks: usize, to: Address| {
             self.product(Product {
@@ -405,23 +407,23 @@ impl<'a> Run<'a> {
                 scale,
             });
         };
-        match &self.thin() {
-            Some(thin) if self.copies() => {
+        match (&self.thin(), stored) {
+            (Some(thin), _) if self.copies() => {
                 for (p, a) in self.adapters() {
                     let x = self.copy(thin, a.module);
                     xa(x, self.a_of(p), a.rank, self.ranks_of(p, self.xa));
                 }
             }
-            Some(thin) => thin.product(self.x, self.xa),
-            None if let Some(low) = stored => {
-                let low: Vec<_> = low.iter().copied().flatten().collect();
+            (Some(thin), _) => thin.product(self.x, self.xa),
+            (None, Some(stored)) => {
+                let members: Vec<_> = stored.iter().copied().flatten().collect();
                 let x = (self.x, [tokens, self.inputs]);
-                self.cuda.few_ranks(&low, x, self.xa);
+                self.cuda.few_ranks(&members, x, self.xa);
             }
-            None if self.ranks > 0 => {
+            (None, None) if self.ranks > 0 => {
                 xa((self.x, 1.0), self.scratch.factors, self.ranks, self.xa);
             }
-            None => {}
+            (None, None) => {}
         }
         let residual = residual.map(|r| r.first(tokens * width));
         if !self.dora {
@@ -448,9 +450,9 @@ impl<'a> Run<'a> {
         let (tokens, width) = (self.tokens, self.width);
         let few = few::suits(tokens, self.inputs);
         let directly = |p: &Place<'_>| few && p.quantised();
-        match &self.low {
-            Some(low) => {
-                let all = self.places.iter().zip(low);
+        match &self.stored {
+            Some(stored) => {
+                let all = self.places.iter().zip(stored);
                 let apart = all.filter_map(|(p, &low)| low.filter(|_| !directly(p)));
                 let apart: Vec<_> = apart.collect();
                 let xa = (self.xa, [tokens, self.ranks]);
@@ -458,14 +460,14 @@ impl<'a> Run<'a> {
             }
             None => self.updates(residual, out),
         }
-        let apart = |p: &Place<'_>| p.adapter.is_some() && (self.low.is_none() || !directly(p));
+        let apart = |p: &Place<'_>| p.adapter.is_some() && (self.stored.is_none() || !directly(p));
         for updated in [true, false] {
             let add = if updated { Some(out) } else { residual };
             let these = self.places.iter().enumerate();
             let (direct, decoded): (Vec<_>, Vec<_>) = these
                 .filter(|(_, p)| apart(p) == updated)
                 .partition(|(_, p)| directly(p));
-            let update = |i: usize| self.low.as_ref().and_then(|low| low[i]);
+            let update = |i: usize| self.stored.as_ref().and_then(|stored| stored[i]);
             let direct = direct.into_iter();
             let direct = direct.map(|(i, p): (usize, &Place<'_>)| (p.weight, p.out, update(i)));
             let (x, xa) = ((self.x, [tokens, self.inputs]), (self.xa, self.ranks));

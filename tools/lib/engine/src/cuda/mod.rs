@@ -51,8 +51,14 @@ const NORM_BLOCKS: usize = 256;
 /// Features of a head for which `attention.cu` makes kernels.
 const WIDTHS: [usize; 3] = [32, 64, 128];
 
-/// Values of a block of `nf4_decode`.
+/// Values of a block of `nf4_decode` (2048 · PIECES there).
 const DECODED: usize = 8192;
+
+/// Query heads of a block of `cache_attention` (SHARING there), and its threads.
+const SHARING: (usize, u32) = (4, 256);
+
+/// Threads of a block of `sample` (CHOOSERS there).
+const CHOOSERS: u32 = 1024;
 
 /// Queries, and keys, of a tile of the attention.
 const TILE: usize = 64;
@@ -160,7 +166,7 @@ impl Cuda {
         })
     }
 
-    /// How often a [repeated](Backend::repeat) whole was queued as one.
+    /// How often [repeated](Backend::repeat) work was queued as a whole; for tests.
     pub fn played(&self) -> usize {
         self.queue.played()
     }
@@ -923,9 +929,9 @@ impl Backend for Cuda {
             scale_of(heads),
             out.first(tokens * heads.q()),
         ];
-        // A block has up to four query heads of one key head.
-        let blocks = heads.kv * (heads.query / heads.kv).div_ceil(4);
-        self.launch_shaped("cache_attention", [tokens, blocks, 1], 256, 0, args);
+        let (sharing, threads) = SHARING;
+        let blocks = heads.kv * (heads.query / heads.kv).div_ceil(sharing);
+        self.launch_shaped("cache_attention", [tokens, blocks, 1], threads, 0, args);
     }
 
     fn logits(
@@ -960,7 +966,7 @@ impl Backend for Cuda {
             Arg::U64(how.seed),
             out.first(rows),
         ];
-        self.launch_shaped("sample", [rows, 1, 1], 1024, 0, args);
+        self.launch_shaped("sample", [rows, 1, 1], CHOOSERS, 0, args);
     }
 }
 

@@ -528,6 +528,14 @@ impl Nvidia {
         .map_err(with)
     }
 
+    fn queue_on(&self, stream: sys::CUstream, work: &Work) -> Result<()> {
+        match work {
+            Work::Launch(shape, args) => self.launch_on(stream, &Launch { args, ..*shape }),
+            Work::Multiply(product) => self.multiply_on(stream, product),
+            Work::Zero(at, bytes) => self.zero_on(stream, *at, *bytes),
+        }
+    }
+
     fn zero_on(&self, stream: sys::CUstream, at: Address, bytes: usize) -> Result<()> {
         // SAFETY: the backend asks for ranges inside its own buffers.
         unsafe { cuda::memset_d8_async(at, 0, bytes, stream) }.map_err(|e| failed("zeroing", e))
@@ -720,42 +728,43 @@ impl Driver for Nvidia {
 
     fn record(&self, work: &[Work]) -> Option<Box<dyn Recording>> {
         self.context.enter().ok()?;
-        let aside = Aside::new().ok()?;
+        let aside = CaptureStream::new().ok()?;
         // In this thread alone: others may go on with the device's own stream.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: a fresh stream, on which nothing but what is captured is queued.
         unsafe { cuda::stream::begin_capture(aside.0, mode) }.ok()?;
-        let captured = work.iter().try_for_each(|work| match work {
-            Work::Launch(shape, args) => self.launch_on(aside.0, &Launch { args, ..*shape }),
-            Work::Multiply(product) => self.multiply_on(aside.0, product),
-            Work::Zero(at, bytes) => self.zero_on(aside.0, *at, *bytes),
-        });
+        let captured = work
+            .iter()
+            .try_for_each(|work| self.queue_on(aside.0, work));
         // SAFETY: as above; the graph is destroyed once there is an executable one.
-        unsafe {
+        let executable = unsafe {
             let graph = cuda::stream::end_capture(aside.0).ok()?;
             let flags = sys::CUgraphInstantiate_flags(0);
-            let executable = captured
-                .is_ok()
-                .then(|| cuda::graph::instantiate(graph, flags));
+            let executable = captured.map(|()| cuda::graph::instantiate(graph, flags));
             let _ = cuda::graph::destroy(graph);
-            Some(Box::new(Graph {
-                context: self.context.clone(),
-                executable: executable?.ok()?,
-            }))
-        }
+            executable.ok()?.ok()?
+        };
+        let graph = Graph {
+            context: self.context.clone(),
+            executable,
+        };
+        // What memory it takes it takes now, where the work can still go one by one.
+        // SAFETY: both are live.
+        unsafe { cuda::graph::upload(executable, self.context.stream) }.ok()?;
+        Some(Box::new(graph))
     }
 }
 
-/// A stream for what is recorded.
-struct Aside(sys::CUstream);
+/// A stream on which nothing is done, only captured.
+struct CaptureStream(sys::CUstream);
 
-impl Aside {
+impl CaptureStream {
     fn new() -> Result<Self, cuda::DriverError> {
         cuda::stream::create(cuda::stream::StreamKind::NonBlocking).map(Self)
     }
 }
 
-impl Drop for Aside {
+impl Drop for CaptureStream {
     fn drop(&mut self) {
         // SAFETY: this stream's only owner lets go of it.
         let _ = unsafe { cuda::stream::destroy(self.0) };
@@ -777,14 +786,14 @@ impl Recording for Graph {
         // SAFETY: both live as long as `self`; what the graph uses is the same as when it
         // was recorded, and asked for now by who owns it.
         unsafe { cuda::graph::launch(self.executable, self.context.stream) }
-            .map_err(|e| failed("queueing a decoding step", e))
+            .map_err(|e| failed("queueing recorded work", e))
     }
 }
 
 impl Drop for Graph {
     fn drop(&mut self) {
         if self.context.enter().is_ok() {
-            // SAFETY: its only owner lets go of it when it is not under way any more.
+            // SAFETY: its only owner lets go of it; it may still be under way before.
             unsafe {
                 let _ = cuda::stream::synchronize(self.context.stream);
                 let _ = cuda::graph::exec_destroy(self.executable);

@@ -6,9 +6,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::driver::{Address, Driver, Launch, Product, Recording, Work};
 use crate::{Error, Result};
 
-/// The most that is known of what is repeated: decoding steps of some sizes, with an
-/// adapter and without.
-const KNOWN: usize = 16;
+/// The most works that are kept: decoding steps of several sizes (ten up to 256 rows), of
+/// several adapters.
+const KEPT: usize = 48;
 
 /// A driver and its first failure. Operations queue work and return nothing, so
 /// a failure is kept for the next call that can report it; what is queued after it
@@ -17,26 +17,26 @@ const KNOWN: usize = 16;
 /// What is queued inside [`repeat`](Self::repeat) is gathered first. Where all of it,
 /// to the last argument, has been queued like that before, the device is given the whole at
 /// once: so what is repeated need not be told from what is not, and can never be
-/// something else than what was asked for.
+/// something else than what was asked for. Only one thread may queue meanwhile.
 pub(super) struct Queue {
     /// The least recently used first; goes before the device does.
-    known: Mutex<Vec<Known>>,
+    kept: Mutex<Vec<Kept>>,
     driver: Box<dyn Driver>,
     failure: Mutex<Option<String>>,
     gathered: Mutex<Option<Vec<Work>>>,
     played: AtomicUsize,
 }
 
-/// What was repeated, or may be.
-struct Known {
+/// Work that was repeated, or may be.
+struct Kept {
     work: Vec<Work>,
-    seen: Seen,
+    state: State,
 }
 
-enum Seen {
-    Once,
-    /// Again, and the device cannot record it.
-    Again,
+enum State {
+    SeenOnce,
+    /// Seen again, and the device cannot record it.
+    Unrecordable,
     Recorded(Box<dyn Recording>),
 }
 
@@ -47,7 +47,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Queue {
     pub fn new(driver: Box<dyn Driver>) -> Self {
         Self {
-            known: Mutex::new(Vec::new()),
+            kept: Mutex::new(Vec::new()),
             driver,
             failure: Mutex::new(None),
             gathered: Mutex::new(None),
@@ -124,6 +124,7 @@ impl Queue {
     /// Does something whose launches, products and zeros are likely to come again as they
     /// are. Anything else that it asks of the device ends the gathering.
     pub fn repeat<R>(&self, work: impl FnOnce() -> R) -> R {
+        self.device();
         *lock(&self.gathered) = Some(Vec::new());
         let result = work();
         let gathered = lock(&self.gathered).take();
@@ -134,32 +135,34 @@ impl Queue {
     }
 
     fn play(&self, driver: &dyn Driver, work: Vec<Work>) -> Result<()> {
-        let mut known = lock(&self.known);
-        let this = match known.iter().position(|known| known.work == work) {
+        let mut kept = lock(&self.kept);
+        let this = match kept.iter().position(|kept| kept.work == work) {
             Some(i) => {
-                let Known { work, seen } = known.remove(i);
-                let seen = match seen {
-                    Seen::Once => driver.record(&work).map_or(Seen::Again, Seen::Recorded),
-                    seen => seen,
+                let Kept { work, state } = kept.remove(i);
+                let state = match state {
+                    State::SeenOnce => driver
+                        .record(&work)
+                        .map_or(State::Unrecordable, State::Recorded),
+                    state => state,
                 };
-                Known { work, seen }
+                Kept { work, state }
             }
-            None => Known {
+            None => Kept {
                 work,
-                seen: Seen::Once,
+                state: State::SeenOnce,
             },
         };
-        let queued = match &this.seen {
-            Seen::Recorded(recording) => {
+        let queued = match &this.state {
+            State::Recorded(recording) => {
                 self.played.fetch_add(1, Relaxed);
                 recording.play()
             }
-            Seen::Once | Seen::Again => this.work.iter().try_for_each(|work| work.queue(driver)),
+            _ => this.work.iter().try_for_each(|work| work.queue(driver)),
         };
-        if known.len() == KNOWN {
-            known.remove(0);
+        if kept.len() == KEPT {
+            kept.remove(0);
         }
-        known.push(this);
+        kept.push(this);
         queued
     }
 }
