@@ -77,6 +77,7 @@ template <class... A> static int add(const char *name, void (*f)(A...)) {
 #define DEVICE_MEMBER inline __attribute__((always_inline))
 #define CONSTANT static const
 #define KERNEL(threads) static void
+#define KERNEL_AT_ONCE(threads, blocks) static void
 #define EXPORT(kernel) static int registered_##kernel __attribute__((unused)) = cpu::add(#kernel, kernel);
 #define SHARED(T, name, n)                                                                         \
   static cpu::Shared name##_storage(sizeof(T[n]));                                                 \
@@ -122,6 +123,7 @@ DEVICE uint4 load16(const void *p) {
 }
 DEVICE void store16(void *p, uint4 v) { cpu::store16(p, &v); }
 DEVICE void sync_block() { cpu::barrier(); }
+DEVICE void fence() {} // blocks run one after the other
 DEVICE void sync_warp() { cpu::warp_barrier(); }
 template <class T> DEVICE T shuffle_xor(T x, int lane_mask) {
   cpu::exchange(&x, sizeof x, lane_mask);

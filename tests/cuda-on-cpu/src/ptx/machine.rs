@@ -268,6 +268,20 @@ impl Warp {
                     self.set_n(*to, lanes, &old);
                 }
             }
+            Act::AddGlobal(to, place, from) => {
+                let (places, from) = (self.addresses(*place, lanes)?, *self.n(*from, lanes)?);
+                let mut old = [0; LANES];
+                for l in each(lanes) {
+                    let memory = world.global.at(places[l], 4, Use::Write)?.cast::<u32>();
+                    // SAFETY: inside a live buffer, and aligned, by `at`.
+                    unsafe {
+                        old[l] = *memory;
+                        *memory = old[l].wrapping_add(from[l]);
+                    }
+                }
+                self.set_n(*to, lanes, &old);
+            }
+            Act::Fence => {}
             Act::Butterfly(to, given, from) => {
                 whole()?;
                 let [a, b, c, members] = from.map(|r| self.n(r, lanes).copied());

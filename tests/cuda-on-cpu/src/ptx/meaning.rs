@@ -267,12 +267,12 @@ pub fn meaning(spelling: &str) -> Option<Meaning> {
         });
     }
     Some(match spelling {
-        "mov.b32" | "mov.u32" | "mov.f32" => CopyNarrow,
+        "mov.b32" | "mov.u32" | "mov.f32" | "mov.u16" => CopyNarrow,
         // One address space: what is global is where it is.
         "mov.b64" | "mov.u64" | "mov.f64" | "cvta.to.global.u64" => CopyWide,
         "mov.pred" => CopyPredicate,
         "selp.b32" | "selp.u32" | "selp.f32" => SelectNarrow,
-        "selp.b64" | "selp.u64" => SelectWide,
+        "selp.b64" | "selp.u64" | "selp.f64" => SelectWide,
         "and.pred" => Predicate2(|a, b| a & b),
         "or.pred" => Predicate2(|a, b| a | b),
         "xor.pred" => Predicate2(|a, b| a ^ b),
@@ -287,6 +287,7 @@ pub fn meaning(spelling: &str) -> Option<Meaning> {
         "div.u32" => Narrow2(each!(|a, b| a.checked_div(b).unwrap_or(0xdead_dead))),
         "min.u32" => Narrow2(each!(|a, b| a.min(b))),
         "max.u32" => Narrow2(each!(|a, b| a.max(b))),
+        "min.s32" => Narrow2(each!(|a, b| signed(a).min(signed(b)).cast_unsigned())),
         "max.s32" => Narrow2(each!(|a, b| signed(a).max(signed(b)).cast_unsigned())),
         "neg.s32" => Narrow1(each!(|a| a.wrapping_neg())),
         "and.b32" => Narrow2(each!(|a, b| a & b)),

@@ -75,6 +75,10 @@ pub enum Act {
     Store(Access),
     /// Adds a value of 32 bits to shared memory, and gives what was there if asked to.
     Add(Option<u16>, Place, u16),
+    /// The same in global memory, always with what was there.
+    AddGlobal(u16, Place, u16),
+    /// Blocks run one after the other: nothing.
+    Fence,
     Branch(usize),
     Exit,
     Barrier,
@@ -242,7 +246,8 @@ impl Parser {
     fn line(&mut self, text: &str, line: usize) -> Result<(), Problem> {
         let mut words = text.split_whitespace();
         match words.next() {
-            None | Some("{" | ")" | ".pragma") => Ok(()),
+            // Of blocks at once it says how fast, not what.
+            None | Some("{" | ")" | ".pragma" | ".minnctapersm") => Ok(()),
             // Files are told by the names of the registers: see `register`.
             Some(".reg") => Ok(()),
             Some(".param") => {
@@ -282,20 +287,20 @@ impl Parser {
         }
     }
 
-    /// `.shared .align 4 .b8 name[64];`: the dynamic ones have no size.
+    /// `.shared .align 4 .b8 name[64];`, where the dynamic ones have no size, or `.u32 name;`.
     fn variable(&mut self, space: &str, text: &str) -> Result<(), Problem> {
         let mut words = text.trim_end_matches(';').split_whitespace().skip(1);
-        let (Some(".align"), Some(align), Some(".b8"), Some(name)) =
+        let (Some(".align"), Some(align), Some(kind), Some(name)) =
             (words.next(), words.next(), words.next(), words.next())
         else {
             return Err("a variable of another kind".into());
         };
-        let (name, size) = name
-            .trim_end_matches(']')
-            .split_once('[')
-            .ok_or("no array")?;
         let align: usize = align.parse().map_err(|_| "no alignment")?;
-        let size: usize = size.parse().map_err(|_| "no size")?;
+        let (name, size) = match name.trim_end_matches(']').split_once('[') {
+            Some((name, bytes)) if kind == ".b8" => (name, bytes.parse().map_err(|_| "no size")?),
+            Some(_) => return Err("an array of another kind".into()),
+            None => (name, size(kind)?),
+        };
         let at = if space == ".shared" {
             let at = self.code.dynamic.next_multiple_of(align);
             self.code.statics.push([at, at + size]);
@@ -508,6 +513,11 @@ impl Parser {
             }
             ("red.shared.add.u32", [place, value]) => {
                 Act::Add(None, self.place(place)?, self.narrow(value)?)
+            }
+            ("membar.gl", []) => Act::Fence,
+            ("atom.global.add.u32", [to, place, value]) => {
+                let to = self.narrow(to)?;
+                Act::AddGlobal(to, self.place(place)?, self.narrow(value)?)
             }
             ("atom.shared.add.u32", [to, place, value]) => {
                 let to = self.narrow(to)?;

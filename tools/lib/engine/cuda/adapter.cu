@@ -6,12 +6,16 @@
 constexpr u32 DEPTH = 4; // pieces of a lane that are read at once
 
 // xa [tokens, ranks] = x [tokens, inputs] Aᵀ, of 16 tokens and 8 ranks a block; grid
-// [tokens / 16, tiles of ranks]. Eight warps share out the inputs, 32 at a time, eight a lane.
-KERNEL(256)
+// [tokens / 16, tiles of ranks, stretches]. The warps of all stretches share out the inputs, 32
+// at a time, eight a lane. Of several stretches each leaves its sums in `partial` and takes a
+// ticket; who has the last one adds them up in order, and puts the tickets, which start as 0,
+// back.
+KERNEL_AT_ONCE(256, 2)
 few_ranks(const bf16 *__restrict__ x, const float *__restrict__ a0, const float *__restrict__ a1,
           const float *__restrict__ a2, u32 tokens, u32 inputs, u32 rank0, u32 rank1, u32 rank2,
-          bf16 *__restrict__ xa) {
-  SHARED(float, partial, 8 * 16 * 8);
+          float *partial, u32 *tickets, bf16 *__restrict__ xa) {
+  SHARED(float, sums, 8 * 16 * 8);
+  SHARED(u32, ticket, 1);
   const u32 g = lane() / 4, c = lane() % 4;
   const Cut cut = Cut::at<8>(blockIdx.y, rank0, rank1, rank2);
   const u32 rank = cut.column - of(cut.member, 0, rank0, rank0 + rank1), token = blockIdx.x * 16;
@@ -21,32 +25,54 @@ few_ranks(const bf16 *__restrict__ x, const float *__restrict__ a0, const float 
   const bf16 *upper = x + (size_t)min(token + g, tokens - 1) * inputs;
   const bf16 *lower = x + (size_t)min(token + g + 8, tokens - 1) * inputs;
   float acc[4] = {};
-  for (u32 piece = warp(); piece * 32 < inputs; piece += 8 * DEPTH) {
+  const u32 step = 8 * gridDim.z;
+  for (u32 piece = blockIdx.z * 8 + warp(); piece * 32 < inputs; piece += step * DEPTH) {
     uint4 up[DEPTH], down[DEPTH];
     Eight row[DEPTH];
+    bool there[DEPTH];
 #pragma unroll
     for (u32 d = 0; d < DEPTH; d++) {
-      const u32 i = (piece + 8 * d) * 32 + c * 8;
-      up[d] = i < inputs ? load16(upper + i) : uint4{0, 0, 0, 0};
-      down[d] = i < inputs ? load16(lower + i) : uint4{0, 0, 0, 0};
-      row[d] = i < inputs ? load8(a + i) : Eight{};
+      // Beyond the inputs the last are read again, and count nothing.
+      const u32 i = (piece + step * d) * 32 + c * 8, from = min(i, inputs - 8);
+      up[d] = load16(upper + from);
+      down[d] = load16(lower + from);
+      row[d] = load8(a + from);
+      there[d] = i < inputs;
     }
 #pragma unroll
     for (u32 d = 0; d < DEPTH; d++) {
-      const float *v = row[d].x;
+      Eight v = row[d];
+      for (int e = 0; e < 8; e++) v.x[e] = there[d] ? v.x[e] : 0.0f;
       const u32 early[4] = {up[d].x, down[d].x, up[d].y, down[d].y};
       const u32 late[4] = {up[d].z, down[d].z, up[d].w, down[d].w};
-      multiply(acc, early, pack(v[0], v[1]), pack(v[2], v[3]));
-      multiply(acc, late, pack(v[4], v[5]), pack(v[6], v[7]));
+      multiply(acc, early, pack(v.x[0], v.x[1]), pack(v.x[2], v.x[3]));
+      multiply(acc, late, pack(v.x[4], v.x[5]), pack(v.x[6], v.x[7]));
     }
   }
-  for (int e = 0; e < 4; e++)
-    partial[(warp() * 16 + g + e / 2 * 8) * 8 + 2 * c + e % 2] = acc[e];
+  for (int e = 0; e < 4; e++) sums[(warp() * 16 + g + e / 2 * 8) * 8 + 2 * c + e % 2] = acc[e];
   sync_block();
+  float sum = 0;
+  if (threadIdx.x < 128)
+    for (int w = 0; w < 8; w++) sum += sums[w * 128 + threadIdx.x];
+  if (gridDim.z > 1) {
+    const u32 tile = blockIdx.y * gridDim.x + blockIdx.x;
+    float *own = partial + (size_t)tile * gridDim.z * 128 + threadIdx.x;
+    if (threadIdx.x < 128) own[blockIdx.z * 128] = sum;
+    fence();
+    sync_block();
+    if (threadIdx.x == 0) {
+      ticket[0] = atomic_add(&tickets[tile], 1);
+      if (ticket[0] == gridDim.z - 1) tickets[tile] = 0;
+      fence();
+    }
+    sync_block();
+    if (ticket[0] < gridDim.z - 1) return;
+    sum = 0;
+    if (threadIdx.x < 128)
+      for (u32 z = 0; z < gridDim.z; z++) sum += own[z * 128];
+  }
   const u32 to = token + threadIdx.x / 8, column = threadIdx.x % 8;
   if (threadIdx.x >= 128 || to >= tokens || column >= cut.left) return;
-  float sum = 0;
-  for (int w = 0; w < 8; w++) sum += partial[w * 128 + threadIdx.x];
   xa[(size_t)to * (rank0 + rank1 + rank2) + cut.column + column] = narrow(sum);
 }
 EXPORT(few_ranks)

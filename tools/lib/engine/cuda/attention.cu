@@ -23,16 +23,26 @@ struct Rows {
 
 // Starts loading rows from..from+64; those beyond `count` become zero.
 template <int D> DEVICE void load_tile(Tile<D> &tile, Rows rows, int from, int count) {
-  for (int i = threadIdx.x; i < TILE * D / 8; i += THREADS) {
-    const int r = i / (D / 8), column = i % (D / 8) * 8;
+  constexpr int TURN = THREADS / (D / 8); // rows that the block loads at a time
+  const int first = threadIdx.x / (D / 8), column = threadIdx.x % (D / 8) * 8;
+  const bf16 *at = rows.base + (from + first) * rows.stride + column;
+#pragma unroll 2 // more of them take registers that others need
+  for (int r = first; r < TILE; r += TURN, at += TURN * rows.stride) {
     const bool valid = from + r < count;
-    copy_async(&tile.row[r][column], rows.base + (valid ? from + r : 0) * rows.stride + column, valid);
+    copy_async(&tile.row[r][column], valid ? at : rows.base, valid);
   }
 }
 
-// acc [16, 64] = x[first..first+16] · yᵀ
+// Of the tile's columns, in sixteens, those from `low` to before `high`: a warp's others are
+// masked, and with rows of tweets they are most.
+struct Part {
+  int low, high;
+  DEVICE_MEMBER bool has(int sixteen) const { return low <= sixteen && sixteen < high; }
+};
+
+// acc [16, 64] = x[first..first+16] · yᵀ, and 0 outside of the part.
 template <int D>
-DEVICE void scores(float (&acc)[8][4], const Tile<D> &x, int first, const Tile<D> &y) {
+DEVICE void scores(float (&acc)[8][4], const Tile<D> &x, int first, const Tile<D> &y, Part part) {
   for (int n = 0; n < 8; n++)
     for (int e = 0; e < 4; e++) acc[n][e] = 0;
 #pragma unroll
@@ -41,6 +51,7 @@ DEVICE void scores(float (&acc)[8][4], const Tile<D> &x, int first, const Tile<D
     load_matrices(a, &x.row[first + lane() % 16][k + lane() / 16 * 8]);
 #pragma unroll
     for (int n = 0; n < 4; n++) {
+      if (!part.has(n)) continue;
       u32 b[4];
       load_matrices(b, &y.row[n * 16 + lane() % 8 + lane() / 16 * 8][k + lane() / 8 % 2 * 8]);
       multiply(acc[2 * n], a, b[0], b[1]);
@@ -49,11 +60,13 @@ DEVICE void scores(float (&acc)[8][4], const Tile<D> &x, int first, const Tile<D
   }
 }
 
-// acc [16, D] += p [16, 64] · y, with p rounded to bf16
+// acc [16, D] += p [16, 64] · y, with p rounded to bf16, which is 0 outside of the part.
 template <int D>
-DEVICE void accumulate(float (&acc)[D / 8][4], const float (&p)[8][4], const Tile<D> &y) {
+DEVICE void accumulate(float (&acc)[D / 8][4], const float (&p)[8][4], const Tile<D> &y,
+                       Part part) {
 #pragma unroll
   for (int k = 0; k < 4; k++) {
+    if (!part.has(k)) continue;
     const u32 a[4] = {pack(p[2 * k][0], p[2 * k][1]), pack(p[2 * k][2], p[2 * k][3]),
                       pack(p[2 * k + 1][0], p[2 * k + 1][1]), pack(p[2 * k + 1][2], p[2 * k + 1][3])};
 #pragma unroll
@@ -151,8 +164,12 @@ DEVICE void attention(const bf16 *qk, const bf16 *qkv, const u32 *bounds, u32 qu
     copy_commit(); // an empty group at the end keeps the count
     copy_wait<1>();
     sync_block();
+    // Keys up to the warp's last query, if it has any that is there.
+    const int queries = count - from - first;
+    const int seen = min(from + first + min(queries, 16) - j * TILE, TILE);
+    const Part part = {0, queries > 0 ? (seen + 15) / 16 : 0};
     float s[8][4];
-    scores(s, q_tile, first, keys);
+    scores(s, q_tile, first, keys, part);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       // A row always sees the first key, so `most` is finite from there on.
@@ -179,7 +196,7 @@ DEVICE void attention(const bf16 *qk, const bf16 *qkv, const u32 *bounds, u32 qu
       for (int n = 0; n < D / 8; n++)
         for (int e = 2 * half; e < 2 * half + 2; e++) acc[n][e] *= fade;
     }
-    accumulate(acc, s, values);
+    accumulate(acc, s, values, part);
     sync_block(); // these tiles are loaded over next
   }
   copy_wait<0>();
@@ -237,9 +254,12 @@ DEVICE void attention_backward_q(const bf16 *qk, const bf16 *qkv, const bf16 *ou
     copy_commit();
     copy_wait<0>();
     sync_block();
+    const int queries = count - from - first;
+    const int before = min(from + first + min(queries, 16) - j * TILE, TILE);
+    const Part part = {0, queries > 0 ? (before + 15) / 16 : 0};
     float s[8][4], ds[8][4];
-    scores(s, tiles[0], first, tiles[2]);
-    scores(ds, tiles[1], first, tiles[3]);
+    scores(s, tiles[0], first, tiles[2], part);
+    scores(ds, tiles[1], first, tiles[3], part);
 #pragma unroll
     for (int n = 0; n < 8; n++)
       for (int e = 0; e < 4; e++) {
@@ -248,7 +268,7 @@ DEVICE void attention_backward_q(const bf16 *qk, const bf16 *qkv, const bf16 *ou
         const float p = seen ? fast_exp(s[n][e] * scale - denominator[r]) : 0.0f;
         ds[n][e] = p * (ds[n][e] - delta[r]);
       }
-    accumulate(acc, ds, tiles[2]);
+    accumulate(acc, ds, tiles[2], part);
   }
   const size_t stride = (size_t)(query + 2 * kv) * D;
   store_rows<D>(dqkv + head.start * stride + h * D, stride, from + first, count, acc, scale, scale);
@@ -283,8 +303,11 @@ DEVICE void attention_backward_kv(const bf16 *qk, const bf16 *qkv, const bf16 *o
       copy_wait<0>();
       sync_block();
       // Transposed: a row is a key, a column a query.
+      const int after = queries == from ? first : 0; // no query before the warp's first key
+      const int there = from + first < count ? min(count - queries, TILE) : 0;
+      const Part part = {after / 16, (there + 15) / 16};
       float p[8][4], ds[8][4];
-      scores(p, tiles[0], first, tiles[2]);
+      scores(p, tiles[0], first, tiles[2], part);
 #pragma unroll
       for (int n = 0; n < 8; n++)
         for (int e = 0; e < 4; e++) {
@@ -292,12 +315,12 @@ DEVICE void attention_backward_kv(const bf16 *qk, const bf16 *qkv, const bf16 *o
           const bool seen = from + first + row_of(e) <= token && token < count;
           p[n][e] = seen ? fast_exp(p[n][e] * scale - denominator[c]) : 0.0f;
         }
-      accumulate(dv, p, tiles[3]);
-      scores(ds, tiles[1], first, tiles[3]);
+      accumulate(dv, p, tiles[3], part);
+      scores(ds, tiles[1], first, tiles[3], part);
 #pragma unroll
       for (int n = 0; n < 8; n++)
         for (int e = 0; e < 4; e++) ds[n][e] = p[n][e] * (ds[n][e] - delta[column_of(n, e)]);
-      accumulate(dk, ds, tiles[2]);
+      accumulate(dk, ds, tiles[2], part);
     }
   }
   const size_t stride = (size_t)(query + 2 * kv) * D;
@@ -313,14 +336,14 @@ DEVICE void attention_backward_kv(const bf16 *qk, const bf16 *qkv, const bf16 *o
     attention<D>(qk, qkv, bounds, query, kv, scale, out, lse);                                     \
   }                                                                                                \
   EXPORT(attention_##D)                                                                            \
-  KERNEL(THREADS)                                                                                  \
+  KERNEL_AT_ONCE(THREADS, 3)                                                                       \
   attention_backward_q_##D(const bf16 *qk, const bf16 *qkv, const bf16 *out, const float *lse,     \
                            const bf16 *dout, const u32 *bounds, u32 query, u32 kv, float scale,    \
                            bf16 *dqkv) {                                                           \
     attention_backward_q<D>(qk, qkv, out, lse, dout, bounds, query, kv, scale, dqkv);              \
   }                                                                                                \
   EXPORT(attention_backward_q_##D)                                                                 \
-  KERNEL(THREADS)                                                                                  \
+  KERNEL_AT_ONCE(THREADS, 2)                                                                       \
   attention_backward_kv_##D(const bf16 *qk, const bf16 *qkv, const bf16 *out, const float *lse,    \
                             const bf16 *dout, const u32 *bounds, u32 query, u32 kv, float scale,   \
                             bf16 *dqkv) {                                                          \
@@ -340,7 +363,7 @@ ATTENTION(128)
 constexpr int SHARING = 4, AHEAD = 4, WARPS = 8;
 constexpr float LOWEST = -3e38f; // below every score, and no infinity: the difference of two is 0
 
-KERNEL(WARPS * 32)
+KERNEL_AT_ONCE(WARPS * 32, 2)
 cache_attention(const bf16 *__restrict__ qk, const bf16 *__restrict__ keys,
                 const bf16 *__restrict__ values, const u32 *__restrict__ slots,
                 const u32 *__restrict__ positions, u32 query, u32 kv, u32 dim, u32 capacity,
@@ -381,15 +404,22 @@ cache_attention(const bf16 *__restrict__ qk, const bf16 *__restrict__ keys,
       for (u32 h = 0; h < SHARING; h++) {
         s[h][a] = 0;
         for (int e = 0; e < 8; e++) s[h][a] += q[h].x[e] * key.x[e];
-#pragma unroll
-        for (u32 mask = 1; mask < 16; mask *= 2)
-          if (mask < lanes) s[h][a] += shuffle_xor(s[h][a], mask);
-        if (from + a * WARPS * groups + place >= seen) s[h][a] = -infinity();
       }
+    }
+#pragma unroll
+    for (u32 mask = 1; mask < 16; mask *= 2) {
+      if (mask >= lanes) break;
+#pragma unroll
+      for (u32 h = 0; h < SHARING; h++)
+#pragma unroll
+        for (u32 a = 0; a < AHEAD; a++) s[h][a] += shuffle_xor(s[h][a], mask);
     }
 #pragma unroll
     for (u32 h = 0; h < SHARING; h++) {
       float most = top[h];
+#pragma unroll
+      for (u32 a = 0; a < AHEAD; a++)
+        if (from + a * WARPS * groups + place >= seen) s[h][a] = -infinity();
       for (u32 a = 0; a < AHEAD; a++) most = fmaxf(most, s[h][a]);
       const float fade = fast_exp(top[h] - most);
       top[h] = most;

@@ -23,6 +23,9 @@ struct bf16 {
 #define DEVICE_MEMBER __device__ __forceinline__
 #define CONSTANT static __constant__ const
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// For so many blocks a multiprocessor. Without a number the driver's compiler may prefer as
+// many as fit, and keep few values on their way for the sake of registers.
+#define KERNEL_AT_ONCE(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define EXPORT(kernel)
 #define SHARED(T, name, n) __shared__ T name[n]
 #define DYNAMIC_SHARED(T, name) T *name = reinterpret_cast<T *>(dynamic_shared)
@@ -73,6 +76,8 @@ DEVICE uint4 load16(const void *p) { return *static_cast<const uint4 *>(p); }
 DEVICE void store16(void *p, uint4 v) { *static_cast<uint4 *>(p) = v; }
 
 DEVICE void sync_block() { __syncthreads(); }
+// What the thread wrote before is seen by any that sees what it writes after.
+DEVICE void fence() { __threadfence(); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE float shuffle_xor(float x, int lane_mask) { return __shfl_xor_sync(~0u, x, lane_mask); }
 DEVICE double shuffle_xor(double x, int lane_mask) { return __shfl_xor_sync(~0u, x, lane_mask); }
@@ -160,6 +165,22 @@ DEVICE void store8(bf16 *p, const Eight &v) {
   packed.z = pack(v.x[4], v.x[5]);
   packed.w = pack(v.x[6], v.x[7]);
   store16(p, packed);
+}
+
+// Values that a thread has on their way at once, where it reads one after the other: by fewer
+// than some twenty kilobytes a multiprocessor memory is not kept busy.
+constexpr u32 BATCH = 8;
+
+// Calls f(i, x[i]) for every `stride`-th i of from..to.
+template <class F> DEVICE void each(const float *x, u32 from, u32 to, u32 stride, F f) {
+  for (u32 i = from; i < to; i += BATCH * stride) {
+    float v[BATCH];
+#pragma unroll
+    for (u32 b = 0; b < BATCH; b++) v[b] = i + b * stride < to ? x[i + b * stride] : 0.0f;
+#pragma unroll
+    for (u32 b = 0; b < BATCH; b++)
+      if (i + b * stride < to) f(i + b * stride, v[b]);
+  }
 }
 
 DEVICE int lane() { return threadIdx.x & 31; }

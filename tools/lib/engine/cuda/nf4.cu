@@ -94,20 +94,18 @@ struct Update {
   }
 };
 
-// Products of few tokens, which read the weights as they are stored. The scale
-// of block b as `nf4_decode` computes it.
-DEVICE float scale_of(const Quantised &w, const float *map, size_t b) {
-  return w.nested ? add_rn(mul_rn(map[w.nested[b]], w.absmax[b / 256]), w.offset) : w.absmax[b];
-}
+// Products of few tokens, which read the weights as they are stored.
 
 constexpr int SPLIT = 8;    // warps of a block: they share its outputs and split the inputs
 constexpr int OUTPUTS = 32; // of a block: two tiles of the tensor cores
 constexpr int PIECE = 128;  // inputs that a warp takes at a time, 32 a lane
 
-// 32 weights of each of a lane's four rows, as they are stored.
+// 32 weights of each of a lane's four rows, as they are stored: what their scales are made of
+// is looked up when they are used, for while they are on their way nothing may wait.
 struct Weights {
   uint4 codes[4];
-  float scale[4];
+  u32 nested[4];
+  float absmax[4];
 };
 
 DEVICE u32 word(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
@@ -129,22 +127,28 @@ DEVICE void nf4_product(const Quantised &w, const Update &update, u32 first, con
   SHARED(float, scales, 256);
   constexpr int TILES = N * 8 * (OUTPUTS + 4); // the padding spreads tokens over the banks
   SHARED(float, partial, (SPLIT + 1) * TILES); // of each warp, and the update
+  const int g = lane() / 4, c = lane() % 4;
+  const u32 pieces = inputs / PIECE;
+  // Of plain scales the codes stand in for nested ones: what is read there is not used.
+  const u8 *nested = w.nested ? w.nested : w.codes;
+  const u32 shared_by = w.nested ? 8 : 0; // an absmax, by 2^this blocks of weights
+  // Where a row or piece is not there, the last one is read again.
+  auto load = [&](Weights &to, u32 piece) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const u32 row = min(first + i * 8 + g, w.outputs - 1);
+      const u32 block = (row * pieces + min(piece, pieces - 1)) * (PIECE / 64) + c / 2;
+      to.codes[i] = load16(w.codes + (size_t)block * 32 + c % 2 * 16);
+      to.nested[i] = nested[block];
+      to.absmax[i] = w.absmax[block >> shared_by];
+    }
+  };
+  Weights now, next;
+  load(next, warp());
   if (threadIdx.x < 16) levels[threadIdx.x] = LEVELS[threadIdx.x];
   if (w.nested) scales[threadIdx.x] = map[threadIdx.x];
   sync_block();
-  const int g = lane() / 4, c = lane() % 4;
-  auto load = [&](Weights &to, u32 piece) {
-    for (int i = 0; i < 4; i++) {
-      const u32 row = first + i * 8 + g;
-      const size_t at = (size_t)row * inputs + piece * PIECE + c * 32;
-      const bool there = row < w.outputs && piece < inputs / PIECE;
-      to.codes[i] = there ? load16(w.codes + at / 2) : uint4{0, 0, 0, 0};
-      to.scale[i] = there ? scale_of(w, scales, at / 64) : 0.0f;
-    }
-  };
   float acc[2][N][4] = {};
-  Weights now, next;
-  load(next, warp());
   auto keep = [&](u32 of, int m, int n, const float (&acc)[4]) {
     for (int e = 0; e < 4; e++) {
       const int token = n * 8 + 2 * c + e % 2, output = m * 16 + g + e / 2 * 8;
@@ -157,9 +161,13 @@ DEVICE void nf4_product(const Quantised &w, const Update &update, u32 first, con
     update.tile(added, first + m * 16, w.outputs, n * 8, tokens);
     keep(SPLIT, m, n, added);
   }
-  for (u32 piece = warp(); piece < inputs / PIECE; piece += SPLIT) {
+  for (u32 piece = warp(); piece < pieces; piece += SPLIT) {
     now = next;
     load(next, piece + SPLIT); // under way while this piece is multiplied
+    float scale[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) // as `nf4_decode` computes it
+      scale[i] = w.nested ? add_rn(mul_rn(scales[now.nested[i]], now.absmax[i]), w.offset) : now.absmax[i];
 #pragma unroll
     for (int q = 0; q < 4; q++) { // eight inputs, two steps of the tensor cores
       uint4 tile[N];
@@ -176,7 +184,7 @@ DEVICE void nf4_product(const Quantised &w, const Update &update, u32 first, con
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const u32 codes = word(now.codes[2 * m + h], q);
-          const float by = now.scale[2 * m + h];
+          const float by = scale[2 * m + h];
 #pragma unroll
           for (int b = 0; b < 4; b++) // the earlier value is in the high half of its byte
             pairs[h][b] = pack(mul_rn(levels[codes >> (8 * b + 4) & 15], by),
@@ -213,7 +221,7 @@ DEVICE u32 blocks_of(const Quantised &w) { return (w.outputs + OUTPUTS - 1) / OU
 
 // Up to three weights that share their input; a block is 32 outputs of one.
 #define NF4_PRODUCT(N)                                                                             \
-  KERNEL(256)                                                                                      \
+  KERNEL_AT_ONCE(256, 2)                                                                           \
   nf4_product_##N(const u8 *codes0, const u8 *nested0, const float *absmax0, float offset0,        \
                   u32 outputs0, u32 column0, const u8 *codes1, const u8 *nested1,                  \
                   const float *absmax1, float offset1, u32 outputs1, u32 column1,                  \
@@ -246,7 +254,7 @@ NF4_PRODUCT(32)
 
 // The logits of few tokens: one weight, the vocabulary's, and sums that stay f32.
 #define NF4_LOGITS(N)                                                                              \
-  KERNEL(256)                                                                                      \
+  KERNEL_AT_ONCE(256, 2)                                                                           \
   nf4_logits_##N(const u8 *codes, const u8 *nested, const float *absmax, float offset,             \
                  u32 outputs, const float *map, const bf16 *x, u32 tokens, u32 inputs,             \
                  float *out) {                                                                     \

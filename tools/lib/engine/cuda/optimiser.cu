@@ -1,13 +1,12 @@
 // The norm of the gradients and the update of the adapters. The sums have a
 // shape that depends on nothing, so that a run is repeatable.
 
-// partial[block] = Σ x² over every 256th thread's share, in f64; grid 256.
+// partial[block] = Σ x² over the threads' shares, in f64; grid 256.
 KERNEL(256)
-sum_squares(const float *__restrict__ x, u64 count, double *__restrict__ partial) {
+sum_squares(const float *__restrict__ x, u32 count, double *__restrict__ partial) {
   SHARED(double, warps, 32);
   double sum = 0;
-  for (u64 i = global_thread(); i < count; i += (u64)gridDim.x * blockDim.x)
-    sum += (double)x[i] * x[i];
+  each(x, global_thread(), count, gridDim.x * blockDim.x, [&](u32, float x) { sum += (double)x * x; });
   sum = block_sum(sum, warps);
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }

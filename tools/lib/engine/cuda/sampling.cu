@@ -9,7 +9,6 @@
 constexpr float ONE = 1099511627776.0f; // 2^40
 constexpr u32 CHOOSERS = 1024;          // threads of a block
 constexpr u32 BUCKETS = 2 * CHOOSERS;   // of the histogram: eleven bits
-constexpr u32 BATCH = 8;                // logits of a thread that are read at once
 
 struct Logits {
   const float *x;
@@ -26,17 +25,6 @@ DEVICE u32 key_of(float x) {
 }
 DEVICE float of_key(u32 key) { return as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
 
-// Calls f(i, x[i]) for every `stride`-th i of from..to.
-template <class F> DEVICE void each(const float *x, u32 from, u32 to, u32 stride, F f) {
-  for (u32 i = from; i < to; i += BATCH * stride) {
-    float v[BATCH];
-#pragma unroll
-    for (u32 b = 0; b < BATCH; b++) v[b] = i + b * stride < to ? x[i + b * stride] : 0.0f;
-#pragma unroll
-    for (u32 b = 0; b < BATCH; b++)
-      if (i + b * stride < to) f(i + b * stride, v[b]);
-  }
-}
 template <class F> DEVICE void each(const Logits &logits, F f) {
   each(logits.x, threadIdx.x, logits.width, CHOOSERS, f);
 }

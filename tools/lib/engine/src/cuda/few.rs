@@ -20,13 +20,21 @@ const PIECE: usize = 128;
 /// Outputs of a block.
 const OUTPUTS: usize = 32;
 
-/// Tokens and ranks of a block of `few_ranks`.
+/// Tokens and ranks of a block of `few_ranks`, and inputs that it takes at a time.
 const RANKS_TILE: [usize; 2] = [16, 8];
+const RANKS_TURN: usize = 1024;
+
+/// Most blocks that share the inputs there.
+const MOST_STRETCHES: usize = 8;
+
+/// Of how many tiles of `few_ranks` a ticket is kept: all that there can be of so many tokens
+/// and three members.
+pub(super) const TICKETS: usize = 1 << 12;
 
 /// Tokens that a block of `few_update` takes at a time, and its outputs.
 const UPDATE_TILE: [usize; 2] = [16, 256];
 
-/// Blocks of `few_update` that a large GPU runs at once, two a multiprocessor.
+/// Blocks that a large GPU runs at once, two a multiprocessor.
 const AT_ONCE: usize = 264;
 
 /// Weights of a launch.
@@ -174,18 +182,44 @@ impl Cuda {
         }
     }
 
-    /// `xa [tokens, Σ rank] = x Aᵀ`
+    /// `xa [tokens, Σ rank] = x Aᵀ`; `spare` is room for sums, and its bytes.
     pub(super) fn few_ranks(
         &self,
         members: &[LowRank],
         (x, [tokens, inputs]): (Address, [usize; 2]),
+        (spare, bytes): (Address, usize),
         xa: Address,
     ) {
         let [a, b, c] = LowRank::three(members);
         let [token_tile, rank_tile] = RANKS_TILE;
-        let tiles = members.iter().map(|m| m.rank.div_ceil(rank_tile)).sum();
-        let args = args![x, a.a, b.a, c.a, tokens, inputs, a.rank, b.rank, c.rank, xa];
-        let grid = [tokens.div_ceil(token_tile), tiles, 1];
+        let grid: [usize; 2] = [
+            tokens.div_ceil(token_tile),
+            members.iter().map(|m| m.rank.div_ceil(rank_tile)).sum(),
+        ];
+        let tiles = grid[0] * grid[1];
+        let stretches = match tiles {
+            0 | TICKETS.. => 1,
+            _ => {
+                let fitting = bytes / (tiles * token_tile * rank_tile * size_of::<f32>());
+                let useful = inputs.div_ceil(RANKS_TURN).min(MOST_STRETCHES);
+                useful.min(AT_ONCE / tiles).min(fitting).max(1)
+            }
+        };
+        let args = args![
+            x,
+            a.a,
+            b.a,
+            c.a,
+            tokens,
+            inputs,
+            a.rank,
+            b.rank,
+            c.rank,
+            spare,
+            self.tickets.first(TICKETS),
+            xa,
+        ];
+        let grid = [grid[0], grid[1], stretches];
         self.launch_shaped("few_ranks", grid, 256, 0, args);
     }
 

@@ -15,10 +15,15 @@ const CHUNK_BYTES: usize = 256 << 20;
 /// a slice starts with a block of NF4.
 const SLICE: usize = 8192;
 
-/// Rows whose logits exist at the same time.
+/// Rows whose logits exist at the same time: whole tiles of a product, if it is several.
 fn chunk_rows(head: &Matrix, rows: usize) -> usize {
+    const TILE: usize = 128;
     let fitting = CHUNK_BYTES / (head.rows * (size_of::<f32>() + size_of::<bf16>()));
-    rows.min(fitting.max(64))
+    let fitting = match fitting {
+        ..TILE => fitting.max(TILE / 2),
+        _ => fitting - fitting % TILE,
+    };
+    rows.min(fitting)
 }
 
 /// Room for a decoded slice.

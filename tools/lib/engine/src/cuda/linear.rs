@@ -418,7 +418,11 @@ impl<'a> Run<'a> {
             (None, Some(stored)) => {
                 let members: Vec<_> = stored.iter().copied().flatten().collect();
                 let x = (self.x, [tokens, self.inputs]);
-                self.cuda.few_ranks(&members, x, self.xa);
+                // Where the factors would be rounded to.
+                let values = |m: &LowRank| m.rank * (self.inputs + m.outputs);
+                let values: usize = members.iter().map(values).sum();
+                let spare = (self.scratch.factors, values * size_of::<bf16>());
+                self.cuda.few_ranks(&members, x, spare, self.xa);
             }
             (None, None) if self.ranks > 0 => {
                 xa((self.x, 1.0), self.scratch.factors, self.ranks, self.xa);

@@ -72,6 +72,8 @@ pub struct Cuda {
     moments: Buffer<f32>,
     /// Partial sums of the global norm.
     partial: Buffer<f64>,
+    /// Zeros: see `few_ranks`.
+    tickets: Buffer<u32>,
 }
 
 /// A frozen weight on the device.
@@ -162,6 +164,7 @@ impl Cuda {
             map: Buffer::of(&queue, "tables", nf4::dynamic_map())?,
             moments: Buffer::of(&queue, "tables", &moment_tables())?,
             partial: Buffer::new(&queue, "sums", NORM_BLOCKS)?,
+            tickets: Buffer::zeroed(&queue, "tables", few::TICKETS)?,
             queue,
         })
     }
@@ -806,7 +809,7 @@ impl Backend for Cuda {
 
     fn global_norm(&self, grads: &Buffer<f32>, len: usize, norm: &mut Buffer<f32>) {
         let partial = self.partial.first(NORM_BLOCKS);
-        let args = args![grads.first(len), Count(len), partial];
+        let args = args![grads.first(len), len, partial];
         self.launch("sum_squares", NORM_BLOCKS, args);
         self.launch("root_of_sum", 1, args![partial, norm.first(1)]);
     }
