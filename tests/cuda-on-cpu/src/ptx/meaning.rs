@@ -283,8 +283,9 @@ pub fn meaning(spelling: &str) -> Option<Meaning> {
         "mul.lo.s32" | "mul.lo.u32" => Narrow2(each!(|a, b| a.wrapping_mul(b))),
         "mul.hi.u32" => Narrow2(each!(|a, b| ((u64::from(a) * u64::from(b)) >> 32) as u32)),
         "mad.lo.s32" => Narrow3(each!(|a, b, c| a.wrapping_mul(b).wrapping_add(c))),
-        // By zero: unspecified (div).
+        // By zero: unspecified (div, rem).
         "div.u32" => Narrow2(each!(|a, b| a.checked_div(b).unwrap_or(0xdead_dead))),
+        "rem.u32" => Narrow2(each!(|a, b| a.checked_rem(b).unwrap_or(0xdead_dead))),
         "min.u32" => Narrow2(each!(|a, b| a.min(b))),
         "max.u32" => Narrow2(each!(|a, b| a.max(b))),
         "min.s32" => Narrow2(each!(|a, b| signed(a).min(signed(b)).cast_unsigned())),

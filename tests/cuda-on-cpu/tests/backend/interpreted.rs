@@ -259,6 +259,30 @@ fn odd_instructions_are_as_the_manual_says() {
         ("shr.u32 %r2, -1, 40;", 0),
         ("shr.s32 %r2, -5, 99;", u32::MAX),
         ("mul.hi.u32 %r2, -1, -1;", u32::MAX - 1),
+        ("min.s32 %r2, -3, 2;", (-3i32).cast_unsigned()),
+        ("rem.u32 %r2, -1, 10;", u32::MAX % 10),
+        (
+            "cvt.u16.u32 %rs1, 0x18000;\nsetp.lt.s16 %p1, %rs1, 0;\nselp.b32 %r2, 1, 2, %p1;",
+            1,
+        ),
+        ("min.u64 %rd6, -1, 7;\ncvt.u32.u64 %r2, %rd6;", 7),
+        (
+            "max.u64 %rd6, -9, 7;\ncvt.u32.u64 %r2, %rd6;",
+            (-9i32).cast_unsigned(),
+        ),
+        // What was there, and what is there then: of each lane its own word.
+        (
+            "st.shared.u32 [%rd2], 7;\natom.shared.add.u32 %r2, [%rd2], 5;",
+            7,
+        ),
+        (
+            "st.shared.u32 [%rd2], 7;\nred.shared.add.u32 [%rd2], -5;\nld.shared.u32 %r2, [%rd2];",
+            2,
+        ),
+        (
+            "st.global.u32 [%rd4], 7;\natom.global.add.u32 %r2, [%rd4], 5;",
+            7,
+        ),
         (
             "min.f32 %f1, 0f7FC00000, 0f40000000;\nmov.b32 %r2, %f1;",
             0x4000_0000,

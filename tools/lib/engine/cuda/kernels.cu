@@ -8,6 +8,7 @@
 #include "random.cu"
 #include "thin.cu"
 #include "adapter.cu"
+#include "outputs.cu"
 #include "rows.cu"
 #include "dora.cu"
 #include "attention.cu"

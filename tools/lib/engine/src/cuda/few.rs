@@ -37,17 +37,17 @@ const UPDATE_TILE: [usize; 2] = [16, 256];
 /// Blocks that a large GPU runs at once, two a multiprocessor.
 const AT_ONCE: usize = 264;
 
-/// Weights of a launch.
-const MEMBERS: usize = 3;
+/// Members of a launch.
+pub(super) const MEMBERS: usize = 3;
 
 /// Whether a product with quantised weights goes this way.
 pub(super) fn suits(tokens: usize, inputs: usize) -> bool {
     tokens <= MOST && inputs.is_multiple_of(PIECE)
 }
 
-/// Whether a group of so many members reads factors as they are stored for so many tokens.
-pub(super) fn suits_factors(tokens: usize, members: usize) -> bool {
-    tokens <= MOST_OF_FACTORS && members <= MEMBERS
+/// Whether products of so many tokens read factors as they are stored.
+pub(super) fn suits_factors(tokens: usize) -> bool {
+    tokens <= MOST_OF_FACTORS
 }
 
 /// One member's update, as the kernels take it: `scale · x Aᵀ Bᵀ`.

@@ -7,6 +7,7 @@ use half::bf16;
 use super::driver::{Address, Operand, Precision, Product};
 use super::few::LowRank;
 use super::memory::{Buffer, Room, piece};
+use super::outputs::{self, Gradients};
 use super::thin::{self, Thin};
 use super::{Cuda, Matrix, Store, args, few};
 use crate::{Adapter, Dora, Dropout, Group, LinearGrad};
@@ -31,12 +32,21 @@ pub(super) fn scratch(weights: &[&Matrix], [tokens, ranks]: [usize; 2], dora: bo
         // A member's own rank is not known here, only that it is at most all.
         bytes += piece::<bf16>(ranks * (inputs + outputs))
             + piece::<bf16>(tokens * thin::padded_most(ranks, weights.len()))
-            + thin::scratch([tokens, inputs], ranks, weights.len());
+            + aside(weights.iter().copied(), [tokens, inputs, ranks]);
     }
     if dora {
         bytes += piece::<bf16>(tokens * outputs);
     }
     bytes
+}
+
+/// Bytes for what one product of a group needs at a time, beside its operands.
+fn aside<'a>(
+    weights: impl ExactSizeIterator<Item = &'a Matrix>,
+    [tokens, inputs, ranks]: [usize; 3],
+) -> usize {
+    let thin = thin::scratch([tokens, inputs], ranks, weights.len());
+    thin.max(outputs::scratch(weights.map(|w| w.rows), tokens))
 }
 
 /// Bytes for the norms of an updated weight; the order of
@@ -115,17 +125,13 @@ impl Place<'_> {
     }
 }
 
-/// Each member's factors as they are stored, if products of so few tokens read them so, and
-/// everything lies as the kernels want it; that inputs are multiples of 8 is known.
-fn stored(
-    places: &[Place<'_>],
-    params: &Buffer<f32>,
-    tokens: usize,
-) -> Option<Vec<Option<LowRank>>> {
+/// Each member's factors as they are stored, if everything lies as the kernels that read them
+/// so want it; that inputs are multiples of 8 is known.
+fn low_ranks(places: &[Place<'_>], params: &Buffer<f32>) -> Option<Vec<Option<LowRank>>> {
     let fits = |p: &Place<'_>| {
         p.weight.rows.is_multiple_of(8) && p.adapter.is_none_or(|a| a.a.is_multiple_of(4))
     };
-    if !few::suits_factors(tokens, places.len()) || !places.iter().all(fits) {
+    if places.len() > few::MEMBERS || !places.iter().all(fits) {
         return None;
     }
     let low_rank = |p: &Place<'_>| {
@@ -152,7 +158,8 @@ struct Scratch {
     /// `[tokens, Σ rank]`: the gradient by `x Aᵀ`; under dropout each member's columns
     /// are filled up with zeros to whole tiles.
     dxa: Address,
-    /// Under dropout a copy of the input, or sums of the gradients of `A`.
+    /// Under dropout a copy of the input, or sums of the gradients of `A`; and sums on the
+    /// outputs' side.
     aside: Address,
     /// `[tokens, Σ outputs]` with DoRA: outputs before they are rescaled, then the
     /// gradient by them.
@@ -178,8 +185,8 @@ pub(super) struct Run<'a> {
     x: Address,
     xa: Address,
     scratch: Scratch,
-    /// See [`stored`].
-    stored: Option<Vec<Option<LowRank>>>,
+    /// See [`low_ranks`].
+    low_ranks: Option<Vec<Option<LowRank>>>,
 }
 
 impl<'a> Run<'a> {
@@ -229,12 +236,13 @@ impl<'a> Run<'a> {
         if ranks > 0 {
             factors = room.take::<bf16>(ranks * inputs + b);
             dxa = room.take::<bf16>(tokens * gradients);
-            aside = room.take::<u8>(thin::scratch([tokens, inputs], ranks, places.len()));
+            let weights = places.iter().map(|p| p.weight);
+            aside = room.take::<u8>(self::aside(weights, [tokens, inputs, ranks]));
         }
         if dora {
             unscaled = room.take::<bf16>(tokens * width);
         }
-        let stored = params.and_then(|params| stored(&places, params, tokens));
+        let low_ranks = params.and_then(|params| low_ranks(&places, params));
         Self {
             scratch: Scratch {
                 weights,
@@ -256,7 +264,7 @@ impl<'a> Run<'a> {
             width,
             ranks,
             gradients,
-            stored,
+            low_ranks,
         }
     }
 
@@ -321,6 +329,27 @@ impl<'a> Run<'a> {
             }
         }
         pending.into_iter().for_each(round);
+    }
+
+    /// The members' factors, if products of so few tokens read them as they are stored.
+    fn stored(&self) -> Option<&[Option<LowRank>]> {
+        let few = few::suits_factors(self.tokens);
+        self.low_ranks.as_deref().filter(|_| few)
+    }
+
+    /// The members whose gradients on the outputs' side come of one reading: all, or none.
+    fn one_reading(&self, grads: Option<&Buffer<f32>>) -> Vec<(LowRank, Gradients)> {
+        let low_ranks = self.low_ranks.iter().flatten().copied();
+        let low_ranks: Vec<_> = low_ranks.flatten().collect();
+        if !outputs::suits(&low_ranks) {
+            return Vec::new();
+        }
+        let gradients = |(p, a): (Place<'a>, Adapter)| Gradients {
+            column: p.gradient,
+            b: grads.map_or(0, |g| g.at(a.b..a.b + p.weight.rows * a.rank)),
+        };
+        let gradients = self.adapters().map(gradients);
+        low_ranks.into_iter().zip(gradients).collect()
     }
 
     /// Where every `A` lies in the parameters, if one below the other.
@@ -392,9 +421,9 @@ impl<'a> Run<'a> {
     pub fn forward(&self, residual: Option<&Buffer<bf16>>, out: &Buffer<bf16>) {
         let (tokens, width) = (self.tokens, self.width);
         let out = out.first(tokens * width);
-        let stored = self.stored.as_ref().filter(|_| self.dropout.is_none());
+        let stored = self.stored().filter(|_| self.dropout.is_none());
         if let Some(params) = self.params.filter(|_| stored.is_none()) {
-            self.round_factors(params, self.stored.is_none());
+            self.round_factors(params, self.stored().is_none());
         }
         let xa = |(x, scale): (Address, f32), a: Address, ranks: usize, to: Address| {
             self.product(Product {
@@ -454,7 +483,7 @@ impl<'a> Run<'a> {
         let (tokens, width) = (self.tokens, self.width);
         let few = few::suits(tokens, self.inputs);
         let directly = |p: &Place<'_>| few && p.quantised();
-        match &self.stored {
+        match self.stored() {
             Some(stored) => {
                 let all = self.places.iter().zip(stored);
                 let apart = all.filter_map(|(p, &low)| low.filter(|_| !directly(p)));
@@ -464,14 +493,15 @@ impl<'a> Run<'a> {
             }
             None => self.updates(residual, out),
         }
-        let apart = |p: &Place<'_>| p.adapter.is_some() && (self.stored.is_none() || !directly(p));
+        let apart =
+            |p: &Place<'_>| p.adapter.is_some() && (self.stored().is_none() || !directly(p));
         for updated in [true, false] {
             let add = if updated { Some(out) } else { residual };
             let these = self.places.iter().enumerate();
             let (direct, decoded): (Vec<_>, Vec<_>) = these
                 .filter(|(_, p)| apart(p) == updated)
                 .partition(|(_, p)| directly(p));
-            let update = |i: usize| self.stored.as_ref().and_then(|stored| stored[i]);
+            let update = |i: usize| self.stored().and_then(|stored| stored[i]);
             let direct = direct.into_iter();
             let direct = direct.map(|(i, p): (usize, &Place<'_>)| (p.weight, p.out, update(i)));
             let (x, xa) = ((self.x, [tokens, self.inputs]), (self.xa, self.ranks));
@@ -542,8 +572,9 @@ impl<'a> Run<'a> {
         let dout = dout.first(tokens * width);
         let dx = want.dx.map(|dx| dx.first(tokens * self.inputs));
         let grads = want.grads;
+        let together = self.one_reading(grads.as_deref());
         if let Some(params) = self.params {
-            self.round_factors(params, true);
+            self.round_factors(params, together.is_empty() || self.dora);
         }
         let dout = match self.dora {
             true => self.before_rescaling(dout, grads.as_deref()),
@@ -563,7 +594,12 @@ impl<'a> Run<'a> {
                 scale,
             });
         };
-        if self.gradients > self.ranks {
+        if !together.is_empty() {
+            let (dxa, xa) = ((self.scratch.dxa, self.gradients), (self.xa, self.ranks));
+            let dout = (dout, [tokens, width]);
+            let room = self.scratch.aside;
+            self.cuda.b_gradients(&together, dout, xa, dxa, room);
+        } else if self.gradients > self.ranks {
             let bytes = tokens * self.gradients * size_of::<bf16>();
             self.cuda.queue.zero(self.scratch.dxa, bytes);
         }
@@ -576,18 +612,19 @@ impl<'a> Run<'a> {
             let xa = Operand::new(self.ranks_of(p, self.xa), self.ranks);
             let dxa = self.scratch.dxa + p.gradient as u64 * BF16;
             let dxa = Operand::new(dxa, self.gradients);
-            let b = Operand::new(self.b_of(p), a.rank);
-            self.product(Product {
-                size: [tokens, a.rank, rows],
-                a: d,
-                b,
-                out: (dxa.address, dxa.stride),
-                precision: Precision::Bf16,
-                add: None,
-                scale: a.scale,
-            });
-            let range = a.b..a.b + rows * a.rank;
-            onto([rows, a.rank, tokens], d.t(), xa, a.scale, range, a.rank);
+            if together.is_empty() {
+                self.product(Product {
+                    size: [tokens, a.rank, rows],
+                    a: d,
+                    b: Operand::new(self.b_of(p), a.rank),
+                    out: (dxa.address, dxa.stride),
+                    precision: Precision::Bf16,
+                    add: None,
+                    scale: a.scale,
+                });
+                let range = a.b..a.b + rows * a.rank;
+                onto([rows, a.rank, tokens], d.t(), xa, a.scale, range, a.rank);
+            }
             let (x, scale) = match &thin {
                 Some(thin) if wanted && self.copies() => self.copy(thin, a.module),
                 None if stack.is_none() => (self.x, 1.0),

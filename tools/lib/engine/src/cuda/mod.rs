@@ -16,6 +16,7 @@ mod head;
 mod linear;
 mod memory;
 mod nvidia;
+mod outputs;
 mod quantize;
 mod queue;
 mod random;
