@@ -272,11 +272,11 @@ fn odd_instructions_are_as_the_manual_says() {
         ),
         // What was there, and what is there then: of each lane its own word.
         (
-            "st.shared.u32 [%rd2], 7;\natom.shared.add.u32 %r2, [%rd2], 5;",
+            "st.shared.u32 [%rd2], 7;\nbar.sync 0;\natom.shared.add.u32 %r2, [%rd2], 5;",
             7,
         ),
         (
-            "st.shared.u32 [%rd2], 7;\nred.shared.add.u32 [%rd2], -5;\nld.shared.u32 %r2, [%rd2];",
+            "st.shared.u32 [%rd2], 7;\nbar.sync 0;\nred.shared.add.u32 [%rd2], -5;\nbar.sync 0;\nld.shared.u32 %r2, [%rd2];",
             2,
         ),
         (

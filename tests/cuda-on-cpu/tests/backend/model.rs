@@ -368,7 +368,7 @@ fn rescaled_rows_and_ranks_of_their_own_follow_the_cpu() {
             "{name}: loss {} → {}, off by {loss:.1e}; gradient off by {gradient:.1e}",
             got.losses[0], got.losses[19]
         );
-        // Measured on 2026-11-30, device on a processor: 3.2e-8 and 3.2e-4.
+        // Measured on 2026-11-30, device on a processor: 5.0e-8 and 3.2e-4.
         assert!(
             gradient < 6e-3 && loss < 1e-3,
             "{name}: {gradient:e} {loss:e}"
