@@ -99,10 +99,7 @@ few_update(const bf16 *__restrict__ xa, const float *__restrict__ b0, const floa
   const u32 column = of(member, column0, column1, column2) + first + c * 8;
   for (u32 start = blockIdx.y * 16; start < tokens; start += gridDim.y * 16) {
     auto pair = [&](u32 token, u32 r) {
-      const bf16 *at = xa + token * ranks + rank_at + r;
-      const u32 even = token < tokens && r < rank ? at[0].bits : 0;
-      const u32 odd = token < tokens && r + 1 < rank ? at[1].bits : 0;
-      return odd << 16 | even;
+      return token < tokens ? pair_of(xa + token * ranks + rank_at, r, rank) : 0;
     };
     float acc[4][4] = {};
     for (u32 k = 2 * c; k < rank + 2 * c; k += 16) {

@@ -361,7 +361,6 @@ ATTENTION(128)
 // head has octets of features take a position each, AHEAD at a time; each such group of
 // lanes keeps a softmax of its own, and at the end they are put together. dim: 32, 64, 128.
 constexpr int SHARING = 4, AHEAD = 4, WARPS = 8;
-constexpr float LOWEST = -3e38f; // below every score, and no infinity: the difference of two is 0
 
 KERNEL_AT_ONCE(WARPS * 32, 2)
 cache_attention(const bf16 *__restrict__ qk, const bf16 *__restrict__ keys,

@@ -172,8 +172,8 @@ DEVICE void store8(bf16 *p, const Eight &v) {
 constexpr u32 BATCH = 8;
 
 // Calls f(i, x[i]) for every `stride`-th i of from..to.
-template <class F> DEVICE void each(const float *x, u32 from, u32 to, u32 stride, F f) {
-  for (u32 i = from; i < to; i += BATCH * stride) {
+template <class I, class F> DEVICE void each(const float *x, I from, I to, I stride, F f) {
+  for (I i = from; i < to; i += BATCH * stride) {
     float v[BATCH];
 #pragma unroll
     for (u32 b = 0; b < BATCH; b++) v[b] = i + b * stride < to ? x[i + b * stride] : 0.0f;
@@ -188,6 +188,14 @@ DEVICE int warp() { return threadIdx.x >> 5; }
 // This thread's number in the grid.
 DEVICE size_t global_thread() { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
 DEVICE float infinity() { return as_float(0x7f800000u); }
+// Below every value, and no infinity: the difference of two is 0.
+constexpr float LOWEST = -3e38f;
+
+// Two neighbouring values as the tensor cores take them; those from `count` on are 0.
+DEVICE u32 pair_of(const bf16 *x, u32 i, u32 count) {
+  const u32 even = i < count ? x[i].bits : 0, odd = i + 1 < count ? x[i + 1].bits : 0;
+  return odd << 16 | even;
+}
 
 template <class T> DEVICE T warp_sum(T x) {
   for (int mask = 16; mask; mask >>= 1) x += shuffle_xor(x, mask);

@@ -9,7 +9,7 @@ cross_entropy(const float *__restrict__ logits, const u32 *__restrict__ targets,
   SHARED(float, partial, 32);
   const float *x = logits + (size_t)blockIdx.x * width;
   // One reading for both: whenever a larger one comes, the sum so far shrinks.
-  float most = -infinity(), sum = 0;
+  float most = LOWEST, sum = 0;
   for (u32 i = threadIdx.x; i < width; i += BATCH * blockDim.x) {
     float v[BATCH], top = most;
 #pragma unroll
@@ -32,8 +32,8 @@ cross_entropy(const float *__restrict__ logits, const u32 *__restrict__ targets,
   if (!dlogits) return;
   bf16 *d = dlogits + (size_t)blockIdx.x * width;
   const float by = scale / sum;
-  each(x, threadIdx.x, width, blockDim.x, [&](u32 i, float x) {
-    d[i] = narrow(expf(x - most) * by - (i == target ? scale : 0.0f));
+  each(x, threadIdx.x, width, blockDim.x, [&](u32 i, float logit) {
+    d[i] = narrow(expf(logit - most) * by - (i == target ? scale : 0.0f));
   });
 }
 EXPORT(cross_entropy)

@@ -82,10 +82,7 @@ struct Update {
       auto value = [&](u32 o, u32 r) { return o < outputs && r < rank ? b[o * rank + r] : 0.0f; };
       auto factors = [&](u32 o, u32 r) { return pack(value(o, r), value(o, r + 1)); };
       auto both = [&](u32 r) {
-        const bf16 *at = xa + (token + g) * ranks + rank_at + r;
-        const u32 even = token + g < tokens && r < rank ? at[0].bits : 0;
-        const u32 odd = token + g < tokens && r + 1 < rank ? at[1].bits : 0;
-        return odd << 16 | even;
+        return token + g < tokens ? pair_of(xa + (token + g) * ranks + rank_at, r, rank) : 0;
       };
       const u32 o = output + g;
       const u32 a[4] = {factors(o, k), factors(o + 8, k), factors(o, k + 8), factors(o + 8, k + 8)};

@@ -3,10 +3,11 @@
 
 // partial[block] = Σ x² over the threads' shares, in f64; grid 256.
 KERNEL(256)
-sum_squares(const float *__restrict__ x, u32 count, double *__restrict__ partial) {
+sum_squares(const float *__restrict__ x, u64 count, double *__restrict__ partial) {
   SHARED(double, warps, 32);
   double sum = 0;
-  each(x, global_thread(), count, gridDim.x * blockDim.x, [&](u32, float x) { sum += (double)x * x; });
+  const u64 first = global_thread(), stride = gridDim.x * blockDim.x;
+  each(x, first, count, stride, [&](u64, float x) { sum += (double)x * x; });
   sum = block_sum(sum, warps);
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }

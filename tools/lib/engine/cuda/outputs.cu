@@ -2,15 +2,15 @@
 // width]: by xa, and of B. Two products of cuBLAS' would read it twice, and with a rank of 16
 // in tiles made for hundreds. Ranks up to 16.
 
-constexpr int SPAN = 512; // columns of a block, of one member
-constexpr int TOKENS = 32;  // tokens of a turn
-constexpr int LOW_RANK = 16;   // ranks that are computed; those that are not there are 0
+constexpr int SPAN = 512;     // columns of a block, of one member
+constexpr int TOKENS = 32;    // of a turn
+constexpr int MOST_RANK = 16; // ranks that are computed; those that are not there are 0
 
 // What a block holds: two turns' tokens, one arriving, and the warps' sums by xa.
 struct Turns {
   bf16 dout[2][TOKENS][SPAN + 8]; // the padding moves each row by four banks
-  bf16 xa[2][TOKENS][LOW_RANK + 8];
-  float sums[8][TOKENS][LOW_RANK + 4];
+  bf16 xa[2][TOKENS][MOST_RANK + 8];
+  float sums[8][TOKENS][MOST_RANK + 4];
 };
 
 // Which member a span of columns belongs to, and its first column there.
@@ -62,11 +62,8 @@ b_gradients(const bf16 *__restrict__ dout, const bf16 *__restrict__ xa,
   const u32 t_mine = threadIdx.x / 8, r_mine = threadIdx.x % 8 * 2;
   auto pair = [&](u32 turn) {
     const u32 token = turn * TOKENS + t_mine;
-    const bf16 *at = xa + (size_t)token * ranks + rank_at + r_mine;
     const bool there = turn < end && token < tokens;
-    const u32 even = there && r_mine < rank ? at[0].bits : 0;
-    const u32 odd = there && r_mine + 1 < rank ? at[1].bits : 0;
-    return odd << 16 | even;
+    return there ? pair_of(xa + (size_t)token * ranks + rank_at, r_mine, rank) : 0;
   };
   auto keep = [&](u32 buffer, u32 two) {
     *reinterpret_cast<u32 *>(&turns.xa[buffer][t_mine][r_mine]) = two;
@@ -116,12 +113,12 @@ b_gradients(const bf16 *__restrict__ dout, const bf16 *__restrict__ xa,
     }
     keep(buffer ^ 1, next);
     sync_block();
-    for (u32 i = threadIdx.x; i < TOKENS * LOW_RANK; i += 256) {
-      const u32 t = i / LOW_RANK, r = i % LOW_RANK, token = turn * TOKENS + t;
+    for (u32 i = threadIdx.x; i < TOKENS * MOST_RANK; i += 256) {
+      const u32 t = i / MOST_RANK, r = i % MOST_RANK, token = turn * TOKENS + t;
       if (token >= tokens) break;
       float total = 0;
       for (u32 w = 0; w < 8; w++) total += turns.sums[w][t][r];
-      by_xa[((size_t)blockIdx.x * tokens + token) * LOW_RANK + r] = total;
+      by_xa[((size_t)blockIdx.x * tokens + token) * MOST_RANK + r] = total;
     }
   }
   copy_wait<0>(); // that of a turn beyond the last
@@ -131,7 +128,7 @@ b_gradients(const bf16 *__restrict__ dout, const bf16 *__restrict__ xa,
       for (u32 e = 0; e < 4; e++) {
         const size_t column = ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * SPAN + own + s * 16 +
                               g + e / 2 * 8;
-        by_b[column * LOW_RANK + t * 8 + 2 * c + e % 2] = sum[s][t][e];
+        by_b[column * MOST_RANK + t * 8 + 2 * c + e % 2] = sum[s][t][e];
       }
 }
 EXPORT(b_gradients)
@@ -149,7 +146,7 @@ b_gradients_sum(const float *__restrict__ by_xa, const float *__restrict__ by_b,
   if (blockIdx.x < blocks) {
     const u32 i = blockIdx.x * 256 + threadIdx.x, column = i % gradients, token = i / gradients;
     if (token >= tokens) return;
-    // Members without ranks have no columns, and start where the next does.
+    // Of members that are not there the rank is 0.
     const u32 member = rank2 && column >= gradient_at2 ? 2 : rank1 && column >= gradient_at1 ? 1 : 0;
     const u32 r = column - of(member, gradient_at0, gradient_at1, gradient_at2);
     const u32 second = (outputs0 + SPAN - 1) / SPAN;
@@ -157,18 +154,18 @@ b_gradients_sum(const float *__restrict__ by_xa, const float *__restrict__ by_b,
     float sum = 0;
     if (r < of(member, rank0, rank1, rank2))
       for (u32 s = of(member, 0, second, third); s < of(member, second, third, spans); s++)
-        sum += by_xa[((size_t)s * tokens + token) * LOW_RANK + r];
+        sum += by_xa[((size_t)s * tokens + token) * MOST_RANK + r];
     dxa[i] = narrow((member == 0 ? scale0 : member == 1 ? scale1 : scale2) * sum);
     return;
   }
-  const u32 i = (blockIdx.x - blocks) * 256 + threadIdx.x, r = i % LOW_RANK, column = i / LOW_RANK;
+  const u32 i = (blockIdx.x - blocks) * 256 + threadIdx.x, r = i % MOST_RANK, column = i / MOST_RANK;
   const Span span(column / SPAN, outputs0, outputs1);
   const u32 rank = of(span.member, rank0, rank1, rank2);
   const u32 output = span.first + column % SPAN;
   float *grads = span.member == 0 ? grads0 : span.member == 1 ? grads1 : grads2;
   if (!grads || r >= rank || output >= of(span.member, outputs0, outputs1, outputs2)) return;
   float sum = 0;
-  for (u32 s = 0; s < stretches; s++) sum += by_b[((size_t)s * spans * SPAN + column) * LOW_RANK + r];
+  for (u32 s = 0; s < stretches; s++) sum += by_b[((size_t)s * spans * SPAN + column) * MOST_RANK + r];
   const float scale = span.member == 0 ? scale0 : span.member == 1 ? scale1 : scale2;
   grads[output * rank + r] += scale * sum;
 }

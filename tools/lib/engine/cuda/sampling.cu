@@ -116,7 +116,7 @@ DEVICE u64 mass_until(const Logits &logits, Place place, Histogram &histogram) {
 DEVICE void write_token(const Logits &logits, Place place, Histogram &histogram, u32 *out) {
   const u32 stretch = (logits.width + 31) / 32, mine = min(warp() * stretch, logits.width);
   u64 count = 0;
-  each(logits.x, mine + lane(), min(mine + stretch, logits.width), 32,
+  each(logits.x, mine + lane(), min(mine + stretch, logits.width), 32u,
        [&](u32, float x) { count += key_of(x) == place.key; });
   sum_before(count, histogram);
   u32 rank = place.rank, from = 0;

@@ -4,7 +4,7 @@
 //! the factors of adapters, where the floor is a kernel's own time.
 
 use super::driver::Address;
-use super::{Buffer, Cuda, Matrix, Store, args};
+use super::{AT_ONCE, Buffer, Cuda, Matrix, Store, args};
 
 /// Most tokens of such a product. Beyond, every block's reading of its tokens costs
 /// more than decoding once: predicted, to be tuned on a GPU (docs/gpu.md).
@@ -27,15 +27,11 @@ const RANKS_TURN: usize = 1024;
 /// Most blocks that share the inputs there.
 const MOST_STRETCHES: usize = 8;
 
-/// Of how many tiles of `few_ranks` a ticket is kept: all that there can be of so many tokens
-/// and three members.
-pub(super) const TICKETS: usize = 1 << 12;
+/// Of how many tiles of `few_ranks` a ticket is kept: more have blocks enough by themselves.
+pub(super) const TICKETS: usize = AT_ONCE;
 
 /// Tokens that a block of `few_update` takes at a time, and its outputs.
 const UPDATE_TILE: [usize; 2] = [16, 256];
-
-/// Blocks that a large GPU runs at once, two a multiprocessor.
-const AT_ONCE: usize = 264;
 
 /// Members of a launch.
 pub(super) const MEMBERS: usize = 3;
@@ -197,14 +193,9 @@ impl Cuda {
             members.iter().map(|m| m.rank.div_ceil(rank_tile)).sum(),
         ];
         let tiles = grid[0] * grid[1];
-        let stretches = match tiles {
-            0 | TICKETS.. => 1,
-            _ => {
-                let fitting = bytes / (tiles * token_tile * rank_tile * size_of::<f32>());
-                let useful = inputs.div_ceil(RANKS_TURN).min(MOST_STRETCHES);
-                useful.min(AT_ONCE / tiles).min(fitting).max(1)
-            }
-        };
+        let fitting = bytes / (tiles.max(1) * token_tile * rank_tile * size_of::<f32>());
+        let useful = inputs.div_ceil(RANKS_TURN).min(MOST_STRETCHES);
+        let stretches = useful.min(AT_ONCE / tiles.max(1)).min(fitting).max(1);
         let args = args![
             x,
             a.a,

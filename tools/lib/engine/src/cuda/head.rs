@@ -16,9 +16,9 @@ const CHUNK_BYTES: usize = 256 << 20;
 const SLICE: usize = 8192;
 
 /// Rows whose logits exist at the same time: whole tiles of a product, if it is several.
-fn chunk_rows(head: &Matrix, rows: usize) -> usize {
+fn chunk_rows(vocabulary: usize, rows: usize) -> usize {
     const TILE: usize = 128;
-    let fitting = CHUNK_BYTES / (head.rows * (size_of::<f32>() + size_of::<bf16>()));
+    let fitting = CHUNK_BYTES / (vocabulary * (size_of::<f32>() + size_of::<bf16>()));
     let fitting = match fitting {
         ..TILE => fitting.max(TILE / 2),
         _ => fitting - fitting % TILE,
@@ -41,7 +41,7 @@ pub(super) fn slice_room(head: &Matrix, scratch: &Buffer<u8>) -> Address {
 
 /// Scratch bytes for the loss, and the logits, of `rows` rows.
 pub(super) fn scratch(head: &Matrix, rows: usize) -> usize {
-    let rows = chunk_rows(head, rows);
+    let rows = chunk_rows(head.rows, rows);
     piece::<bf16>(slice_scratch(head))
         + piece::<f32>(rows * head.rows)
         + piece::<bf16>(rows * head.rows)
@@ -96,7 +96,7 @@ impl Cuda {
         scratch: &Buffer<u8>,
     ) {
         let (vocabulary, width) = (head.rows, head.cols);
-        let step = chunk_rows(head, rows).max(1);
+        let step = chunk_rows(vocabulary, rows).max(1);
         for first in (0..rows).step_by(step) {
             let count = step.min(rows - first);
             let chunk = first * width..(first + count) * width;
@@ -135,5 +135,24 @@ impl Cuda {
             });
             self.round(sum, count * width, dhidden.at(chunk));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::chunk_rows;
+
+    #[test]
+    fn chunks_are_whole_tiles_that_fit() {
+        for (vocabulary, want) in [
+            (151_936, 256),
+            (50_000, 768),
+            (400_000, 111),
+            (1_000_000, 64),
+        ] {
+            assert_eq!(chunk_rows(vocabulary, 10_000), want, "{vocabulary}");
+        }
+        assert_eq!(chunk_rows(151_936, 255), 255);
+        assert_eq!(chunk_rows(8, 10_000), 10_000);
     }
 }

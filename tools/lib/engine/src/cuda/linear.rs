@@ -574,7 +574,9 @@ impl<'a> Run<'a> {
         let grads = want.grads;
         let together = self.one_reading(grads.as_deref());
         if let Some(params) = self.params {
-            self.round_factors(params, together.is_empty() || self.dora);
+            // With DoRA the outputs are computed again.
+            let again = self.dora && self.stored().is_none();
+            self.round_factors(params, together.is_empty() || again);
         }
         let dout = match self.dora {
             true => self.before_rescaling(dout, grads.as_deref()),

@@ -49,6 +49,9 @@ pub(crate) const PTX: &str = include_str!("../../cuda/kernels.ptx");
 /// Blocks of the first pass of the global norm: the shape of its sum.
 const NORM_BLOCKS: usize = 256;
 
+/// Blocks of 256 threads that a large GPU runs at once, two a multiprocessor.
+const AT_ONCE: usize = 264;
+
 /// Features of a head for which `attention.cu` makes kernels.
 const WIDTHS: [usize; 3] = [32, 64, 128];
 
@@ -810,7 +813,7 @@ impl Backend for Cuda {
 
     fn global_norm(&self, grads: &Buffer<f32>, len: usize, norm: &mut Buffer<f32>) {
         let partial = self.partial.first(NORM_BLOCKS);
-        let args = args![grads.first(len), len, partial];
+        let args = args![grads.first(len), Count(len), partial];
         self.launch("sum_squares", NORM_BLOCKS, args);
         self.launch("root_of_sum", 1, args![partial, norm.first(1)]);
     }

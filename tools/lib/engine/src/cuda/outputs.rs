@@ -6,25 +6,22 @@ use half::bf16;
 use super::driver::{Address, Arg};
 use super::few::LowRank;
 use super::memory::piece;
-use super::{Cuda, args};
+use super::{AT_ONCE, Cuda, IntoArg, args};
 
 /// Largest rank of a member.
-const LOW_RANK: usize = 16;
+const MOST_RANK: usize = 16;
 
 /// Outputs, of one member, and tokens that a block takes at a time.
 const SPAN: usize = 512;
 const TOKENS: usize = 32;
 
-/// Blocks that a large GPU runs at once, two a multiprocessor.
-const AT_ONCE: usize = 264;
-
 /// Bytes of shared memory: of two turns what is read, and sums of eight warps.
-const SHARED: usize = 2 * TOKENS * (SPAN + 8 + LOW_RANK + 8) * size_of::<bf16>()
-    + 8 * TOKENS * (LOW_RANK + 4) * size_of::<f32>();
+const SHARED: usize = 2 * TOKENS * (SPAN + 8 + MOST_RANK + 8) * size_of::<bf16>()
+    + 8 * TOKENS * (MOST_RANK + 4) * size_of::<f32>();
 
 /// Whether all of these members go this way.
 pub(super) fn suits(members: &[LowRank]) -> bool {
-    !members.is_empty() && members.iter().all(|m| m.rank <= LOW_RANK)
+    !members.is_empty() && members.iter().all(|m| m.rank <= MOST_RANK)
 }
 
 /// Spans of so many outputs.
@@ -39,10 +36,11 @@ fn turns(tokens: usize) -> usize {
 
 /// Values of the sums by `x Aᵀ`, `[spans, tokens, 16]`, and of `B`, `[blocks, 512, 16]`.
 fn sums(spans: usize, tokens: usize, blocks: usize) -> [usize; 2] {
-    [spans * tokens, blocks * SPAN].map(|rows| rows * LOW_RANK)
+    [spans * tokens, blocks * SPAN].map(|rows| rows * MOST_RANK)
 }
 
-/// Scratch bytes for members of so many outputs each, or for some of them.
+/// Scratch bytes for members of so many outputs each, or for some of them; also where their
+/// ranks will be too large, for more of them must never need less.
 pub(super) fn scratch(outputs: impl Iterator<Item = usize>, tokens: usize) -> usize {
     let spans = spans(outputs);
     let blocks = AT_ONCE.max(spans).min(spans * turns(tokens));
@@ -82,9 +80,8 @@ impl Cuda {
             let given = members.iter().map(|(m, to)| of(m, to));
             given.chain(std::iter::repeat(none)).take(3).collect()
         };
-        let count = |of: fn(&LowRank, &Gradients) -> usize| {
-            three(&|m, to| Arg::U32(of(m, to) as u32), Arg::U32(0))
-        };
+        let count =
+            |of: fn(&LowRank, &Gradients) -> usize| three(&|m, to| of(m, to).arg(), Arg::U32(0));
         let (rank, outputs) = (count(|m, _| m.rank), count(|m, _| m.outputs));
         let args = [
             args![dout, xa],
@@ -108,7 +105,7 @@ impl Cuda {
             args![dxa],
             &three(&|_, to| Arg::Pointer(to.b), Arg::Pointer(0)),
         ];
-        let all = blocks + (spans * SPAN * LOW_RANK).div_ceil(256);
+        let all = blocks + (spans * SPAN * MOST_RANK).div_ceil(256);
         self.launch("b_gradients_sum", all, &args.concat());
     }
 }

@@ -9,15 +9,12 @@ use half::bf16;
 
 use super::driver::{Address, Arg};
 use super::memory::piece;
-use super::{Cuda, args};
+use super::{AT_ONCE, Cuda, args};
 use crate::Dropout;
 use crate::rng::{self, Purpose};
 
 /// Members of a launch, and of every group there is: queries, keys and values.
 const MEMBERS: usize = 3;
-
-/// Blocks of 256 threads that a large GPU runs at once, two a multiprocessor.
-const AT_ONCE: usize = 264;
 
 /// Ranks of a tile of `thin_product`, and tiles of a block: few, or as many as it can have.
 const LOW: usize = 8;
