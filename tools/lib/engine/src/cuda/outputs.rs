@@ -4,7 +4,7 @@
 use half::bf16;
 
 use super::driver::{Address, Arg};
-use super::few::LowRank;
+use super::few::{LowRank, MEMBERS};
 use super::memory::piece;
 use super::{AT_ONCE, Cuda, IntoArg, args};
 
@@ -75,10 +75,10 @@ impl Cuda {
         let stretches = (AT_ONCE / spans).min(turns(tokens)).max(1);
         let [by_xa, _] = sums(spans, tokens, spans * stretches);
         let (by_xa, by_b) = (room, room + piece::<f32>(by_xa) as u64);
-        // An argument of each of three members.
+        // An argument of each member, and of those that are not there.
         let three = |of: &dyn Fn(&LowRank, &Gradients) -> Arg, none: Arg| -> Vec<Arg> {
             let given = members.iter().map(|(m, to)| of(m, to));
-            given.chain(std::iter::repeat(none)).take(3).collect()
+            given.chain(std::iter::repeat(none)).take(MEMBERS).collect()
         };
         let count =
             |of: fn(&LowRank, &Gradients) -> usize| three(&|m, to| of(m, to).arg(), Arg::U32(0));
