@@ -142,6 +142,12 @@ fn the_machine_is_measured_on_random_weights() {
         let told = figure["roofline"].as_f64().unwrap();
         assert!((told - share).abs() < 1e-9 * share, "{told} {share}");
     }
+    tool.run(
+        &["bench", "--shape", "tiny", "--device", "cpu", "--profile"],
+        "",
+    )
+    .exits(2)
+    .says("perf record");
     for flag in ["--slots", "--rank", "--layers", "--tokens"] {
         tool.run(&["bench", "--shape", "tiny", flag, "0"], "")
             .exits(2)
@@ -191,4 +197,75 @@ fn the_stand_in_for_a_gpu_is_measured() {
     // room to decode it.
     let nf4_head = bench(&["--lm-head", "nf4"]);
     assert!(nf4_head < kept, "{nf4_head} {kept}");
+}
+
+/// What a device's time goes to is all that it did, counted as the shape's layers are.
+#[test]
+fn the_time_of_a_stand_in_is_told_by_kernel() {
+    let tool = tool().env("LD_LIBRARY_PATH", &cuda_on_cpu::STAND_IN.join(":"));
+    let how = [
+        "bench",
+        "--shape",
+        "tiny",
+        "--device",
+        "cuda:0",
+        "--side",
+        "64",
+        "--profile",
+    ];
+    let sizes = [
+        "--tokens",
+        "600",
+        "--steps",
+        "2",
+        "--prompts",
+        "2",
+        "--new-tokens",
+        "3",
+    ];
+    let run = tool.run(&[&how[..], &sizes].concat(), "").exits(0);
+    let figures = run
+        .stdout
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap());
+    let [train, generate]: [Value; 2] = figures.collect::<Vec<_>>().try_into().unwrap();
+    let number = |value: &Value| value.as_f64().unwrap();
+    let profile = |figure: &Value| figure["profile"].as_array().unwrap().clone();
+    let times = |figure: &Value, work: &str| {
+        let found = profile(figure).into_iter().find(|w| w["work"] == work);
+        found.map_or(0.0, |work| number(&work["times"]))
+    };
+    // Seven products a layer and direction are decoded, but for the backward pass of the
+    // first layer's queries, keys and values, whose inputs nobody learns from.
+    for (work, expected) in [("nf4_decode", 2 * 2 * 7 - 3), ("swiglu", 2), ("adamw", 1)] {
+        assert_eq!(times(&train, work), f64::from(expected), "{work}");
+    }
+    // A first token from the prompts, and two steps.
+    for (work, expected) in [("sample", 3), ("cache_attention", 2 * 2)] {
+        assert_eq!(times(&generate, work), f64::from(expected), "{work}");
+    }
+    for (figure, whole) in [(&train, "seconds_per_step"), (&generate, "seconds")] {
+        let seconds: Vec<_> = profile(figure)
+            .iter()
+            .map(|w| number(&w["seconds"]))
+            .collect();
+        assert!(seconds.is_sorted_by(|a, b| a >= b));
+        // The stand-in works while it is called: there is little else. The two are not of
+        // the same minute, nor is the machine ours alone.
+        let share = seconds.iter().sum::<f64>() / number(&figure[whole]);
+        assert!((0.1..10.0).contains(&share), "{share}");
+    }
+    let [hidden, inner] = [128, 384];
+    let down = format!("{} x {hidden} x {inner}", train["tokens"]);
+    let work = profile(&train)
+        .into_iter()
+        .find(|w| w["work"] == down.as_str());
+    let work = work.unwrap_or_else(|| panic!("no {down}: {train}"));
+    let tokens = number(&train["tokens"]);
+    let operations = 2.0 * tokens * f64::from(hidden * inner) * number(&work["times"]);
+    let rate = operations / number(&work["seconds"]) / 1e12;
+    assert!(
+        (number(&work["tflops"]) - rate).abs() < 1e-9 * rate,
+        "{work}"
+    );
 }

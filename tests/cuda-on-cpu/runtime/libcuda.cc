@@ -9,11 +9,13 @@
 #include "internal.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -160,19 +162,36 @@ EXPORTED int cuGraphLaunch(void *executable, void *stream) {
   return Success;
 }
 
-// An event has not passed when it is asked for the first time.
-EXPORTED int cuEventCreate(void **event, unsigned) { return *event = calloc(1, sizeof(int)), Success; }
-EXPORTED int cuEventRecord(void *, void *) { return Success; }
+// An event has not passed when it is asked for the first time. Its time is that of its
+// recording, unless it is of those that have none (flag 2).
+struct Event {
+  unsigned flags;
+  bool asked;
+  std::optional<std::chrono::steady_clock::time_point> at;
+};
+EXPORTED int cuEventCreate(void **event, unsigned flags) { return *event = new Event{flags}, Success; }
+EXPORTED int cuEventRecord(void *event, void *stream) {
+  std::lock_guard lock(one);
+  if (captured(stream)) return CaptureUnsupported;
+  static_cast<Event *>(event)->at = std::chrono::steady_clock::now();
+  return Success;
+}
+EXPORTED int cuEventElapsedTime(float *milliseconds, void *from, void *to) {
+  const Event &a = *static_cast<Event *>(from), &b = *static_cast<Event *>(to);
+  if ((a.flags | b.flags) & 2 || !a.at || !b.at) return Invalid;
+  *milliseconds = std::chrono::duration<float, std::milli>(*b.at - *a.at).count();
+  return Success;
+}
 EXPORTED int cuEventQuery(void *event) {
   std::lock_guard lock(one);
-  if (!(*static_cast<int *>(event))++) return NotReady;
+  if (!std::exchange(static_cast<Event *>(event)->asked, true)) return NotReady;
   return settle(), Success;
 }
 EXPORTED int cuEventSynchronize(void *) {
   std::lock_guard lock(one);
   return settle(), Success;
 }
-EXPORTED int cuEventDestroy_v2(void *event) { return free(event), Success; }
+EXPORTED int cuEventDestroy_v2(void *event) { return delete static_cast<Event *>(event), Success; }
 
 EXPORTED int cuModuleLoadData(void **module, const void *image) {
   IN_CONTEXT;

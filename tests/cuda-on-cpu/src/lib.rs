@@ -17,8 +17,9 @@ use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
-use engine::cuda::{Address, Driver, Launch, Operand, Pending, Precision, Product};
+use engine::cuda::{Address, Driver, Launch, Mark, Operand, Pending, Precision, Product};
 use engine::{Error, Result};
 use half::bf16;
 
@@ -91,6 +92,7 @@ pub struct Processor<K: Kernels> {
     /// Live buffers: base → size.
     buffers: Mutex<BTreeMap<Address, usize>>,
     meter: Arc<Meter>,
+    made: Instant,
 }
 
 /// Runs the kernels' sources as coroutines.
@@ -170,6 +172,7 @@ impl<K: Kernels> Processor<K> {
             kernels,
             buffers: Mutex::default(),
             meter: Arc::default(),
+            made: Instant::now(),
         }
     }
 
@@ -375,6 +378,15 @@ impl<K: Kernels> Driver for Processor<K> {
         drop(launches);
         let buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
         self.kernels.launch(launch, &buffers)
+    }
+
+    /// Everything is done at once: nanoseconds since the device was made.
+    fn mark(&self) -> Result<Mark> {
+        Ok(self.made.elapsed().as_nanos() as Mark)
+    }
+
+    fn between(&self, earlier: Mark, later: Mark) -> Result<f64> {
+        Ok((later - earlier) as f64 / 1e9)
     }
 
     fn multiply(&self, product: &Product) -> Result<()> {

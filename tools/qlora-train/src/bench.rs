@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use clap::Args;
 use cli::{App, Failure};
-use engine::{Backend, Choice, Device, Group, HostMatrix, Member, Reading, Sampling};
+use engine::{Backend, Choice, Device, Group, HostMatrix, Member, Reading, Sampling, Spent};
 use half::bf16;
 use jsonl::Output;
 use qwen3::plan::{Extent, Outline};
@@ -28,6 +28,9 @@ use crate::memory::Size;
 
 /// Steps before the clock starts: buffers grow, products are planned.
 const WARM_UP: usize = 2;
+
+/// Steps of a profile: they are alike.
+const PROFILED: u32 = 3;
 
 /// More in a step say nothing more of a device.
 const MOST_TOKENS: usize = 1 << 20;
@@ -115,6 +118,10 @@ pub struct Bench {
     /// Side of the square product whose rate is measured [default: 8192, CPU 1024]
     #[arg(long, value_name = "N", value_parser = side)]
     side: Option<usize>,
+    /// Say what the device's time goes to, kernel by kernel: once more with a look at its
+    /// clock around each piece of work
+    #[arg(long)]
+    profile: bool,
     /// Lengths to use, a JSON list of [prompt, reply] in tokens
     #[arg(long, value_name = "FILE")]
     lengths: Option<PathBuf>,
@@ -246,6 +253,9 @@ enum What {
         roofline: f64,
         /// How much more memory the last step left taken than the first.
         growth_bytes: Option<i64>,
+        /// Of one step, the most time first.
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        profile: Vec<Spending>,
     },
     Generate {
         prompts: usize,
@@ -253,7 +263,33 @@ enum What {
         new_tokens: usize,
         seconds: f64,
         tokens_per_s: f64,
+        /// Of all of it, prompts and replies.
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        profile: Vec<Spending>,
     },
+}
+
+/// What one kind of work takes.
+#[derive(Serialize)]
+struct Spending {
+    work: String,
+    times: f64,
+    seconds: f64,
+    /// Of a product, in 10¹² operations a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tflops: Option<f64>,
+}
+
+/// What was spent, over so many steps alike.
+fn spending(spent: Vec<Spent>, steps: u32) -> Vec<Spending> {
+    let steps = f64::from(steps);
+    let one = |spent: Spent| Spending {
+        work: spent.work,
+        times: spent.times as f64 / steps,
+        seconds: spent.seconds / steps,
+        tflops: spent.operations.map(|o| o / spent.seconds / 1e12),
+    };
+    spent.into_iter().map(one).collect()
 }
 
 impl Bench {
@@ -274,6 +310,10 @@ impl Bench {
         let (device, which) = Device::open(self.device)?;
         app.info(&which);
         match device {
+            Device::Cpu(_) if self.profile => {
+                let cause = "--profile: the processor has no clock of its own; perf record shows where its time goes";
+                Err(Failure::Usage(cause.into()).into())
+            }
             Device::Cpu(cpu) => self.measure::<_, false>(app, cpu, config, &lengths),
             Device::Cuda(cuda) => self.measure::<_, true>(app, cuda, config, &lengths),
         }
@@ -511,6 +551,18 @@ impl Bench {
         let all = parameters(config) - behind_attention(config);
         let operations = 4.0 * (all * tokens + wanted * labelled) as f64;
         let after = free(model.backend())?;
+        let mut profile = Vec::new();
+        if self.profile {
+            let steps = self.steps.min(PROFILED);
+            let (done, spent) = model.backend().profile(|| {
+                (0..steps).try_for_each(|_| {
+                    let batch = Batch::new(model.backend(), &as_rows(texts))?;
+                    trainer.step(&batch)?.wait().map(drop)
+                })
+            })?;
+            done?;
+            profile = spending(spent, steps);
+        }
         Ok(What::Train {
             rows: texts.len(),
             tokens,
@@ -522,6 +574,7 @@ impl Bench {
             tokens_per_s: tokens as f64 / seconds,
             roofline: operations / seconds / (rates.product_tflops * 1e12),
             growth_bytes: left.zip(after).map(|(b, a)| b as i64 - a as i64),
+            profile,
         })
     }
 
@@ -551,9 +604,16 @@ impl Bench {
             stop_ids: &[],
             slots,
         };
+        let all = || generate(model, Some(trainer.lora()), &prompts, &how, |_| {});
         let started = Instant::now();
-        let replies = generate(model, Some(trainer.lora()), &prompts, &how, |_| {})?;
+        let replies = all()?;
         let seconds = started.elapsed().as_secs_f64();
+        let mut profile = Vec::new();
+        if self.profile {
+            let (done, spent) = model.backend().profile(all)?;
+            done?;
+            profile = spending(spent, 1);
+        }
         let new: usize = replies.iter().map(|r| r.ids.len()).sum();
         Ok(What::Generate {
             prompts: self.prompts,
@@ -561,6 +621,7 @@ impl Bench {
             new_tokens: self.new_tokens as usize,
             seconds,
             tokens_per_s: new as f64 / seconds,
+            profile,
         })
     }
 }

@@ -1,6 +1,8 @@
 //! A whole small model through the CUDA backend: the same code that runs on a GPU,
 //! from the launch upwards, against the CPU backend.
 
+use std::collections::BTreeMap;
+
 use crate::support::{Draw, distance, gpu, on_processor, recorded};
 use cuda_on_cpu::{Emulated, Order};
 use engine::nf4::Nf4Tensor;
@@ -333,6 +335,41 @@ fn steps_of_several_sizes_are_recorded() {
     println!("replies: {replies:?}");
     println!("played: {}", model.backend().played());
     assert_eq!(model.backend().played() > 0, recorded(model.backend()));
+}
+
+/// A profile changes nothing of what is done, misses nothing, and ends.
+#[test]
+fn a_profile_tells_every_launch() {
+    let emulated = Emulated::new(Order::Forward, false);
+    let meter = emulated.meter();
+    let model = model(Cuda::new(Box::new(emulated)).unwrap());
+    let work = || train(&model, Keep::Layers(0), 2, ALL);
+    let counts = || -> BTreeMap<_, _> {
+        let kernels = meter.kernels().into_iter();
+        kernels
+            .map(|kernel| (kernel, meter.launches(kernel)))
+            .collect()
+    };
+    let want = work();
+    for _ in 0..2 {
+        let mut launched = counts();
+        let (got, spent) = model.backend().profile(work).unwrap();
+        assert!(got.losses == want.losses && got.params == want.params);
+        assert_eq!(got.replies, want.replies);
+        for (kernel, count) in counts() {
+            let told = spent.iter().find(|spent| spent.work == kernel);
+            let before = launched.remove(kernel).unwrap_or(0);
+            assert_eq!(
+                told.map_or(0, |told| told.times),
+                count - before,
+                "{kernel}"
+            );
+        }
+        assert!(spent.iter().all(|spent| spent.seconds > 0.0), "{spent:?}");
+        assert!(spent.is_sorted_by(|a, b| a.seconds >= b.seconds));
+        let of = |what: &str| spent.iter().find(|spent| spent.work == what).unwrap();
+        assert!(of("zeros").times > 0 && of("copies to the device").times > 0);
+    }
 }
 
 #[test]

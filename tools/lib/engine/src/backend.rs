@@ -15,6 +15,20 @@ use std::ops::Range;
 use crate::nf4::Nf4Tensor;
 use crate::{HostMatrix, Ragged, Result};
 
+/// What a device spent on one kind of work: see [`Backend::profile`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Spent {
+    /// A kernel's name, a product's size as `m x n x k`, `zeros`, or `copies to the device`.
+    pub work: String,
+    /// How often it was done.
+    pub times: usize,
+    /// All of them together.
+    pub seconds: f64,
+    /// Operations of a product, all of them together: two for each of `m n k`. None: what
+    /// is not a product.
+    pub operations: Option<f64>,
+}
+
 /// How many heads of attention, and how wide.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Heads {
@@ -411,6 +425,17 @@ pub trait Backend: Sized + Send + Sync {
     /// inside another's ends the outer one's gathering.
     fn repeat<R>(&self, work: impl FnOnce() -> R) -> R {
         work()
+    }
+
+    /// Does something and says what the device spent its time on, the most first. Every
+    /// piece of work stands between two looks at the clock then, and nothing is played as a
+    /// whole ([`repeat`](Self::repeat)): all of it takes longer than it would. A backend
+    /// with no queue of its own says nothing.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn profile<R>(&self, work: impl FnOnce() -> R) -> Result<(R, Vec<Spent>)> {
+        Ok((work(), Vec::new()))
     }
 
     /// For how many rows to compute a decoding step of `replies`: at least as many. What

@@ -28,7 +28,7 @@ pub mod rng;
 
 pub use backend::{
     AdamW, Adapter, Backend, Cache, Dora, Dropout, Group, Heads, LinearGrad, MOMENT_BLOCK, Member,
-    Neftune, QkNorms, Reading, Sampling, Stretch,
+    Neftune, QkNorms, Reading, Sampling, Spent, Stretch,
 };
 pub use cpu::{Cpu, Rounded, Workspace};
 pub use cuda::Cuda;

@@ -8,6 +8,9 @@ use crate::Result;
 /// A place in device memory, in bytes.
 pub type Address = u64;
 
+/// A place in a device's queue, whose time it notes when it gets there.
+pub type Mark = u64;
+
 /// An argument of a kernel, in its C type.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Arg {
@@ -226,6 +229,18 @@ pub trait Driver: Send + Sync {
     /// # Errors
     /// If the device refuses it.
     fn multiply(&self, product: &Product) -> Result<()>;
+
+    /// Queues a look at the device's clock.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn mark(&self) -> Result<Mark>;
+
+    /// Waits for the later one, and takes both back: the seconds between them.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn between(&self, earlier: Mark, later: Mark) -> Result<f64>;
 
     /// Makes one of what is to be queued again and again in this order; it has been
     /// queued before. Nothing is queued now. None: the device has no such thing.

@@ -28,7 +28,7 @@ use std::sync::Arc;
 use half::bf16;
 
 pub use driver::{
-    Address, Arg, Driver, Launch, Operand, Pending, Precision, Product, Recording, Work,
+    Address, Arg, Driver, Launch, Mark, Operand, Pending, Precision, Product, Recording, Work,
 };
 pub use memory::{Buffer, DeviceReading, Element};
 pub use nvidia::Nvidia;
@@ -38,7 +38,7 @@ use crate::nf4::{self, Absmax, Nf4Tensor};
 use crate::rng::{self, Purpose};
 use crate::{
     AdamW, Adapter, Backend, Cache, Dropout, Error, Group, Heads, HostMatrix, LinearGrad,
-    MOMENT_BLOCK, MatrixData, Neftune, QkNorms, Ragged, Result, Sampling, Stretch,
+    MOMENT_BLOCK, MatrixData, Neftune, QkNorms, Ragged, Result, Sampling, Spent, Stretch,
 };
 use memory::Shared;
 use queue::Queue;
@@ -455,6 +455,10 @@ impl Backend for Cuda {
 
     fn repeat<R>(&self, work: impl FnOnce() -> R) -> R {
         self.queue.repeat(work)
+    }
+
+    fn profile<R>(&self, work: impl FnOnce() -> R) -> Result<(R, Vec<Spent>)> {
+        self.queue.profile(work)
     }
 
     /// Of few sizes, so that most steps are like one before; in steps of what a tile of a

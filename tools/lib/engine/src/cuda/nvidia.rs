@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::cublaslt::{result as blas, sys as blas_sys};
 use cudarc::driver::{result as cuda, sys};
 
-use super::driver::{Address, Driver, Launch, Pending, Precision, Product, Recording, Work};
+use super::driver::{Address, Driver, Launch, Mark, Pending, Precision, Product, Recording, Work};
 use super::{Operand, PTX};
 use crate::{Error, Result};
 
@@ -50,6 +50,23 @@ fn failed(what: &str, error: cuda::DriverError) -> Error {
         ),
         DRIVER_REMEDY,
     )
+}
+
+/// Milliseconds between two events that have passed. Not cudarc's, which asks for a
+/// function that drivers have only since CUDA 12.8.
+///
+/// # Safety
+/// Both are live, of the current context, and recorded with their time.
+unsafe fn elapsed(from: sys::CUevent, to: sys::CUevent) -> Result<f32, cuda::DriverError> {
+    type Elapsed = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
+    let mut milliseconds = 0.0;
+    // SAFETY: the driver's function of this name has this type; the caller's promise.
+    unsafe {
+        let elapsed = sys::culib().get::<Elapsed>(b"cuEventElapsedTime\0");
+        let missing = |_| cuda::DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND);
+        elapsed.map_err(missing)?(&mut milliseconds, from, to).result()?;
+    }
+    Ok(milliseconds)
 }
 
 /// Memory of the device in whose context this is, for use on that stream.
@@ -170,8 +187,8 @@ impl Context {
     }
 
     /// An event behind what is queued so far.
-    fn event(&self) -> Result<sys::CUevent, cuda::DriverError> {
-        let event = cuda::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
+    fn event(&self, flags: sys::CUevent_flags) -> Result<sys::CUevent, cuda::DriverError> {
+        let event = cuda::event::create(flags)?;
         // SAFETY: the event was just created, and the stream lives as `self` does.
         unsafe { cuda::event::record(event, self.stream) }?;
         Ok(event)
@@ -209,7 +226,8 @@ impl Context {
             let source = std::slice::from_raw_parts(at, bytes.len());
             cuda::memcpy_htod_async(to, source, self.stream).map_err(with)?;
         }
-        let event = self.event().map_err(with)?;
+        let untimed = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
+        let event = self.event(untimed).map_err(with)?;
         staged.push_back(Staged { event, pinned });
         Ok(())
     }
@@ -724,6 +742,28 @@ impl Driver for Nvidia {
     fn multiply(&self, product: &Product) -> Result<()> {
         self.context.enter()?;
         self.multiply_on(self.context.stream, product)
+    }
+
+    fn mark(&self) -> Result<Mark> {
+        self.context.enter()?;
+        let event = self.context.event(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        Ok(event.map_err(|e| failed("asking the GPU's clock", e))? as Mark)
+    }
+
+    fn between(&self, earlier: Mark, later: Mark) -> Result<f64> {
+        self.context.enter()?;
+        let [earlier, later] = [earlier, later].map(|mark| mark as sys::CUevent);
+        // SAFETY: both come from `mark`, once; each is destroyed whatever comes before.
+        let milliseconds = unsafe {
+            let passed = cuda::event::synchronize(later);
+            let between = passed.and_then(|()| elapsed(earlier, later));
+            let gone = [earlier, later].map(|event| cuda::event::destroy(event));
+            gone.into_iter()
+                .collect::<Result<(), _>>()
+                .and(between)
+                .map_err(|e| failed("asking the GPU's clock", e))?
+        };
+        Ok(f64::from(milliseconds) / 1e3)
     }
 
     fn record(&self, work: &[Work]) -> Option<Box<dyn Recording>> {

@@ -1,10 +1,11 @@
 //! The device's queue as the backend fills it.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::driver::{Address, Driver, Launch, Product, Recording, Work};
-use crate::{Error, Result};
+use super::driver::{Address, Driver, Launch, Mark, Product, Recording, Work};
+use crate::{Error, Result, Spent};
 
 /// The most works that are kept: decoding steps of several sizes (ten up to 256 rows), of
 /// several adapters.
@@ -25,6 +26,65 @@ pub(super) struct Queue {
     failure: Mutex<Option<String>>,
     gathered: Mutex<Option<Vec<Work>>>,
     played: AtomicUsize,
+    profile: Mutex<Option<Profile>>,
+}
+
+/// What is timed in a profile as one.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Task {
+    Kernel(&'static str),
+    /// Its size.
+    Product([usize; 3]),
+    Zeros,
+    Copy,
+}
+
+/// The most pieces of work whose time a profile has not yet asked for.
+const UNASKED: usize = 4096;
+
+#[derive(Default)]
+struct Profile {
+    /// In their order, between which marks.
+    unasked: Vec<(Task, [Mark; 2])>,
+    /// How often, and seconds.
+    spent: HashMap<Task, (usize, f64)>,
+}
+
+impl Profile {
+    /// Waits for all that is queued, and adds it up.
+    fn ask(&mut self, driver: &dyn Driver) -> Result<()> {
+        for (task, [from, to]) in self.unasked.drain(..) {
+            let seconds = driver.between(from, to)?;
+            let (times, all) = self.spent.entry(task).or_default();
+            *times += 1;
+            *all += seconds;
+        }
+        Ok(())
+    }
+
+    fn spent(self) -> Vec<Spent> {
+        let line = |(task, (times, seconds))| {
+            let (work, operations) = match task {
+                Task::Kernel(name) => (name.to_owned(), None),
+                Task::Product(size) => {
+                    let [m, n, k] = size;
+                    let each = 2.0 * size.map(|side| side as f64).iter().product::<f64>();
+                    (format!("{m} x {n} x {k}"), Some(each * times as f64))
+                }
+                Task::Zeros => ("zeros".to_owned(), None),
+                Task::Copy => ("copies to the device".to_owned(), None),
+            };
+            Spent {
+                work,
+                times,
+                seconds,
+                operations,
+            }
+        };
+        let mut spent: Vec<_> = self.spent.into_iter().map(line).collect();
+        spent.sort_by(|a, b| b.seconds.total_cmp(&a.seconds).then(a.work.cmp(&b.work)));
+        spent
+    }
 }
 
 /// Work that was repeated, or may be.
@@ -52,6 +112,7 @@ impl Queue {
             failure: Mutex::new(None),
             gathered: Mutex::new(None),
             played: AtomicUsize::new(0),
+            profile: Mutex::new(None),
         }
     }
 
@@ -59,7 +120,7 @@ impl Queue {
     pub fn device(&self) -> &dyn Driver {
         let gathered = lock(&self.gathered).take();
         if let Some(work) = gathered {
-            self.then(|driver| work.iter().try_for_each(|work| work.queue(driver)));
+            self.then(|driver| work.iter().try_for_each(|work| self.queue(driver, work)));
         }
         &*self.driver
     }
@@ -94,31 +155,81 @@ impl Queue {
     }
 
     /// Queues this, or gathers it.
-    fn add(&self, work: impl FnOnce() -> Work, queue: impl FnOnce(&dyn Driver) -> Result<()>) {
+    fn add(
+        &self,
+        work: impl FnOnce() -> Work,
+        task: Task,
+        queue: impl FnOnce(&dyn Driver) -> Result<()>,
+    ) {
         if let Some(gathered) = &mut *lock(&self.gathered) {
             return gathered.push(work());
         }
-        self.then(queue);
+        self.then(|driver| self.timed(driver, task, || queue(driver)));
+    }
+
+    /// Queues what was gathered.
+    fn queue(&self, driver: &dyn Driver, work: &Work) -> Result<()> {
+        let task = match work {
+            Work::Launch(launch, _) => Task::Kernel(launch.kernel),
+            Work::Multiply(product) => Task::Product(product.size),
+            Work::Zero(..) => Task::Zeros,
+        };
+        self.timed(driver, task, || work.queue(driver))
+    }
+
+    /// Queues work, between two marks where there is a profile.
+    fn timed(
+        &self,
+        driver: &dyn Driver,
+        task: Task,
+        queue: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let mut profile = lock(&self.profile);
+        let Some(profile) = &mut *profile else {
+            return queue();
+        };
+        let from = driver.mark()?;
+        queue()?;
+        profile.unasked.push((task, [from, driver.mark()?]));
+        match profile.unasked.len() {
+            UNASKED => profile.ask(driver),
+            _ => Ok(()),
+        }
     }
 
     pub fn launch(&self, launch: &Launch<'_>) {
-        self.add(|| launch.into(), |driver| driver.launch(launch));
+        let task = Task::Kernel(launch.kernel);
+        self.add(|| launch.into(), task, |driver| driver.launch(launch));
     }
 
     pub fn multiply(&self, product: &Product) {
         self.add(
             || Work::Multiply(*product),
+            Task::Product(product.size),
             |driver| driver.multiply(product),
         );
     }
 
     pub fn zero(&self, at: Address, bytes: usize) {
-        self.add(|| Work::Zero(at, bytes), |driver| driver.zero(at, bytes));
+        let work = || Work::Zero(at, bytes);
+        self.add(work, Task::Zeros, |driver| driver.zero(at, bytes));
     }
 
     pub fn write(&self, bytes: &[u8], to: Address) {
         self.device();
-        self.then(|driver| driver.write(bytes, to));
+        self.then(|driver| self.timed(driver, Task::Copy, || driver.write(bytes, to)));
+    }
+
+    /// Does something, and says what the device spent its time on.
+    pub fn profile<R>(&self, work: impl FnOnce() -> R) -> Result<(R, Vec<Spent>)> {
+        let driver = self.device();
+        *lock(&self.profile) = Some(Profile::default());
+        let result = work();
+        self.device();
+        let mut profile = lock(&self.profile).take().unwrap_or_default();
+        self.check()?;
+        profile.ask(driver)?;
+        Ok((result, profile.spent()))
     }
 
     /// Does something whose launches, products and zeros are likely to come again as they
@@ -135,6 +246,9 @@ impl Queue {
     }
 
     fn play(&self, driver: &dyn Driver, work: Vec<Work>) -> Result<()> {
+        if lock(&self.profile).is_some() {
+            return work.iter().try_for_each(|work| self.queue(driver, work));
+        }
         let mut kept = lock(&self.kept);
         let this = match kept.iter().position(|kept| kept.work == work) {
             Some(i) => {
