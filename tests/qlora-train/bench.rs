@@ -125,6 +125,17 @@ fn the_machine_is_measured_on_random_weights() {
             2 * (2 * 16_384 + 2 * 8_192 + 3 * 49_152)
         );
     }
+    for figure in &figures[..2] {
+        let [first, last] = [0, 1].map(|i| figure["losses"][i].as_f64().unwrap());
+        // Of 1,024 tokens a random model prefers none.
+        assert!(
+            (first - 1024f64.ln()).abs() < 0.2 && last < first,
+            "{figure}"
+        );
+    }
+    for figure in &figures[2..] {
+        assert!(figure["distinct_tokens"].as_u64().unwrap() > 2, "{figure}");
+    }
     for (figure, most) in figures.iter().zip([50, 200]) {
         let [tokens, labelled] = ["tokens", "labelled"].map(|k| figure[k].as_u64().unwrap());
         assert!(

@@ -47,6 +47,7 @@ thread_local int *current_context;
 std::map<std::string, std::string> functions; // stable addresses: a handle is a name
 std::map<const void *, int> shared_limit;
 std::map<void *, size_t> memory;
+size_t used, most_used, hoarded;
 std::set<void *> page_locked;
 std::mutex one; // call at a time, of those that change what is above or run
 
@@ -109,6 +110,16 @@ EXPORTED int cuDevicePrimaryCtxRelease_v2(int) { return Success; }
 EXPORTED int cuCtxSetCurrent(void *context) { return current_context = static_cast<int *>(context), Success; }
 EXPORTED int cuDeviceGetDefaultMemPool(void **pool, int) { return *pool = &the_context, Success; }
 EXPORTED int cuMemPoolSetAttribute(void *, int attribute, void *) { return attribute == 4 ? Success : Invalid; }
+EXPORTED int cuMemPoolGetAttribute(void *, int attribute, void *value) {
+  std::lock_guard lock(one);
+  *static_cast<uint64_t *>(value) = most_used;
+  return attribute == 8 ? Success : Invalid;
+}
+// What was freed stays taken until then.
+EXPORTED int cuMemPoolTrimTo(void *, size_t) {
+  std::lock_guard lock(one);
+  return hoarded = 0, Success;
+}
 EXPORTED int cuStreamCreate(void **stream, unsigned flags) {
   std::lock_guard lock(one);
   streams.insert(*stream = new Stream);
@@ -243,8 +254,8 @@ EXPORTED int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned g
 EXPORTED int cuMemGetInfo_v2(size_t *free, size_t *total) {
   IN_CONTEXT;
   std::lock_guard lock(one);
-  *free = *total = size_t(1) << 30;
-  for (const auto &[address, bytes] : memory) *free -= std::min(*free, bytes);
+  *total = size_t(1) << 30;
+  *free = *total - std::min(*total, used + hoarded);
   return Success;
 }
 EXPORTED int cuMemAllocAsync(void **address, size_t bytes, void *) {
@@ -254,13 +265,18 @@ EXPORTED int cuMemAllocAsync(void **address, size_t bytes, void *) {
   memset(*address, 0xff, bytes);
   std::lock_guard lock(one);
   memory[*address] = bytes;
+  hoarded -= std::min(hoarded, bytes);
+  most_used = std::max(most_used, used += bytes);
   return Success;
 }
 EXPORTED int cuMemFreeAsync(void *address, void *) {
   IN_CONTEXT;
   std::lock_guard lock(one);
   settle();
-  if (!memory.erase(address)) return Invalid;
+  const auto found = memory.find(address);
+  if (found == memory.end()) return Invalid;
+  used -= found->second, hoarded += found->second;
+  memory.erase(found);
   return free(address), Success;
 }
 EXPORTED int cuMemsetD8Async(void *at, unsigned char value, size_t bytes, void *stream) {
@@ -319,10 +335,14 @@ EXPORTED int cublasLtMatmulDescSetAttribute(void *desc, int attribute, const voi
   return memcpy(&static_cast<Descriptor *>(desc)->transposed[attribute - 3], value, 4), 0;
 }
 EXPORTED int cublasLtMatmulPreferenceCreate(void **preference) { return *preference = &the_context, 0; }
-EXPORTED int cublasLtMatmulPreferenceSetAttribute(void *, int attribute, const void *, size_t size) {
+EXPORTED int cublasLtMatmulPreferenceSetAttribute(void *, int attribute, const void *value, size_t size) {
+  // Partial sums in f32 alone.
+  if (attribute == 3) return size == 4 && *static_cast<const unsigned *>(value) == 2 ? 0 : 7;
   return (attribute == 1 && size == 8) || (attribute >= 5 && attribute <= 8 && size == 4) ? 0 : 7;
 }
 EXPORTED int cublasLtMatmulPreferenceDestroy(void *) { return 0; }
+EXPORTED int cublasLtMatrixLayoutDestroy(void *layout) { return delete static_cast<Layout *>(layout), 0; }
+EXPORTED int cublasLtMatmulDescDestroy(void *desc) { return delete static_cast<Descriptor *>(desc), 0; }
 
 // As the library's struct: the algorithm is opaque.
 struct Heuristic {

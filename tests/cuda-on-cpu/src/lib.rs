@@ -330,6 +330,10 @@ impl<K: Kernels> Driver for Processor<K> {
         Ok(usize::MAX - self.meter.used.load(Relaxed))
     }
 
+    fn peak(&self) -> Result<usize> {
+        Ok(self.meter.peak())
+    }
+
     fn allocate(&self, what: &'static str, bytes: usize) -> Result<Address> {
         let address = self.reserve(what, bytes)?;
         let used = self.meter.used.fetch_add(bytes, Relaxed) + bytes;

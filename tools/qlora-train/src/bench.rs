@@ -4,10 +4,11 @@
 //! Beside each figure stand the device's own rates of products and of copies,
 //! measured in the same minute: a share of them says how much is left, on any device.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -18,7 +19,7 @@ use jsonl::Output;
 use qwen3::plan::{Extent, Outline};
 use qwen3::{
     AdapterConfig, Batch, Config, Generation, Held, Keep, Lora, LoraLayout, Losses, Model, Module,
-    Optimiser, OptimiserKind, Pass, Prompt, Row, Storage, Update, generate,
+    Optimiser, OptimiserKind, Pass, Prompt, Row, Slots, Storage, Update,
 };
 use serde::Serialize;
 
@@ -251,6 +252,9 @@ enum What {
         /// only, as they are computed. Adapters, attention and what is computed again count
         /// as nothing.
         roofline: f64,
+        /// Of the first step and of the last, in nats a labelled token: one text, so that the
+        /// loss falls.
+        losses: [f32; 2],
         /// How much more memory the last step left taken than the first.
         growth_bytes: Option<i64>,
         /// Of one step, the most time first.
@@ -261,6 +265,8 @@ enum What {
         prompts: usize,
         slots: usize,
         new_tokens: usize,
+        /// How many different tokens were chosen.
+        distinct_tokens: usize,
         seconds: f64,
         tokens_per_s: f64,
         /// Of all of it, prompts and replies.
@@ -432,8 +438,7 @@ impl Bench {
         ));
         let parameters = parameters(model.config());
         let mut out = Output::stdout();
-        let mut write = |what| -> Result<()> {
-            let now = free(model.backend())?;
+        let mut write = |(what, now): (What, Option<usize>)| -> Result<()> {
             let taken = before.zip(now).map(|(b, n)| b.saturating_sub(n));
             out.json(&Figure {
                 v: 1,
@@ -503,7 +508,7 @@ impl Bench {
             if !fits(format!("--slots {slots}"), least) {
                 continue;
             }
-            write(self.generate(&trainer, lengths, slots)?)?;
+            write(self.generate(&trainer, lengths, slots, free)?)?;
         }
         Ok(())
     }
@@ -521,17 +526,21 @@ impl Bench {
         texts: &[(Vec<u32>, Vec<bool>)],
         rates: Rates,
         free: impl Fn(&B) -> engine::Result<Option<usize>>,
-    ) -> engine::Result<What> {
+    ) -> engine::Result<(What, Option<usize>)> {
         let (model, config) = (trainer.model, trainer.model.config());
         let mut pending: Option<Losses<B>> = None;
         let (mut started, mut left) = (Instant::now(), None);
         let (mut tokens, mut labelled) = (0, 0);
+        let mut losses_summed: Vec<f32> = Vec::new();
         for step in 0..WARM_UP + self.steps as usize {
+            if step + 1 == WARM_UP {
+                // What this gives back is taken again before the clock starts.
+                left = free(model.backend())?;
+            }
             if step == WARM_UP {
                 if let Some(losses) = pending.take() {
-                    losses.wait()?;
+                    losses_summed.push(losses.wait()?.iter().sum());
                 }
-                left = free(model.backend())?;
                 started = Instant::now();
             }
             let batch = Batch::new(model.backend(), &as_rows(texts))?;
@@ -539,11 +548,11 @@ impl Bench {
             // A loss is read when the next step is on its way.
             let losses = trainer.step(&batch)?;
             if let Some(earlier) = pending.replace(losses) {
-                earlier.wait()?;
+                losses_summed.push(earlier.wait()?.iter().sum());
             }
         }
         if let Some(losses) = pending {
-            losses.wait()?;
+            losses_summed.push(losses.wait()?.iter().sum());
         }
         let seconds = started.elapsed().as_secs_f64() / f64::from(self.steps);
         let head = config.vocab_size * config.hidden_size;
@@ -563,7 +572,7 @@ impl Bench {
             done?;
             profile = spending(spent, steps);
         }
-        Ok(What::Train {
+        let what = What::Train {
             rows: texts.len(),
             tokens,
             labelled,
@@ -571,11 +580,13 @@ impl Bench {
             adamw_8bit: self.adamw_8bit,
             steps: self.steps as usize,
             seconds_per_step: seconds,
+            losses: [0, losses_summed.len() - 1].map(|step| losses_summed[step] / labelled as f32),
             tokens_per_s: tokens as f64 / seconds,
             roofline: operations / seconds / (rates.product_tflops * 1e12),
             growth_bytes: left.zip(after).map(|(b, a)| b as i64 - a as i64),
             profile,
-        })
+        };
+        Ok((what, after))
     }
 
     fn generate<B: Backend>(
@@ -583,7 +594,8 @@ impl Bench {
         trainer: &Trainer<'_, B>,
         lengths: &[[usize; 2]],
         slots: usize,
-    ) -> engine::Result<What> {
+        free: impl Fn(&B) -> engine::Result<Option<usize>>,
+    ) -> engine::Result<(What, Option<usize>)> {
         let model = trainer.model;
         let vocabulary = model.config().vocab_size;
         let texts: Vec<_> = (0..self.prompts)
@@ -604,8 +616,12 @@ impl Bench {
             stop_ids: &[],
             slots,
         };
-        let all = || generate(model, Some(trainer.lora()), &prompts, &how, |_| {});
+        let prompt_lengths: Vec<_> = texts.iter().map(Vec::len).collect();
         let started = Instant::now();
+        let mut memory = Slots::new(model, &prompt_lengths, &how)?;
+        let mut pass = Pass::new(Keep::Nothing);
+        let with = (model, Some(trainer.lora()));
+        let mut all = || memory.generate(with, &mut pass, &prompts, &how, |_| {});
         let replies = all()?;
         let seconds = started.elapsed().as_secs_f64();
         let mut profile = Vec::new();
@@ -615,14 +631,22 @@ impl Bench {
             profile = spending(spent, 1);
         }
         let new: usize = replies.iter().map(|r| r.ids.len()).sum();
-        Ok(What::Generate {
+        let what = What::Generate {
             prompts: self.prompts,
             slots,
             new_tokens: self.new_tokens as usize,
+            distinct_tokens: replies
+                .iter()
+                .flat_map(|r| &r.ids)
+                .collect::<HashSet<_>>()
+                .len(),
             seconds,
             tokens_per_s: new as f64 / seconds,
             profile,
-        })
+        };
+        // While it lies there.
+        let left = free(model.backend())?;
+        Ok((what, left))
     }
 }
 
@@ -722,10 +746,11 @@ fn finish<B: Backend>(backend: &B) -> engine::Result<()> {
     backend.read_f32(&mark, 0..1).wait().map(drop)
 }
 
-/// The device's rates: a bf16 product of `side`³, and a copy of `side²` activations
-/// that many times.
+/// The device's rates: of a bf16 product of `side`³, and of a copy of `side²` activations,
+/// each when it has done it for a while, for its clock rises with the work.
 fn rates<B: Backend>(backend: &B, side: usize) -> Result<Rates> {
-    const TIMES: usize = 20;
+    const WARM_UP: Duration = Duration::from_millis(300);
+    const MEASURED: Duration = Duration::from_millis(500);
     let value = |i: usize| bf16::from_f32((i % 251) as f32 / 251.0 - 0.5);
     let values = (0..side * side).map(value).collect();
     let weight = backend.upload_matrix(HostMatrix::bf16(side, side, values))?;
@@ -746,12 +771,23 @@ fn rates<B: Backend>(backend: &B, side: usize) -> Result<Rates> {
         members: &members,
     };
     let time = |work: &mut dyn FnMut()| -> engine::Result<f64> {
+        let started = Instant::now();
         work();
         finish(backend)?;
-        let started = Instant::now();
-        (0..TIMES).for_each(|_| work());
-        finish(backend)?;
-        Ok(started.elapsed().as_secs_f64() / TIMES as f64)
+        let mut each = started.elapsed();
+        for long in [WARM_UP, MEASURED] {
+            let (started, mut times) = (Instant::now(), 0);
+            while started.elapsed() < long {
+                // As many as are expected to take that long, so that few waits are in it.
+                let left = long.saturating_sub(started.elapsed()).as_secs_f64();
+                let more = (left / each.as_secs_f64()).clamp(1.0, 1e4) as u32;
+                (0..more).for_each(|_| work());
+                finish(backend)?;
+                times += more;
+            }
+            each = started.elapsed() / times;
+        }
+        Ok(each.as_secs_f64())
     };
     let product = time(&mut || {
         let input = (&x, side);

@@ -62,8 +62,9 @@ pub struct Fit {
     host: Host,
     budget: Budget,
     place: Place,
-    /// What the device had free before.
+    /// What the device had free before, and the most that was allocated by then.
     free: Option<usize>,
+    peak: Option<usize>,
     /// On the processor: the most that was taken before the plan, which is of what comes.
     before: Option<Peak>,
 }
@@ -109,6 +110,7 @@ struct Need<'a, B: Backend> {
     budget: Budget,
     place: Place,
     free: Option<usize>,
+    peak: Option<usize>,
     before: Option<Peak>,
 }
 
@@ -138,6 +140,7 @@ impl Fit {
             budget: Budget::new(t.max_memory.as_deref(), free, place, host.program)?,
             place,
             free,
+            peak: backend.peak_memory()?,
             layout: &plan.layout,
             outline,
             backend,
@@ -183,8 +186,8 @@ impl Fit {
         self.memory.total() + self.host.total()
     }
 
-    /// What was taken so far, if the system tells. On a GPU the drop in free memory:
-    /// what was freed is kept to be handed out again.
+    /// What was taken so far, if the system tells. On a GPU the drop in free memory, or the
+    /// most that was allocated at the same time, if that was more.
     pub fn taken<B: Backend>(&self, backend: &B) -> Option<Taken> {
         match self.place {
             Place::Processor => {
@@ -196,9 +199,11 @@ impl Fit {
                 })
             }
             Place::Gpu => {
-                let now = backend.free_memory().ok()??;
+                let drop = self.free?.saturating_sub(backend.free_memory().ok()??);
+                let peak = backend.peak_memory().ok()?;
+                let peak = peak.zip(self.peak).map_or(0, |(now, before)| now - before);
                 Some(Taken {
-                    bytes: self.free?.saturating_sub(now),
+                    bytes: drop.max(peak),
                     reading: false,
                 })
             }
@@ -309,6 +314,7 @@ impl<B: Backend> Need<'_, B> {
                     budget: self.budget,
                     place: self.place,
                     free: self.free,
+                    peak: self.peak,
                     before: self.before,
                 }));
             }

@@ -296,11 +296,20 @@ pub trait Backend: Sized + Send + Sync {
         Ok(())
     }
 
-    /// Bytes that can still be allocated, where the device tells.
+    /// Bytes that can still be allocated, where the device tells; it may wait for what is
+    /// queued.
     ///
     /// # Errors
     /// If the device failed.
     fn free_memory(&self) -> Result<Option<usize>>;
+
+    /// The most bytes that were allocated at the same time so far, where the device tells.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn peak_memory(&self) -> Result<Option<usize>> {
+        Ok(None)
+    }
 
     /// A zeroed buffer of activations.
     ///

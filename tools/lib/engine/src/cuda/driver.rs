@@ -175,11 +175,17 @@ pub trait Driver: Send + Sync {
     /// The device in words.
     fn describe(&self) -> String;
 
-    /// Bytes that are free on the device, for anyone.
+    /// Bytes that are free on the device, for anyone; waits for what is queued.
     ///
     /// # Errors
     /// If the device failed.
     fn free(&self) -> Result<usize>;
+
+    /// The most bytes that were allocated at the same time so far.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn peak(&self) -> Result<usize>;
 
     /// Memory with undefined contents, aligned to 256 bytes; `bytes` is not 0.
     ///

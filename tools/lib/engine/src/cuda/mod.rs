@@ -342,6 +342,10 @@ impl Backend for Cuda {
         self.queue.device().free().map(Some)
     }
 
+    fn peak_memory(&self) -> Result<Option<usize>> {
+        self.queue.device().peak().map(Some)
+    }
+
     fn alloc_act(&self, len: usize) -> Result<Buffer<bf16>> {
         Buffer::zeroed(&self.queue, "activations", len)
     }

@@ -27,8 +27,24 @@ const BLAS_WORKSPACE: usize = 32 << 20;
 /// How to get the one library that does not come with the driver.
 const INSTALL_CUBLAS: &str = "pip install nvidia-cublas-cu12, or put the folder of libcublasLt.so.12 on LD_LIBRARY_PATH; or use --device cpu";
 
+/// The same where the driver is too old for version 13, which is taken first.
+const OLDER_CUBLAS: &str = "this driver takes cuBLAS 12 (pip install nvidia-cublas-cu12): put its folder on LD_LIBRARY_PATH, with no libcublasLt.so.13 there; or update the driver to version 580; or use --device cpu";
+
+/// What cuBLAS 13 needs of the driver, as that counts.
+const CUDA_13: i32 = 13_000;
+
 const DRIVER_REMEDY: &str =
     "see what nvidia-smi says; free the GPU or restart it, or use --device cpu";
+
+/// What a driver that is there supports.
+fn driver_version() -> Result<i32> {
+    let mut version = 0;
+    // SAFETY: the library is there, and the out-pointer is valid.
+    unsafe { sys::cuDriverGetVersion(&mut version) }
+        .result()
+        .map_err(|e| failed("the NVIDIA driver", e))?;
+    Ok(version)
+}
 
 fn unusable(problem: impl Into<String>, remedy: &'static str) -> Error {
     Error::Device {
@@ -115,6 +131,21 @@ struct Plan {
     algorithm: blas_sys::cublasLtMatmulAlgo_t,
 }
 
+impl Plan {
+    fn destroy(self) {
+        // SAFETY: its only owner lets go of them; a product under way has what it needs.
+        unsafe {
+            let _ = blas::destroy_matmul_desc(self.desc);
+            for layout in [self.a, self.b, self.c] {
+                let _ = blas::destroy_matrix_layout(layout);
+            }
+        }
+    }
+}
+
+/// The most plans that are kept: a training run has some forty for every number of tokens.
+const PLANS: usize = 1 << 14;
+
 /// Page-locked host memory, which the device copies to and from while the host goes on.
 struct Pinned {
     at: *mut c_void,
@@ -152,6 +183,7 @@ struct Context {
     name: String,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    pool: sys::CUmemoryPool,
     pinned: Mutex<Vec<Pinned>>,
     /// Uploads under way, in their order.
     staged: Mutex<VecDeque<Staged>>,
@@ -262,11 +294,7 @@ impl Nvidia {
         if !unsafe { sys::is_culib_present() } {
             return Ok(0);
         }
-        let mut version = 0;
-        // SAFETY: the library is there, and the out-pointer is valid.
-        unsafe { sys::cuDriverGetVersion(&mut version) }
-            .result()
-            .map_err(|e| failed("the NVIDIA driver", e))?;
+        let version = driver_version()?;
         if version < CUDA_VERSION {
             return Err(unusable(
                 format!(
@@ -328,17 +356,24 @@ impl Nvidia {
         let mut keep = u64::MAX;
         let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
         // SAFETY: the pool is the device's own, and this attribute is a u64.
-        unsafe {
+        let pool = unsafe {
             let pool = cuda::device::get_default_mem_pool(device).map_err(with)?;
             let value = std::ptr::from_mut(&mut keep).cast();
             cuda::mem_pool::set_attribute(pool, threshold, value).map_err(with)?;
-        }
+            pool
+        };
         let source = CString::new(PTX).expect("PTX is text");
         // SAFETY: the image is a string that ends with a zero.
         let module = unsafe { cuda::module::load_data(source.as_ptr().cast()) }
             .map_err(|e| failed("compiling the kernels for this GPU", e))?;
-        let blas = blas::create_handle()
-            .map_err(|e| unusable(format!("cuBLASLt does not start: {e}"), INSTALL_CUBLAS))?;
+        let too_new = driver_version()? < CUDA_13;
+        let blas = blas::create_handle().map_err(|e| {
+            let remedy = match too_new {
+                true => OLDER_CUBLAS,
+                false => INSTALL_CUBLAS,
+            };
+            unusable(format!("cuBLASLt does not start: {e}"), remedy)
+        })?;
         let workspace = allocate(stream, "the workspace of products", BLAS_WORKSPACE)?;
         Ok(Self {
             context: Arc::new(Context {
@@ -346,6 +381,7 @@ impl Nvidia {
                 name,
                 context,
                 stream,
+                pool,
                 pinned: Mutex::default(),
                 staged: Mutex::default(),
             }),
@@ -400,6 +436,10 @@ impl Nvidia {
             return Ok(*plan);
         }
         let plan = self.choose(product, key.alignment)?;
+        if plans.len() == PLANS {
+            // What a product is computed with depends on nothing but its shape.
+            plans.drain().for_each(|(_, plan)| plan.destroy());
+        }
         plans.insert(key, plan);
         Ok(plan)
     }
@@ -447,6 +487,15 @@ impl Nvidia {
             Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
             std::ptr::from_ref(&workspace).cast(),
             size_of::<usize>(),
+        )?;
+        // A long sum may be split among blocks: its parts must be added up as they are
+        // computed, in f32, not as the result is stored.
+        let reduction =
+            blas_sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+        prefer(
+            Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+            std::ptr::from_ref(&reduction).cast(),
+            4,
         )?;
         let [out_a, out_b, out_c] = [alignment[1], alignment[0], alignment[2]].map(|z| 1u32 << z);
         for (attribute, bytes) in [
@@ -508,7 +557,7 @@ impl Nvidia {
     fn multiply_on(&self, stream: sys::CUstream, product: &Product) -> Result<()> {
         let with = |e: blas::CublasError| {
             unusable(
-                format!("a product of {:?}: {e}", product.size),
+                format!("{product:?}: {e}"),
                 "try another version of cuBLAS; or use --device cpu",
             )
         };
@@ -569,6 +618,9 @@ impl Drop for Nvidia {
             unsafe {
                 let _ = cuda::free_async(self.workspace, self.context.stream);
                 let _ = cuda::stream::synchronize(self.context.stream);
+                let plans = self.plans.get_mut();
+                let plans = plans.unwrap_or_else(PoisonError::into_inner);
+                plans.drain().for_each(|(_, plan)| plan.destroy());
                 let _ = blas::destroy_handle(self.blas);
                 let _ = cuda::module::unload(self.module);
             }
@@ -656,9 +708,27 @@ impl Driver for Nvidia {
 
     fn free(&self) -> Result<usize> {
         self.context.enter()?;
-        let (free, _total) =
-            cuda::mem_get_info().map_err(|e| failed("asking for free memory", e))?;
+        let with = |e| failed("asking for free memory", e);
+        // What was freed is kept to be handed out again, and counts as taken until it is
+        // given back.
+        // SAFETY: both live as long as the context.
+        unsafe {
+            cuda::stream::synchronize(self.context.stream).map_err(with)?;
+            cuda::mem_pool::trim_to(self.context.pool, 0).map_err(with)?;
+        }
+        let (free, _total) = cuda::mem_get_info().map_err(with)?;
         Ok(free)
+    }
+
+    fn peak(&self) -> Result<usize> {
+        self.context.enter()?;
+        let high = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+        let mut bytes = 0u64;
+        let at = std::ptr::from_mut(&mut bytes).cast();
+        // SAFETY: the pool lives as long as the context, and this attribute is a u64.
+        unsafe { cuda::mem_pool::get_attribute(self.context.pool, high, at) }
+            .map_err(|e| failed("asking for the peak of memory", e))?;
+        Ok(bytes as usize)
     }
 
     fn allocate(&self, what: &'static str, bytes: usize) -> Result<Address> {
@@ -867,13 +937,18 @@ fn open_cublas() -> Result<()> {
     ))
 }
 
-/// The usual toolkit folder, then those of the Python in use and of the user's own.
+/// The usual toolkit folder, then those of the Python in use, of that which a shell finds,
+/// and of the user's own.
 fn library_folders() -> Vec<PathBuf> {
     let mut folders = vec![PathBuf::from("/usr/local/cuda/lib64")];
     let mut roots = Vec::new();
     for variable in ["VIRTUAL_ENV", "CONDA_PREFIX"] {
         roots.extend(std::env::var_os(variable).map(PathBuf::from));
     }
+    // A virtual environment's is a link to another's: the folder it was found in counts.
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut bin = std::env::split_paths(&path).filter(|bin| bin.join("python3").is_file());
+    roots.extend(bin.find_map(|bin| Some(bin.parent()?.to_owned())));
     let home = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local"));
     roots.extend(home);
     roots.extend(["/usr/local", "/usr"].map(PathBuf::from));
