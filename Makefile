@@ -76,7 +76,7 @@ train   := --config $(CONFIG)/train.yaml $(model)
 card     = [ ! -e $(ADAPTER)/README.md ] || $(BIN)/qlora-train card --quiet --evaluation $(EVAL)/tests.jsonl $(ADAPTER)
 adapters := --adapter lora=$(ADAPTER) $(if $(CONTROL),--adapter shuffled=$(SHUFFLED))
 
-.PHONY: help setup build models data train eval results demo test lint check test-parity bench asan kernels tiny-model demo-data FORCE
+.PHONY: help setup build models data train eval results demo test lint check test-parity bench gpu-kit asan kernels tiny-model demo-data FORCE
 .DEFAULT_GOAL := help
 
 help: ## this page
@@ -204,6 +204,13 @@ bench: | build ## time training on this CPU (PEER=python: beside PEFT)
 	@mkdir -p output/logs
 	@$(BIN)/bench $(if $(PEER),--peer $(PEER)) > output/logs/bench_$(STAMP).jsonl.part
 	@mv output/logs/bench_$(STAMP).jsonl{.part,} && echo output/logs/bench_$(STAMP).jsonl
+
+gpu-kit: ## what a machine with a GPU needs for docs/gpu.md, in target/gpu
+	@rm -rf target/gpu && mkdir -p target/gpu
+	cargo build --profile dist --quiet -p qlora-train
+	@cp target/dist/qlora-train tests/gpu/bench tests/gpu/run target/gpu
+	@checks=$$(cargo test --release -p cuda-on-cpu --test backend --no-run 2>&1 | sed -n 's/.*Executable.*(\(.*\))/\1/p') && \
+	  strip -o target/gpu/kernel-checks "$$checks" && ls -sh target/gpu
 
 asan: ## the CUDA kernels on the processor, through AddressSanitizer
 	CUDA_ON_CPU_ASAN=1 CARGO_TARGET_$(shell rustc -vV | sed -n 's/^host: //p' | tr a-z- A-Z_)_RUNNER="env \
