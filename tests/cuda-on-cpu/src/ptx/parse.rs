@@ -535,6 +535,8 @@ impl Parser {
                 }
                 let (wide, to) = match self.register(to)? {
                     Reg::Wide(to) if bytes == 8 => (true, to),
+                    // What is narrower is filled up with zeros.
+                    Reg::Wide(to) if spelling == "ld.param.u32" => (true, to),
                     Reg::Narrow(to) if bytes == 4 => (false, to),
                     _ => return Err(format!("{to} has not {bytes} bytes")),
                 };

@@ -67,6 +67,29 @@ fn embeddings_gather_and_scatter() {
 }
 
 #[test]
+fn single_numbers_gather_and_scatter() {
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        // More than a block of threads, and not a whole number of them.
+        let (count, slots) = (300, 401);
+        let x = b.upload_ids(&fresh(20).ids(slots, 1 << 20)).unwrap();
+        let index: Vec<u32> = (0..count).map(|i| i * 7 % slots as u32).collect();
+        let index = b.upload_ids(&index).unwrap();
+        let mut picked = b.upload_ids(&[9; 301]).unwrap();
+        b.gather_ids(&x, &index, count as usize, &mut picked);
+        let mut put = b.upload_ids(&[8; 401]).unwrap();
+        b.scatter_ids(&picked, &index, count as usize, &mut put);
+        let read = |ids, len| b.read_ids(ids, len).wait().unwrap();
+        [read(&picked, 301), read(&put, slots)]
+            .map(|ids| ids.into_iter().map(|id| id as f32).collect())
+            .into()
+    }
+    let reference = run(&Rounded);
+    assert_eq!(reference[0][300], 9.0);
+    assert_eq!(reference[1].iter().filter(|&&x| x == 8.0).count(), 101);
+    compare("gather_ids, scatter_ids", &[0.0], reference, run);
+}
+
+#[test]
 fn uploads_arrive_whole() {
     let check = |b: &Cuda| {
         // On a GPU: three pieces and a bit, then pieces that meet memory still in use.
@@ -1426,7 +1449,7 @@ fn adamw_with_moments_in_8_bits() {
             b.adamw_8bit(&settings, &stretches, (&grads, &norm), &mut params, moments);
         }
         let codes = |codes| -> Vec<f32> {
-            let words = b.read_ids(codes, blocks * MOMENT_BLOCK / 4).unwrap();
+            let words = b.read_ids(codes, blocks * MOMENT_BLOCK / 4).wait().unwrap();
             words
                 .iter()
                 .flat_map(|w| w.to_le_bytes().map(f32::from))
@@ -1574,7 +1597,7 @@ fn sampling_chooses_the_same_tokens() {
             };
             let keys = (&items, &positions);
             b.sample(&how, (&logits, [rows, width]), keys, &mut out, &mut scratch);
-            let chosen = b.read_ids(&out, rows).unwrap();
+            let chosen = b.read_ids(&out, rows).wait().unwrap();
             chosen.into_iter().map(|id| id as f32).collect()
         });
         chosen.into()

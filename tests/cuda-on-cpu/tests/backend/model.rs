@@ -1,7 +1,7 @@
 //! A whole small model through the CUDA backend: the same code that runs on a GPU,
 //! from the launch upwards, against the CPU backend.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::support::{Draw, distance, gpu, on_processor, recorded};
 use cuda_on_cpu::{Emulated, Order};
@@ -9,7 +9,7 @@ use engine::nf4::Nf4Tensor;
 use engine::{Backend, Cpu, Cuda, Heads, HostMatrix, Reading, Rounded, Sampling};
 use half::bf16;
 use qwen3::{
-    AdapterConfig, Batch, Completion, Config, Ends, Generation, Keep, LayerWeights, Lora,
+    AdapterConfig, Batch, Completion, Config, Ends, Finish, Generation, Keep, LayerWeights, Lora,
     LoraLayout, Model, Module, Optimiser, OptimiserKind, Pass, Prompt, Row, StepNoise, Targets,
     Update, generate,
 };
@@ -369,6 +369,56 @@ fn a_profile_tells_every_launch() {
         assert!(spent.is_sorted_by(|a, b| a.seconds >= b.seconds));
         let of = |what: &str| spent.iter().find(|spent| spent.work == what).unwrap();
         assert!(of("zeros").times > 0 && of("copies to the device").times > 0);
+    }
+}
+
+/// Steps are queued before it is known who has ended: a reply that stops is what it would be
+/// without the stop, cut off there, and so are those that its slot goes to.
+#[test]
+fn replies_that_stop_are_cut_off_there() {
+    let mut draw = Draw(9);
+    let ids: Vec<_> = (0..11).map(|i| draw.ids(3 + i % 5, 211)).collect();
+    let prompts: Vec<_> = (0..)
+        .zip(&ids)
+        .map(|(number, ids)| Prompt { number, ids })
+        .collect();
+    let stops: Vec<u32> = (0..40).collect();
+    for device in devices() {
+        let name = device.describe();
+        let model = model(device);
+        let replies = |stop_ids: &[u32], slots| {
+            let how = Generation {
+                sampling: Sampling {
+                    temperature: 1.0,
+                    ..Sampling::GREEDY
+                },
+                max_new_tokens: 8,
+                stop_ids,
+                slots,
+            };
+            let mut told = Vec::new();
+            let replies = generate(&model, None, &prompts, &how, |done| told.push(done)).unwrap();
+            assert!(
+                told.is_sorted() && told.last() == Some(&prompts.len()),
+                "{told:?}"
+            );
+            replies
+        };
+        let whole = replies(&[], 3);
+        assert!(whole.iter().all(|reply| reply.ids.len() == 8));
+        let cut = whole.iter().map(|reply| {
+            let end = reply.ids.iter().position(|id| stops.contains(id));
+            Completion {
+                ids: reply.ids[..end.unwrap_or(8)].to_vec(),
+                finish: end.map_or(Finish::Length, |_| Finish::Stop),
+            }
+        });
+        let cut: Vec<_> = cut.collect();
+        let lengths: BTreeSet<_> = cut.iter().map(|reply| reply.ids.len()).collect();
+        assert!(lengths.len() > 3 && lengths.contains(&8), "{lengths:?}");
+        for slots in [3, 1, 11] {
+            assert_eq!(replies(&stops, slots), cut, "{name}, {slots} slots");
+        }
     }
 }
 

@@ -22,6 +22,23 @@ scatter(const bf16 *__restrict__ x, const u32 *__restrict__ index, u32 width,
 }
 EXPORT(scatter)
 
+// The same of single numbers; a thread each.
+KERNEL(256)
+gather_ids(const u32 *__restrict__ x, const u32 *__restrict__ index, u32 count,
+           u32 *__restrict__ out) {
+  const u64 i = global_thread();
+  if (i < count) out[i] = x[index[i]];
+}
+EXPORT(gather_ids)
+
+KERNEL(256)
+scatter_ids(const u32 *__restrict__ x, const u32 *__restrict__ index, u32 count,
+            u32 *__restrict__ out) {
+  const u64 i = global_thread();
+  if (i < count) out[index[i]] = x[i];
+}
+EXPORT(scatter_ids)
+
 KERNEL(256)
 to_bf16(const float *__restrict__ x, u64 count, bf16 *__restrict__ out) {
   const u64 i = global_thread();

@@ -257,12 +257,12 @@ impl Sampling {
 }
 
 /// Values on their way back from the device.
-pub trait Reading {
+pub trait Reading<T> {
     /// Waits for them.
     ///
     /// # Errors
     /// If the device failed in the meantime.
-    fn wait(self) -> Result<Vec<f32>>;
+    fn wait(self) -> Result<Vec<T>>;
 }
 
 /// A machine that can run and train the model. See the crate's head for the
@@ -280,10 +280,15 @@ pub trait Backend: Sized + Send + Sync {
     /// Scratch memory.
     type Workspace: Send;
     /// Floats on their way back.
-    type Reading: Reading;
+    type Reading: Reading<f32>;
+    /// Indices on their way back.
+    type IdsReading: Reading<u32>;
 
     /// Bytes of one activation.
     const ACT_BYTES: usize;
+
+    /// Whether what is queued is done while the host goes on.
+    const RUNS_AHEAD: bool;
 
     /// The device in words, for logs.
     fn describe(&self) -> String;
@@ -422,11 +427,8 @@ pub trait Backend: Sized + Send + Sync {
     /// If the device failed.
     fn read_act(&self, buffer: &Self::Act, len: usize) -> Result<Vec<f32>>;
 
-    /// Reads the first `len` indices.
-    ///
-    /// # Errors
-    /// If the device failed.
-    fn read_ids(&self, buffer: &Self::Ids, len: usize) -> Result<Vec<u32>>;
+    /// Starts reading the first `len` indices back, as they are at this point of the queue.
+    fn read_ids(&self, buffer: &Self::Ids, len: usize) -> Self::IdsReading;
 
     /// Does something whose operations are likely to come again in this order, on these
     /// buffers with other contents, as a decoding step's do: a device may know them by then
@@ -505,7 +507,14 @@ pub trait Backend: Sized + Send + Sync {
     /// Picks rows: `out[i] = x[index[i]]`; `size` is `[count, width]`.
     fn gather(&self, x: &Self::Act, index: &Self::Ids, size: [usize; 2], out: &mut Self::Act);
 
-    /// The reverse: `out [tokens, width]` is zero but for `out[index[i]] = x[i]`;
+    /// The same of single numbers: `out[i] = x[index[i]]` for `count` of them.
+    fn gather_ids(&self, x: &Self::Ids, index: &Self::Ids, count: usize, out: &mut Self::Ids);
+
+    /// The reverse: `out[index[i]] = x[i]`; the indices are distinct, and the others of `out`
+    /// stay as they are.
+    fn scatter_ids(&self, x: &Self::Ids, index: &Self::Ids, count: usize, out: &mut Self::Ids);
+
+    /// The reverse of [`gather`](Self::gather): `out [tokens, width]` is zero but for `out[index[i]] = x[i]`;
     /// the indices are distinct; `size` is `[count, tokens, width]`.
     fn scatter(&self, x: &Self::Act, index: &Self::Ids, size: [usize; 3], out: &mut Self::Act);
 

@@ -5,8 +5,14 @@
 //! reply's slot goes to the next prompt. Draws
 //! are keyed by the prompt's own number and the position, so which neighbours a
 //! reply had does not enter its randomness.
+//!
+//! A token that was chosen stays on the device for the next step. So where the device works
+//! while the host goes on, a step is queued before the last one's tokens are known here; a
+//! reply that turns out to have ended has had a row too many then, which nobody reads.
 
-use engine::{Backend, Cache, Ragged, Result, Sampling};
+use std::collections::{BTreeMap, VecDeque};
+
+use engine::{Backend, Cache, Ragged, Reading, Result, Sampling};
 
 use crate::model::{KvCache, Model, Tokens};
 use crate::pass::{Keep, Pass};
@@ -58,10 +64,27 @@ const PREFILL_TOKENS: usize = 2048;
 
 /// A reply under way.
 struct Active {
-    /// Index of its prompt.
-    prompt: usize,
     slot: u32,
+    /// Its tokens so far.
     ids: Vec<u32>,
+    /// How many have been queued, those included.
+    queued: usize,
+}
+
+impl Active {
+    fn new(slot: u32) -> Self {
+        Self {
+            slot,
+            ids: Vec::new(),
+            queued: 0,
+        }
+    }
+}
+
+/// The next tokens of these prompts' replies, on their way back.
+struct Expected<B: Backend> {
+    prompts: Vec<usize>,
+    tokens: B::IdsReading,
 }
 
 /// Generates a reply to each prompt, in their order. `progress` hears how many
@@ -90,6 +113,8 @@ pub struct Slots<B: Backend> {
     cache: KvCache<B>,
     logits: B::F32,
     chosen: B::Ids,
+    /// The last token in each slot.
+    last: B::Ids,
     inputs: StepInputs<B>,
     /// The most prompt tokens of a pass.
     tokens: usize,
@@ -117,6 +142,7 @@ impl<B: Backend> Slots<B> {
             },
             logits: backend.alloc_f32(shape.slots * config.vocab_size)?,
             chosen: backend.alloc_ids(shape.slots)?,
+            last: backend.alloc_ids(shape.slots)?,
             inputs: StepInputs::new(backend, shape.slots)?,
             tokens: lengths
                 .iter()
@@ -184,6 +210,7 @@ impl<B: Backend> Slots<B> {
             cache,
             logits,
             chosen,
+            last,
             inputs,
             ..
         } = self;
@@ -195,11 +222,16 @@ impl<B: Backend> Slots<B> {
             cache,
             logits,
             chosen,
+            last,
             pass,
         };
+        // Tokens that a reply can have.
+        let most = |prompt: usize| how.max_new_tokens.min(limit - prompts[prompt].ids.len());
+        let ahead = if B::RUNS_AHEAD { 2 } else { 1 };
         let mut free: Vec<u32> = (0..slots as u32).rev().collect();
         let mut waiting = (0..prompts.len()).peekable();
-        let mut active: Vec<Active> = Vec::new();
+        let mut active: BTreeMap<usize, Active> = BTreeMap::new();
+        let mut expected: VecDeque<Expected<B>> = VecDeque::new();
         let mut done = 0;
         while done < prompts.len() {
             let mut fresh = Vec::new();
@@ -211,34 +243,55 @@ impl<B: Backend> Slots<B> {
                 }
                 waiting.next();
                 free.pop();
-                fresh.push(Active {
-                    prompt,
-                    slot,
-                    ids: Vec::new(),
-                });
+                fresh.push((prompt, slot));
             }
-            let (moved, chosen) = if fresh.is_empty() {
-                let chosen = decoder.step(&active, &free, inputs)?;
-                (std::mem::take(&mut active), chosen)
+            let asked: Vec<usize> = if fresh.is_empty() {
+                let goes_on = |(&prompt, reply): (&usize, &Active)| {
+                    let going = reply.queued < most(prompt);
+                    going.then_some(prompt)
+                };
+                active.iter().filter_map(goes_on).collect()
             } else {
-                let chosen = decoder.prefill(&fresh)?;
-                (fresh, chosen)
+                active.extend(
+                    fresh
+                        .iter()
+                        .map(|&(prompt, slot)| (prompt, Active::new(slot))),
+                );
+                fresh.iter().map(|&(prompt, _)| prompt).collect()
             };
-            for (mut reply, id) in moved.into_iter().zip(chosen) {
+            if !asked.is_empty() {
+                let tokens = match fresh.is_empty() {
+                    true => decoder.step(&active, &asked, &free, inputs)?,
+                    false => decoder.prefill(&fresh)?,
+                };
+                for prompt in &asked {
+                    active.get_mut(prompt).expect("it goes on").queued += 1;
+                }
+                expected.push_back(Expected {
+                    prompts: asked,
+                    tokens,
+                });
+                if expected.len() < ahead {
+                    continue;
+                }
+            }
+            let oldest = expected.pop_front().expect("a reply is under way");
+            for (prompt, id) in oldest.prompts.into_iter().zip(oldest.tokens.wait()?) {
+                let Some(reply) = active.get_mut(&prompt) else {
+                    continue; // it had ended by then
+                };
                 let stop = how.stop_ids.contains(&id);
                 if !stop {
                     reply.ids.push(id);
                 }
-                let length = prompts[reply.prompt].ids.len() + reply.ids.len();
-                if stop || reply.ids.len() == how.max_new_tokens || length == limit {
+                if stop || reply.ids.len() == most(prompt) {
+                    let reply = active.remove(&prompt).expect("it was there");
                     free.push(reply.slot);
-                    replies[reply.prompt] = Completion {
+                    replies[prompt] = Completion {
                         ids: reply.ids,
                         finish: if stop { Finish::Stop } else { Finish::Length },
                     };
                     done += 1;
-                } else {
-                    active.push(reply);
                 }
             }
             progress(done);
@@ -270,14 +323,13 @@ impl<B: Backend> StepInputs<B> {
         })
     }
 
-    /// Of these rows: token, slot, position, number.
-    fn write(&mut self, backend: &B, rows: &[[u32; 4]]) -> Result<()> {
-        let column = |of: fn(&[u32; 4]) -> u32| -> Vec<u32> { rows.iter().map(of).collect() };
-        backend.write_ids(&column(|row| row[0]), &mut self.ids)?;
-        backend.write_ids(&column(|row| row[1]), &mut self.slots)?;
-        backend.write_ids(&column(|row| row[2]), &mut self.positions)?;
-        backend.write_ids(&column(|row| row[3]), &mut self.numbers)?;
-        backend.write_ids(&column(|row| row[2] + 1), &mut self.next)
+    /// Of these rows: slot, position, number.
+    fn write(&mut self, backend: &B, rows: &[[u32; 3]]) -> Result<()> {
+        let column = |of: fn(&[u32; 3]) -> u32| -> Vec<u32> { rows.iter().map(of).collect() };
+        backend.write_ids(&column(|row| row[0]), &mut self.slots)?;
+        backend.write_ids(&column(|row| row[1]), &mut self.positions)?;
+        backend.write_ids(&column(|row| row[2]), &mut self.numbers)?;
+        backend.write_ids(&column(|row| row[1] + 1), &mut self.next)
     }
 }
 
@@ -290,23 +342,26 @@ struct Decoder<'a, B: Backend> {
     cache: &'a mut KvCache<B>,
     logits: &'a mut B::F32,
     chosen: &'a mut B::Ids,
+    last: &'a mut B::Ids,
     pass: &'a mut Pass<B>,
 }
 
 impl<B: Backend> Decoder<'_, B> {
-    /// Reads the prompts of new replies and chooses their first tokens.
-    fn prefill(&mut self, replies: &[Active]) -> Result<Vec<u32>> {
+    /// Reads these prompts into their slots and chooses the first tokens of their replies.
+    fn prefill(&mut self, fresh: &[(usize, u32)]) -> Result<B::IdsReading> {
         let backend = self.model.backend();
         let (mut ids, mut slots, mut last) = (Vec::new(), Vec::new(), Vec::new());
         let mut lengths = Vec::new();
-        for reply in replies {
-            let prompt = &self.prompts[reply.prompt];
+        for &(prompt, slot) in fresh {
+            let prompt = &self.prompts[prompt];
             ids.extend_from_slice(prompt.ids);
-            slots.resize(ids.len(), reply.slot);
+            slots.resize(ids.len(), slot);
             last.push(ids.len() as u32 - 1);
             lengths.push((prompt.number, prompt.ids.len()));
         }
         let rows = Ragged::new(backend, &lengths)?;
+        let own: Vec<u32> = fresh.iter().map(|&(_, slot)| slot).collect();
+        let own = backend.upload_ids(&own)?;
         let (slots, last) = (backend.upload_ids(&slots)?, backend.upload_ids(&last)?);
         let numbers: Vec<u32> = lengths.iter().map(|&(number, _)| number).collect();
         let next: Vec<u32> = lengths.iter().map(|&(_, len)| len as u32).collect();
@@ -318,29 +373,35 @@ impl<B: Backend> Decoder<'_, B> {
             positions: &rows.positions,
             rows: Some(&rows),
             slots: Some(&slots),
-            wanted: Some((&last, replies.len())),
+            wanted: Some((&last, fresh.len())),
         };
-        self.advance(replies.len(), &ids, &tokens, keys)?;
-        backend.read_ids(self.chosen, replies.len())
+        self.advance(fresh.len(), &ids, &tokens, (&own, keys))?;
+        Ok(backend.read_ids(self.chosen, fresh.len()))
     }
 
-    /// Feeds every reply its last token and chooses the next. Where the device wants more
-    /// rows, those are in slots that are free.
+    /// Feeds the replies to these prompts, in order, their last tokens and chooses the next.
+    /// Where the device wants more rows, those are in slots that are free, or whose replies
+    /// have all their tokens queued.
     fn step(
         &mut self,
-        replies: &[Active],
+        active: &BTreeMap<usize, Active>,
+        asked: &[usize],
         free: &[u32],
         inputs: &mut StepInputs<B>,
-    ) -> Result<Vec<u32>> {
+    ) -> Result<B::IdsReading> {
         let backend = self.model.backend();
-        let last = |r: &Active| {
-            let Prompt { number, ids } = self.prompts[r.prompt];
-            let position = ids.len() + r.ids.len() - 1;
-            [r.ids[r.ids.len() - 1], r.slot, position as u32, number]
+        let last = |prompt: &usize| {
+            let Prompt { number, ids } = self.prompts[*prompt];
+            let position = ids.len() + active[prompt].queued - 1;
+            [active[prompt].slot, position as u32, number]
         };
-        let other = |&slot: &u32| [0, slot, 0, 0];
-        let all = replies.iter().map(last).chain(free.iter().map(other));
-        let rows: Vec<_> = all.take(backend.decoding_rows(replies.len())).collect();
+        let full = |(prompt, reply): (&usize, &Active)| {
+            let asked = asked.binary_search(prompt).is_ok();
+            (!asked).then_some(reply.slot)
+        };
+        let spare = active.iter().filter_map(full).chain(free.iter().copied());
+        let all = (asked.iter().map(last)).chain(spare.map(|slot| [slot, 0, 0]));
+        let rows: Vec<_> = all.take(backend.decoding_rows(asked.len())).collect();
         inputs.write(backend, &rows)?;
         let tokens = Tokens {
             count: rows.len(),
@@ -349,19 +410,22 @@ impl<B: Backend> Decoder<'_, B> {
             slots: Some(&inputs.slots),
             wanted: None,
         };
-        let keys = (&inputs.numbers, &inputs.next);
-        backend.repeat(|| self.advance(rows.len(), &inputs.ids, &tokens, keys))?;
-        backend.read_ids(self.chosen, replies.len())
+        let of = (&inputs.slots, (&inputs.numbers, &inputs.next));
+        backend.repeat(|| {
+            backend.gather_ids(self.last, &inputs.slots, rows.len(), &mut inputs.ids);
+            self.advance(rows.len(), &inputs.ids, &tokens, of)
+        })?;
+        Ok(backend.read_ids(self.chosen, asked.len()))
     }
 
-    /// One pass, and a token for each of `rows`, from the wanted tokens; `keys` are their
-    /// prompts' numbers and the positions of what is chosen.
+    /// One pass, and a token for each of `rows`, from the wanted tokens, which is noted in
+    /// their `slots`; `keys` are their prompts' numbers and the positions of what is chosen.
     fn advance(
         &mut self,
         rows: usize,
         ids: &B::Ids,
         tokens: &Tokens<'_, B>,
-        keys: (&B::Ids, &B::Ids),
+        (slots, keys): (&B::Ids, (&B::Ids, &B::Ids)),
     ) -> Result<()> {
         let (model, backend) = (self.model, self.model.backend());
         let size = [tokens.count, rows, self.cache.shape.capacity];
@@ -373,6 +437,7 @@ impl<B: Backend> Decoder<'_, B> {
         backend.logits(model.head(), (hidden, rows), self.logits, scratch);
         let logits = (&*self.logits, [rows, model.config().vocab_size]);
         backend.sample(&self.sampling, logits, keys, self.chosen, scratch);
+        backend.scatter_ids(self.chosen, slots, rows, self.last);
         Ok(())
     }
 }

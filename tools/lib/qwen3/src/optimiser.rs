@@ -148,7 +148,9 @@ impl<B: Backend> OnDevice<B> {
     }
 
     fn read(&self, backend: &B, blocks: usize) -> Result<CodedMoment> {
-        let words = backend.read_ids(&self.codes, blocks * MOMENT_BLOCK / 4)?;
+        let words = backend
+            .read_ids(&self.codes, blocks * MOMENT_BLOCK / 4)
+            .wait()?;
         Ok(CodedMoment {
             codes: words.iter().flat_map(|word| word.to_le_bytes()).collect(),
             absmax: backend.read_f32(&self.absmax, 0..blocks).wait()?,

@@ -44,8 +44,8 @@ impl Cpu {
 #[derive(Debug)]
 pub struct Workspace(Vec<f32>);
 
-impl Reading for Vec<f32> {
-    fn wait(self) -> Result<Vec<f32>> {
+impl<T> Reading<T> for Vec<T> {
+    fn wait(self) -> Result<Vec<T>> {
         Ok(self)
     }
 }
@@ -68,8 +68,10 @@ impl Backend for Cpu {
     type Matrix = HostMatrix;
     type Workspace = Workspace;
     type Reading = Vec<f32>;
+    type IdsReading = Vec<u32>;
 
     const ACT_BYTES: usize = size_of::<f32>();
+    const RUNS_AHEAD: bool = false;
 
     fn describe(&self) -> String {
         match rayon::current_num_threads() {
@@ -136,8 +138,8 @@ impl Backend for Cpu {
         Ok(buffer[..len].to_vec())
     }
 
-    fn read_ids(&self, buffer: &Vec<u32>, len: usize) -> Result<Vec<u32>> {
-        Ok(buffer[..len].to_vec())
+    fn read_ids(&self, buffer: &Vec<u32>, len: usize) -> Vec<u32> {
+        buffer[..len].to_vec()
     }
 
     fn matrix_bytes(&self, matrix: &HostMatrix) -> usize {
@@ -183,6 +185,18 @@ impl Backend for Cpu {
     ) {
         for (out, &i) in out.chunks_exact_mut(width).zip(&index[..count]) {
             out.copy_from_slice(&x[i as usize * width..][..width]);
+        }
+    }
+
+    fn gather_ids(&self, x: &Vec<u32>, index: &Vec<u32>, count: usize, out: &mut Vec<u32>) {
+        for (out, &i) in out.iter_mut().zip(&index[..count]) {
+            *out = x[i as usize];
+        }
+    }
+
+    fn scatter_ids(&self, x: &Vec<u32>, index: &Vec<u32>, count: usize, out: &mut Vec<u32>) {
+        for (&x, &i) in x.iter().zip(&index[..count]) {
+            out[i as usize] = x;
         }
     }
 

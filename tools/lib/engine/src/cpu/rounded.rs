@@ -425,8 +425,10 @@ impl Backend for Rounded {
     type Matrix = Matrix;
     type Workspace = Workspace;
     type Reading = Vec<f32>;
+    type IdsReading = Vec<u32>;
 
     const ACT_BYTES: usize = size_of::<f32>();
+    const RUNS_AHEAD: bool = false;
 
     fn describe(&self) -> String {
         format!("{}, rounded to bf16 as on a GPU", Cpu.describe())
@@ -498,7 +500,7 @@ impl Backend for Rounded {
         Cpu.read_act(buffer, len)
     }
 
-    fn read_ids(&self, buffer: &Vec<u32>, len: usize) -> Result<Vec<u32>> {
+    fn read_ids(&self, buffer: &Vec<u32>, len: usize) -> Vec<u32> {
         Cpu.read_ids(buffer, len)
     }
 
@@ -529,6 +531,14 @@ impl Backend for Rounded {
 
     fn embed(&self, table: &Matrix, ids: &Vec<u32>, tokens: usize, out: &mut Vec<f32>) {
         Cpu.embed(&table.values, ids, tokens, out);
+    }
+
+    fn gather_ids(&self, x: &Vec<u32>, index: &Vec<u32>, count: usize, out: &mut Vec<u32>) {
+        Cpu.gather_ids(x, index, count, out);
+    }
+
+    fn scatter_ids(&self, x: &Vec<u32>, index: &Vec<u32>, count: usize, out: &mut Vec<u32>) {
+        Cpu.scatter_ids(x, index, count, out);
     }
 
     fn add_noise(&self, noise: &Neftune, rows: &Ragged<Self>, width: usize, x: &mut Vec<f32>) {

@@ -192,20 +192,14 @@ pub struct DeviceReading<T> {
     element: PhantomData<T>,
 }
 
-impl<T: Element> DeviceReading<T> {
-    pub(super) fn values(self) -> Result<Vec<T>> {
+impl<T: Element> Reading<T> for DeviceReading<T> {
+    fn wait(self) -> Result<Vec<T>> {
         let bytes = match self.pending? {
             None => Vec::new(),
             Some(pending) => pending.wait()?,
         };
         self.queue.check()?;
         Ok(values_of(&bytes))
-    }
-}
-
-impl Reading for DeviceReading<f32> {
-    fn wait(self) -> Result<Vec<f32>> {
-        self.values()
     }
 }
 

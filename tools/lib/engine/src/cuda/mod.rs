@@ -38,7 +38,7 @@ use crate::nf4::{self, Absmax, Nf4Tensor};
 use crate::rng::{self, Purpose};
 use crate::{
     AdamW, Adapter, Backend, Cache, Dropout, Error, Group, Heads, HostMatrix, LinearGrad,
-    MOMENT_BLOCK, MatrixData, Neftune, QkNorms, Ragged, Result, Sampling, Spent, Stretch,
+    MOMENT_BLOCK, MatrixData, Neftune, QkNorms, Ragged, Reading, Result, Sampling, Spent, Stretch,
 };
 use memory::Shared;
 use queue::Queue;
@@ -318,8 +318,10 @@ impl Backend for Cuda {
     type Matrix = Matrix;
     type Workspace = Buffer<u8>;
     type Reading = DeviceReading<f32>;
+    type IdsReading = DeviceReading<u32>;
 
     const ACT_BYTES: usize = size_of::<bf16>();
+    const RUNS_AHEAD: bool = true;
 
     fn describe(&self) -> String {
         self.queue.describe()
@@ -449,12 +451,12 @@ impl Backend for Cuda {
     }
 
     fn read_act(&self, buffer: &Buffer<bf16>, len: usize) -> Result<Vec<f32>> {
-        let values = buffer.read(0..len).values()?;
+        let values = buffer.read(0..len).wait()?;
         Ok(values.into_iter().map(f32::from).collect())
     }
 
-    fn read_ids(&self, buffer: &Buffer<u32>, len: usize) -> Result<Vec<u32>> {
-        buffer.read(0..len).values()
+    fn read_ids(&self, buffer: &Buffer<u32>, len: usize) -> DeviceReading<u32> {
+        buffer.read(0..len)
     }
 
     fn repeat<R>(&self, work: impl FnOnce() -> R) -> R {
@@ -571,6 +573,28 @@ impl Backend for Cuda {
     ) {
         let (from, to) = (x.first(0), out.first(count * width));
         self.launch("gather", count, args![from, index.first(count), width, to]);
+    }
+
+    fn gather_ids(
+        &self,
+        x: &Buffer<u32>,
+        index: &Buffer<u32>,
+        count: usize,
+        out: &mut Buffer<u32>,
+    ) {
+        let args = args![x.first(0), index.first(count), count, out.first(count)];
+        self.launch_each("gather_ids", count, args);
+    }
+
+    fn scatter_ids(
+        &self,
+        x: &Buffer<u32>,
+        index: &Buffer<u32>,
+        count: usize,
+        out: &mut Buffer<u32>,
+    ) {
+        let args = args![x.first(count), index.first(count), count, out.first(0)];
+        self.launch_each("scatter_ids", count, args);
     }
 
     fn scatter(

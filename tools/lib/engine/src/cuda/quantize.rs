@@ -5,7 +5,7 @@ use super::driver::Address;
 use super::memory::Buffer;
 use super::{Count, Cuda, args};
 use crate::nf4::{self, Absmax, BLOCK, NESTED_BLOCK, Nf4Tensor};
-use crate::{HostMatrix, MatrixData, Result};
+use crate::{HostMatrix, MatrixData, Reading, Result};
 
 impl Cuda {
     /// The bits of [`Nf4Tensor::quantize`]. Only the mean of the scales is summed by
@@ -50,7 +50,7 @@ impl Cuda {
         let (codes_at, scales_at) = (codes.first(count / 2), scales.first(blocks));
         let args = args![from.first(count), Count(count), codes_at, scales_at];
         self.launch(kernel, blocks.div_ceil(8), args);
-        let plain = scales.read(0..blocks).values()?;
+        let plain = scales.read(0..blocks).wait()?;
         nf4::check_finite(shape, &plain, values)?;
 
         let offset = nf4::mean(&plain);
@@ -65,10 +65,10 @@ impl Cuda {
             absmax.read(0..groups),
         );
         let absmax = Absmax::Nested {
-            codes: reading.1.values()?,
-            absmax: reading.2.values()?,
+            codes: reading.1.wait()?,
+            absmax: reading.2.wait()?,
             offset,
         };
-        Ok(Nf4Tensor::from_parts(shape, reading.0.values()?, absmax)?)
+        Ok(Nf4Tensor::from_parts(shape, reading.0.wait()?, absmax)?)
     }
 }
