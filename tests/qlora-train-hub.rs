@@ -813,6 +813,26 @@ fn a_mirror_that_gives_no_git_ids_is_taken_at_its_lengths() {
     }
 }
 
+/// What `.env` holds is not shown, and is nobody's matter whose model lies in a folder.
+#[test]
+fn a_broken_dotenv_is_told_by_its_line() {
+    let tool = Tool::new(env!("CARGO_BIN_EXE_qlora-train"));
+    tool.file(".env", "# a comment\n\nHF_TOKEN hf_secret\n");
+    let run = tool.run(&FETCH, "").exits(2).says(".env:3: no KEY=VALUE");
+    assert!(!run.stderr.contains("hf_secret"), "{run}");
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/demo/model");
+    let model = model.display().to_string();
+    tool.run(&["--model", &model, "--save-quantized", "four"], "")
+        .exits(0);
+    // As a folder for a run a file is none, resumed or not.
+    let run = ["--model", &model, "--data", "rows.jsonl", "--out", ".env"];
+    for more in [&[][..], &["--resume"]] {
+        tool.run(&[&run[..], more].concat(), "")
+            .exits(2)
+            .says("--out .env is no folder");
+    }
+}
+
 #[test]
 fn what_is_not_there_is_told() {
     let store = store(|reply, _| reply);

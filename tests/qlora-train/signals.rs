@@ -106,7 +106,7 @@ fn the_reader_of_the_figures_may_go() {
 }
 
 #[test]
-fn a_full_disk_on_standard_output_is_an_error() {
+fn a_full_disk_on_standard_output_ends_no_training() {
     let tool = tool();
     let full = fs::File::options().write(true).open("/dev/full").unwrap();
     let output = tool
@@ -116,7 +116,11 @@ fn a_full_disk_on_standard_output_is_an_error() {
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(4));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("No space left"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(said.matches("No space left").count(), 2, "{said}");
+    assert!(said.contains("the run goes on") && said.contains("the run is finished"));
+    assert_eq!(lines(&tool.folder().join("out/metrics.jsonl")), 16);
+    assert!(tool.folder().join("out/adapter_model.safetensors").exists());
 }
 
 /// What asks for a checkpoint and cannot be taken away ends no run, and what asks for one

@@ -357,6 +357,30 @@ fn the_cuda_backend_learns_what_the_processor_learns() {
     assert!(!tool.folder().join("none").exists());
 }
 
+/// As above: a step is queued without waiting for the one before, but for its loss, which is
+/// read a step late.
+#[test]
+fn the_cuda_backend_waits_for_no_step() {
+    let tool = tool()
+        .env("LD_LIBRARY_PATH", &cuda_on_cpu::STAND_IN.join(":"))
+        .env("CUDA_STAND_IN", "tallied");
+    let waits = |out, steps| {
+        let few = ["--batch-size", "1", "--device", "cuda:0", "--steps", steps];
+        let run = train(&tool, out, &few).exits(0);
+        let told = run.stderr.lines().find(|line| line.contains("waited for"));
+        let told = told.unwrap_or_else(|| panic!("{}", run.stderr));
+        told.split(' ')
+            .rev()
+            .nth(1)
+            .unwrap()
+            .parse::<u32>()
+            .unwrap()
+    };
+    let few = waits("few", "2");
+    assert!(few > 0);
+    assert_eq!(waits("more", "5"), few);
+}
+
 /// As above: what is random and what is kept comes back as it was.
 #[test]
 fn the_cuda_backend_resumes_noise_and_moments_in_8_bits_to_the_byte() {

@@ -5,7 +5,8 @@
 //
 // CUDA_STAND_IN makes it unfit: `old` (driver), `none` (no GPU), `ancient` (GPU), `full` (memory),
 // `crowded` (no page-locked memory that the GPU sees), `swamped` (none at all), and for graphs
-// `uncaptured`, `uninstantiated`, `not uploaded`.
+// `uncaptured`, `uninstantiated`, `not uploaded`; `tallied` says at the end how often its stream
+// was waited for.
 #include "internal.h"
 
 #include <algorithm>
@@ -41,6 +42,13 @@ bool unfit(const char *how) {
   const char *set = getenv("CUDA_STAND_IN");
   return set && !strcmp(set, how);
 }
+
+struct Tally {
+  size_t waits = 0;
+  ~Tally() {
+    if (unfit("tallied")) fprintf(stderr, "stand-in for libcuda: its stream was waited for %zu times\n", waits);
+  }
+} tally;
 
 int the_context, the_module;
 thread_local int *current_context;
@@ -128,6 +136,7 @@ EXPORTED int cuStreamCreate(void **stream, unsigned flags) {
 EXPORTED int cuStreamSynchronize(void *stream) {
   std::lock_guard lock(one);
   if (captured(stream)) return CaptureUnsupported;
+  tally.waits++;
   return settle(), Success;
 }
 EXPORTED int cuStreamDestroy_v2(void *stream) {

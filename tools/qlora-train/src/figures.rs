@@ -60,6 +60,8 @@ pub struct Lines {
     pub stdout: Option<Output>,
     /// Lines that went to it.
     pub written: u64,
+    /// Why they no longer do, where someone still reads.
+    pub lost: Option<WriteError>,
     /// Whether that is a terminal.
     terminal: bool,
 }
@@ -71,11 +73,13 @@ impl Lines {
             folder,
             stdout: Some(Output::stdout()),
             written: 0,
+            lost: None,
             terminal: std::io::stdout().is_terminal(),
         }
     }
 
-    /// Writes a line of figures to both.
+    /// Writes a line of figures to both. Training is worth more than its audience: where
+    /// standard output takes no more, only the folder gets them from then on.
     pub fn metric(&mut self, line: &impl Serialize) -> Result<()> {
         let text = serde_json::to_string(line)?;
         self.folder.metric(&text)?;
@@ -84,11 +88,10 @@ impl Lines {
                 .line(|out| writeln!(out, "{text}"))
                 .and_then(|()| out.flush());
             match written {
-                // Training is worth more than its audience.
-                Err(error) if self.is_reader_gone(&error) => self.stdout = None,
-                other => {
-                    other?;
-                    self.written += 1;
+                Ok(()) => self.written += 1,
+                Err(error) => {
+                    self.stdout = None;
+                    self.lost = Some(error).filter(|error| !self.is_reader_gone(error));
                 }
             }
         }

@@ -302,10 +302,16 @@ impl QloraTrain {
                 "--resume goes on with it, or name another folder",
             ),
         ] {
-            if let Some(folder) = folder.filter(|f| f.exists() && !self.resume) {
-                let cause = format!("{flag} {} exists; {remedy}", folder.display());
-                return Err(Failure::Usage(cause));
-            }
+            let Some(folder) = folder.filter(|folder| folder.exists()) else {
+                continue;
+            };
+            let (name, is_folder) = (folder.display(), folder.is_dir());
+            let cause = match is_folder {
+                true if self.resume => continue,
+                true => format!("{flag} {name} exists; {remedy}"),
+                false => format!("{flag} {name} is no folder; name one that can be made"),
+            };
+            return Err(Failure::Usage(cause));
         }
         Ok(to_train)
     }

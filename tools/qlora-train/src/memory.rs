@@ -186,9 +186,9 @@ impl Fit {
         self.memory.total() + self.host.total()
     }
 
-    /// What was taken so far, if the system tells. On a GPU the drop in free memory, or the
-    /// most that was allocated at the same time, if that was more.
-    pub fn taken<B: Backend>(&self, backend: &B) -> Option<Taken> {
+    /// The most that was taken so far, if the system tells. On a GPU what was allocated at
+    /// the same time: to ask it for its free memory would wait for the step that is queued.
+    pub fn taken_so_far<B: Backend>(&self, backend: &B) -> Option<Taken> {
         match self.place {
             Place::Processor => {
                 let now = Peak::now()?;
@@ -199,15 +199,25 @@ impl Fit {
                 })
             }
             Place::Gpu => {
-                let drop = self.free?.saturating_sub(backend.free_memory().ok()??);
-                let peak = backend.peak_memory().ok()?;
-                let peak = peak.zip(self.peak).map_or(0, |(now, before)| now - before);
+                let now = backend.peak_memory().ok()??;
                 Some(Taken {
-                    bytes: drop.max(peak),
+                    bytes: now.saturating_sub(self.peak?),
                     reading: false,
                 })
             }
         }
+    }
+
+    /// The same while all of it is still there: on a GPU what its free memory has dropped by,
+    /// if that is more, for its memory is handed out in larger pieces, and its libraries take
+    /// some.
+    pub fn taken_at_the_end<B: Backend>(&self, backend: &B) -> Option<Taken> {
+        let mut taken = self.taken_so_far(backend)?;
+        if let (Place::Gpu, Some(before)) = (self.place, self.free) {
+            let now = backend.free_memory().ok()??;
+            taken.bytes = taken.bytes.max(before.saturating_sub(now));
+        }
+        Some(taken)
     }
 
     /// What was taken beside what was planned; and whether that is so much more that

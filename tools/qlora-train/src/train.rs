@@ -17,6 +17,7 @@ use qwen3::{
     Adapter, Batch, Config, Keep, Lora, Losses, Model, Optimiser, OptimiserKind, Pass, ROWS, Seen,
     StepNoise, Update,
 };
+use serde::Serialize;
 use settings::{Optim, TrainSettings};
 
 use crate::card::Card;
@@ -298,7 +299,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         if !(line.loss.is_finite() && line.grad_norm.is_finite()) {
             return Err(self.no_number(line.step, "the loss is", line.step - 1));
         }
-        self.lines.metric(&line)?;
+        self.tell(&line)?;
         if let Some(spike) = self.spikes.see(line.step, line.loss, line.grad_norm) {
             self.job.app.warn(format_args!(
                 "step {}: {} {:.4}, {:.4} in the steps before: a bad batch; where it does not come back, \
@@ -322,7 +323,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
             .as_secs_f64();
         self.ready = ready;
         let tokens_per_second = line.tokens as f64 / seconds.max(1e-9);
-        let taken = self.job.fit.taken(self.model.backend());
+        let taken = self.job.fit.taken_so_far(self.model.backend());
         let time = TimeLine {
             step: line.step,
             seconds,
@@ -332,6 +333,19 @@ impl<'a, B: Backend> Trainer<'a, B> {
         self.lines.folder.timing(&serde_json::to_string(&time)?)?;
         let message = format!("loss {:.4}, {tokens_per_second:.0} tokens/s", line.loss);
         self.progress.set_with(line.step, &message);
+        Ok(())
+    }
+
+    /// Writes a line of figures.
+    fn tell(&mut self, line: &impl Serialize) -> Result<()> {
+        let open = self.lines.stdout.is_some();
+        self.lines.metric(line)?;
+        if let (true, Some(error)) = (open, &self.lines.lost) {
+            let folder = self.lines.folder.path().display();
+            self.job.app.warn(format_args!(
+                "{error}: the run goes on, and its lines only to {folder}/metrics.jsonl"
+            ));
+        }
         Ok(())
     }
 
@@ -424,7 +438,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         let Some(line) = self.held_out_loss()? else {
             return Ok(());
         };
-        self.lines.metric(&line)?;
+        self.tell(&line)?;
         self.last_eval = Some((line.step, line.eval_loss));
         let better = self.watch.see(line.step, line.eval_loss);
         if better && self.job.settings.training.load_best_model_at_end {
@@ -499,7 +513,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         let (app, fit) = (self.job.app, self.job.fit);
         let (took, estimated) = (About(self.begun.elapsed()), About(self.estimated));
         app.detail(format_args!("took {took}; estimated: {estimated}"));
-        if let Some(taken) = fit.taken(self.model.backend()) {
+        if let Some(taken) = fit.taken_at_the_end(self.model.backend()) {
             match fit.outcome(taken) {
                 (line, true) => app.warn(line),
                 (line, false) => app.detail(line),
@@ -570,9 +584,14 @@ impl<'a, B: Backend> Trainer<'a, B> {
             written: self.lines.written,
             rejected: 0,
         });
-        match self.lines.stdout.take().map(Output::finish) {
-            None | Some(Ok(()) | Err(WriteError::ReaderGone)) => Ok(()),
-            Some(Err(error)) => Err(error.into()),
+        let finished = self.lines.stdout.take().map(Output::finish);
+        match self.lines.lost.take().or(finished.and_then(Result::err)) {
+            None | Some(WriteError::ReaderGone) => Ok(()),
+            Some(error) => Err(Failure::World(format!(
+                "{error}: lines are missing there; the run is finished, and {}/metrics.jsonl has them all",
+                folder.display()
+            ))
+            .into()),
         }
     }
 }

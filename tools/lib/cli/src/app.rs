@@ -134,8 +134,10 @@ impl App {
     }
 
     /// Notes a file that is read, so that no flag after this writes it, and refuses
-    /// one that is the log. To be called before the first message.
+    /// one that is the log or standard output's. To be called before the first message.
     pub fn reads(&self, flag: &str, path: &Path) -> anyhow::Result<()> {
+        jsonl::apart_from_output(path)
+            .map_err(|cause| Failure::Usage(format!("{flag} {}: {cause}", path.display())))?;
         if path == Path::new("-") {
             return Ok(());
         }
@@ -341,6 +343,14 @@ fn is_same(a: &Path, b: &Path) -> bool {
     }
 }
 
+/// `:N` for the first line of a file that starts with this text's first.
+fn line_of(path: &Path, text: &str) -> String {
+    let first = text.lines().next().unwrap_or_default();
+    let whole = std::fs::read_to_string(path).unwrap_or_default();
+    let found = whole.lines().position(|line| line.starts_with(first));
+    found.map_or(String::new(), |at| format!(":{}", at + 1))
+}
+
 /// A secret's value: from the environment, else from `.env` in the current
 /// folder. An empty value is none.
 pub fn env_or_dotenv(name: &str) -> anyhow::Result<Option<String>> {
@@ -351,14 +361,17 @@ pub fn env_or_dotenv(name: &str) -> anyhow::Result<Option<String>> {
     if !path.exists() {
         return Ok(None);
     }
-    // The library's messages quote the line, which may hold the secret.
-    let bad = || {
-        Failure::Usage(
-            ".env: not readable as KEY=VALUE lines; quote values that hold spaces".into(),
-        )
+    // The library's messages quote the line, which may hold the secret: its number must do.
+    let bad = |error| {
+        let at = match &error {
+            dotenvy::Error::LineParse(text, _) => line_of(path, text),
+            _ => String::new(),
+        };
+        let cause = format!(".env{at}: no KEY=VALUE; quote values that hold spaces");
+        Failure::Usage(cause)
     };
-    for item in dotenvy::from_path_iter(path).map_err(|_| bad())? {
-        let (key, value) = item.map_err(|_| bad())?;
+    for item in dotenvy::from_path_iter(path).map_err(bad)? {
+        let (key, value) = item.map_err(bad)?;
         if key == name {
             return Ok(Some(value).filter(|v| !v.is_empty()));
         }

@@ -188,6 +188,11 @@ impl State {
     }
 }
 
+/// Whether a model's configuration lies there.
+fn has_config(folder: &Path) -> bool {
+    folder.join("config.json").exists()
+}
+
 fn has_weights(folder: &Path) -> bool {
     let files = fs::read_dir(folder).into_iter().flatten().flatten();
     let mut names = files.map(|file| file.file_name());
@@ -230,7 +235,6 @@ impl Hub {
     /// that name in [`FOLDER`], put there by hand, or downloaded and whole still; in the
     /// Hugging Face cache, if it is whole there. `told` hears which.
     pub fn find(&self, model: &str, mut told: impl FnMut(Event)) -> Option<PathBuf> {
-        let has_config = |folder: &Path| folder.join("config.json").exists();
         if has_config(Path::new(model)) {
             return Some(model.into());
         }

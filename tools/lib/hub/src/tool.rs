@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use cli::{App, Failure, env_or_dotenv};
 
-use crate::{Error, Event, Hub, cache};
+use crate::{Error, Event, Hub, cache, has_config};
 
 /// Where a model lies, after downloading it if need be from the hub that the
 /// environment names. `remedy` is the flag or key that names another model.
@@ -14,6 +14,9 @@ use crate::{Error, Event, Hub, cache};
 /// As [`Hub::fetch`]; a model that cannot be meant and an address or a token that
 /// cannot be used are wrong usage.
 pub fn fetch(app: &App, model: &str, remedy: &str) -> Result<PathBuf> {
+    if let Some(folder) = in_folder(model) {
+        return Ok(folder);
+    }
     hub()?
         .fetch(model, telling(app))
         .map_err(|error| match error {
@@ -31,7 +34,16 @@ pub fn fetch(app: &App, model: &str, remedy: &str) -> Result<PathBuf> {
 /// # Errors
 /// If `.env` cannot be read.
 pub fn find(app: &App, model: &str) -> Result<Option<PathBuf>> {
+    if let Some(folder) = in_folder(model) {
+        return Ok(Some(folder));
+    }
     Ok(hub()?.find(model, telling(app)))
+}
+
+/// A model's own folder, for which nothing of the hub is asked, nor of `.env`.
+fn in_folder(model: &str) -> Option<PathBuf> {
+    let folder = PathBuf::from(model);
+    has_config(&folder).then_some(folder)
 }
 
 fn hub() -> Result<Hub> {
