@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use harness::{Conventions, Run, Tool};
+use harness::{Conventions, Run, Tool, behind};
 use serde_json::{Value, json};
 
 fn tool() -> Tool {
@@ -503,6 +503,18 @@ fn wrong_use_names_the_remedy() {
     tool.run(&["--model", &model()], &text(&pairs()))
         .exits(0)
         .says("--dropped FILE");
+}
+
+#[test]
+fn the_input_is_no_place_for_the_output() {
+    let (tool, input) = (tool(), text(&pairs()));
+    tool.file("e.jsonl", &input);
+    let appending = ["-c", "exec \"$@\" < e.jsonl >> e.jsonl", "-"];
+    let command = tool.command(&["--model", &model()]);
+    Run::of(&mut behind("bash", &appending, &command), b"")
+        .exits(2)
+        .says("-: is the file that is standard output too");
+    assert_eq!(tool.read("e.jsonl"), input);
 }
 
 #[test]

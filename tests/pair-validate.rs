@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use harness::{Conventions, Tool};
+use harness::{Conventions, Run, Tool, behind};
 use serde_json::{Value, json};
 
 fn tool() -> Tool {
@@ -288,6 +288,32 @@ fn wrong_use_names_the_remedy() {
     tool.run(&["--rejects", "/dev/full"], &mixed(9))
         .exits(4)
         .says("/dev/full");
+}
+
+/// Appending to its own input it would read what it wrote, without end.
+#[test]
+fn the_input_is_no_place_for_the_output() {
+    let (tool, input) = (tool(), mixed(9));
+    tool.file("e.jsonl", &input);
+    let limited = [
+        "-c",
+        "ulimit -f 1024; exec \"$@\" < e.jsonl >> e.jsonl",
+        "-",
+    ];
+    Run::of(
+        &mut behind("bash", &limited, &tool.command::<&str>(&[])),
+        b"",
+    )
+    .exits(2)
+    .says("-: is the file that is standard output too");
+    assert_eq!(tool.read("e.jsonl"), input);
+    // What is no regular file may be both.
+    let zero = "exec \"$@\" < /dev/null > /dev/null";
+    Run::of(
+        &mut behind("bash", &["-c", zero, "-"], &tool.command::<&str>(&[])),
+        b"",
+    )
+    .exits(0);
 }
 
 #[test]

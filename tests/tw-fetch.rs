@@ -989,6 +989,39 @@ fn usage_that_makes_no_sense_is_refused() {
     );
 }
 
+/// Appending to its own input it would read what it wrote, without end; and what stands in
+/// another input is not written before that is found out.
+#[test]
+fn an_input_is_no_place_for_the_output() {
+    let (tool, input) = (tool(), pair_lines(2000));
+    let file = tool.file("e.jsonl", &input);
+    tool.file("other.jsonl", &pair_lines(2));
+    for (arguments, named) in [
+        (&["--input", "e.jsonl"][..], "--input e.jsonl: is the file"),
+        (
+            &["--input", "other.jsonl", "--input", "e.jsonl"],
+            "--input e.jsonl: is the file",
+        ),
+        (&[], "--input -: is the file"),
+    ] {
+        let limited = [
+            "-c",
+            "ulimit -f 1024; exec \"$@\" < e.jsonl >> e.jsonl",
+            "-",
+        ];
+        Run::of(&mut behind("bash", &limited, &tool.command(arguments)), b"")
+            .exits(2)
+            .says(named);
+        assert_eq!(tool.read("e.jsonl"), input);
+    }
+    // By another of its names as well.
+    std::fs::hard_link(&file, tool.folder().join("link")).unwrap();
+    let onto_itself = std::fs::File::options().append(true).open(&file).unwrap();
+    tool.run_to(onto_itself, &["--input", "link"], "")
+        .exits(2)
+        .says("--input link: is the file that is standard output too");
+}
+
 #[test]
 fn an_interrupted_collection_stops_its_run_and_goes_on() {
     let stopped = std::sync::Arc::new(Mutex::new(false));

@@ -4,8 +4,7 @@
 //! Every record keeps its place, because an error that does not name it cannot be
 //! acted on: a line for JSON lines and CSV, an element for an array.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, Read};
 use std::path::Path;
 use std::rc::Rc;
 
@@ -150,14 +149,7 @@ type Raws = Box<dyn Iterator<Item = anyhow::Result<Raw>>>;
 fn open(path: &Path) -> anyhow::Result<Raws> {
     let file = path.display().to_string();
     let unreadable = |e: std::io::Error| Failure::Usage(format!("--input {file}: {e}"));
-    let mut reader: Box<dyn BufRead + Send> = if path == Path::new("-") {
-        Box::new(BufReader::new(std::io::stdin()))
-    } else {
-        Box::new(BufReader::with_capacity(
-            1 << 16,
-            File::open(path).map_err(unreadable)?,
-        ))
-    };
+    let mut reader = jsonl::open(path).map_err(|e| Failure::Usage(format!("--input {e}")))?;
     let start = reader.fill_buf().map_err(unreadable)?;
     let bom = "\u{feff}".as_bytes();
     let mark = if start.starts_with(bom) { bom.len() } else { 0 };

@@ -9,5 +9,5 @@
 mod read;
 mod write;
 
-pub use read::{Line, Lines, Position, ReadError, Records};
+pub use read::{Line, Lines, Position, ReadError, Records, apart_from_output, open};
 pub use write::{AtomicFile, Output, Rejects, WriteError, write_atomically};

@@ -1,8 +1,9 @@
 //! Lines and records with their positions.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use record::{BadLine, Record};
@@ -67,6 +68,47 @@ pub struct Line {
     pub text: Result<String, Vec<u8>>,
 }
 
+/// Standard input for `-`, else the file.
+///
+/// # Errors
+/// What cannot be opened, is a folder, or is not [`apart_from_output`].
+pub fn open(path: &Path) -> Result<Box<dyn BufRead + Send>, ReadError> {
+    let open = |source| ReadError::Open {
+        path: path.to_owned(),
+        source,
+    };
+    apart_from_output(path).map_err(open)?;
+    if path == Path::new("-") {
+        return Ok(Box::new(BufReader::with_capacity(1 << 16, io::stdin())));
+    }
+    let file = File::open(path).map_err(open)?;
+    if file.metadata().map_err(open)?.is_dir() {
+        return Err(open(io::Error::from(io::ErrorKind::IsADirectory)));
+    }
+    Ok(Box::new(BufReader::with_capacity(1 << 16, file)))
+}
+
+/// Refuses a file (standard input's for `-`) that standard output goes to as well: reading
+/// would find what was written, without end.
+///
+/// # Errors
+/// That it is one.
+pub fn apart_from_output(path: &Path) -> io::Result<()> {
+    let path = match path == Path::new("-") {
+        true => Path::new("/dev/stdin"),
+        false => path,
+    };
+    match (path.metadata(), fs::metadata("/dev/stdout")) {
+        (Ok(read), Ok(written))
+            if read.is_file() && (read.dev(), read.ino()) == (written.dev(), written.ino()) =>
+        {
+            let cause = "is the file that is standard output too; write to another one";
+            Err(io::Error::other(cause))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The lines of a file or of standard input. Empty lines are passed over, a
 /// byte-order mark and carriage returns at a line's end are dropped.
 pub struct Lines {
@@ -76,26 +118,9 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// Standard input for `-`, else the file.
+    /// Standard input for `-`, else the file, see [`open`].
     pub fn open(path: &Path) -> Result<Self, ReadError> {
-        if path == Path::new("-") {
-            return Ok(Self::new(
-                "-",
-                BufReader::with_capacity(1 << 16, io::stdin()),
-            ));
-        }
-        let open = |source| ReadError::Open {
-            path: path.to_owned(),
-            source,
-        };
-        let file = File::open(path).map_err(open)?;
-        if file.metadata().map_err(open)?.is_dir() {
-            return Err(open(io::Error::from(io::ErrorKind::IsADirectory)));
-        }
-        Ok(Self::new(
-            path.display().to_string(),
-            BufReader::with_capacity(1 << 16, file),
-        ))
+        Ok(Self::new(path.display().to_string(), open(path)?))
     }
 
     /// Lines of any reader, named `file` in errors.
