@@ -290,6 +290,19 @@ fn wrong_use_names_the_remedy() {
         .says("/dev/full");
 }
 
+#[test]
+fn a_line_that_is_not_utf8_is_kept_to_the_byte() {
+    let tool = tool();
+    let rejects = ["--max-bad-lines", "1", "--rejects", "r"];
+    tool.run_bytes(&rejects, b"{\"id\":\"\xe9A\"}\n").exits(0);
+    let kept = &lines(&tool.read("r"))[0]["bad_line"];
+    assert_eq!(kept["raw"], "{\"id\":\"\u{fffd}A\"}");
+    // printf '{"id":"\xe9A"}' | base64
+    assert_eq!(kept["raw_base64"], "eyJpZCI6IulBIn0=");
+    tool.run(&rejects, "no JSON\n").exits(0);
+    assert!(!tool.read("r").contains("raw_base64"));
+}
+
 /// Appending to its own input it would read what it wrote, without end.
 #[test]
 fn the_input_is_no_place_for_the_output() {

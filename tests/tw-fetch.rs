@@ -1097,7 +1097,7 @@ fn a_wrong_quote_swallows_no_rows_in_silence() {
             .says("in 3, out 0, rejected 3");
         let kept = tool.read("u");
         assert!(
-            kept.contains("\"line\":3") && kept.contains("3,b"),
+            kept.contains("\"line\":3") && kept.contains(r#"3,\"b\"""#),
             "{kept}"
         );
         let stray = tool.file("stray.csv", &format!("id,\"te\"xt{end}1,a{end}"));
@@ -1116,6 +1116,62 @@ fn a_wrong_quote_swallows_no_rows_in_silence() {
         tool.run(&["--input", &good], "")
             .exits(0)
             .says("in 3, out 0, rejected 3");
+    }
+}
+
+#[test]
+fn a_column_that_stands_twice_loses_nothing_in_silence() {
+    let tool = tool();
+    for (header, named) in [
+        ("id,tweet,tweet,reply", "-:1: column `tweet` stands twice"),
+        ("id,text,a,text,a", "-:1: column `text` stands twice"),
+    ] {
+        let table = format!("{header}\n1,first,second,c\n");
+        let bad = ["--max-bad-lines", "9", "--unpaired", "u"];
+        let run = tool.run(&bad, &table).exits(3).says(named);
+        assert_eq!(run.stdout, "");
+    }
+    // Table tools end rows with empty cells.
+    let table = "id,tweet,reply,,\n1,a,b,,\n2,c,d,,x\n";
+    let run = tool.run::<&str>(&[], table).exits(0);
+    assert_eq!(run.records().len(), 2);
+    tool.run::<&str>(&[], &format!("{table}3,e,f,x,y\n"))
+        .exits(3)
+        .says("-:4: more than one cell under columns without a name");
+}
+
+/// Not all that is sent is UTF-8: what is passed over can be had again, byte by byte.
+#[test]
+fn what_is_not_utf8_is_kept_to_the_byte() {
+    let tool = tool();
+    let arguments = ["--max-bad-lines", "9", "--unpaired", "u"];
+    let kept = |input: &[u8]| {
+        tool.run_bytes(&arguments, input).exits(0);
+        let lines = tool.read("u");
+        let lines = lines.lines().map(|l| serde_json::from_str(l).unwrap());
+        let bad = |line: Value| line.get("bad_line").cloned();
+        lines.filter_map(bad).collect::<Vec<Value>>()
+    };
+    let bad = kept(b"{\"id\":\"1\",\"text\":\"a\"}\r\n{\"id\":\"\xe9A\"}\r\nno JSON\n");
+    assert_eq!(bad.len(), 2);
+    assert_eq!(
+        (&bad[0]["line"], &bad[0]["raw"]),
+        (&json!(2), &json!("{\"id\":\"\u{fffd}A\"}"))
+    );
+    // printf '{"id":"\xe9A"}' | base64
+    assert_eq!(bad[0]["raw_base64"], "eyJpZCI6IulBIn0=");
+    assert_eq!(bad[1]["raw"], "no JSON");
+    assert!(bad[1].get("raw_base64").is_none());
+    for end in ["\n", "\r\n"] {
+        let rows: [&[u8]; 4] = [b"id,text", b"1,fine", b"2,\"a, \xe9 \"\"\nb\"", b"3,x,y"];
+        let bad = kept(&rows.join(end.as_bytes()));
+        assert_eq!(bad.len(), 2);
+        // printf '2,"a, \xe9 ""\nb"' | base64
+        assert_eq!(bad[0]["raw_base64"], "MiwiYSwg6SAiIgpiIg==");
+        assert_eq!(
+            (&bad[1]["line"], &bad[1]["raw"]),
+            (&json!(5), &json!("3,x,y"))
+        );
     }
 }
 

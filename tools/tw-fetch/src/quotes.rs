@@ -18,16 +18,28 @@ pub struct Found {
     pub unclosed: Option<u64>,
     /// Closing quotes with text behind them, in order.
     stray: VecDeque<Stray>,
+    /// What passed and was not taken out, for rows that are kept as they came.
+    bytes: VecDeque<u8>,
+    /// How many bytes were taken out.
+    taken: u64,
 }
 
 impl Found {
-    /// Takes out what stands before byte `end`, and gives the first of it.
-    pub fn strays_before(&mut self, end: u64) -> Option<Stray> {
+    /// Takes out what stands before byte `end`: the bytes without the ends of lines around
+    /// them, and the first closing quote with text behind it.
+    pub fn before(&mut self, end: u64) -> (Vec<u8>, Option<Stray>) {
+        let count = self.bytes.len().min((end - self.taken) as usize);
+        self.taken = end;
+        let passed: Vec<u8> = self.bytes.drain(..count).collect();
+        let mut bytes = passed.as_slice();
+        while let [b'\n' | b'\r', inner @ ..] | [inner @ .., b'\n' | b'\r'] = bytes {
+            bytes = inner;
+        }
         let mut first = None;
         while self.stray.front().is_some_and(|stray| stray.byte < end) {
             first = first.or(self.stray.pop_front());
         }
-        first
+        (bytes.to_vec(), first)
     }
 }
 
@@ -118,6 +130,7 @@ impl<R: Read> Read for Quotes<R> {
         if n == 0 && !buffer.is_empty() && matches!(self.state, State::Quoted) {
             self.found.borrow_mut().unclosed = Some(self.opened);
         }
+        self.found.borrow_mut().bytes.extend(&buffer[..n]);
         for &byte in &buffer[..n] {
             self.see(byte);
         }

@@ -44,11 +44,14 @@ struct Raw {
     file: String,
     number: u64,
     element: bool,
-    /// The JSON object's text, or what is wrong with it and the text as far as it goes.
-    text: Result<String, (String, String)>,
+    /// The JSON object's text, or what is wrong with it and its bytes.
+    text: Result<String, Wrong>,
     /// The object that a flattened CSV row stands for.
     folded: Option<Value>,
 }
+
+/// A cause, and the bytes it is about.
+type Wrong = (String, Vec<u8>);
 
 impl Raw {
     fn place(&self) -> String {
@@ -78,18 +81,14 @@ pub fn read(
         let raw = raw?;
         let row = match understand(&raw, &mut dialect) {
             Ok(row) => row,
-            Err((cause, text)) => {
+            Err((cause, bytes)) => {
                 if *allowance == 0 {
                     return Err(Failure::Input(format!("{}: {cause}", raw.place())).into());
                 }
                 *allowance -= 1;
-                bad(&BadLine {
-                    by: "tw-fetch".into(),
-                    file: raw.file,
-                    line: raw.number,
-                    error: cause,
-                    raw: text,
-                })?;
+                bad(&BadLine::new(
+                    "tw-fetch", raw.file, raw.number, cause, bytes,
+                ))?;
                 continue;
             }
         };
@@ -116,14 +115,16 @@ pub fn read(
     .into())
 }
 
-/// The record in `raw`, and its dialect where none was known. The error is its cause and the text.
-fn understand(raw: &Raw, dialect: &mut Option<Dialect>) -> Result<Row, (String, String)> {
+/// The record in `raw`, and its dialect where none was known.
+fn understand(raw: &Raw, dialect: &mut Option<Dialect>) -> Result<Row, Wrong> {
     let text = raw.text.clone()?;
-    let wrong = |e: record::Error| (e.to_string(), text.clone());
+    let wrong = |e: record::Error| (e.to_string(), text.clone().into_bytes());
     let record = Record::parse(&text).map_err(wrong)?;
     let item = match &raw.folded {
         Some(folded) => folded.clone(),
-        None => serde_json::from_str(&text).map_err(|e| (e.to_string(), text.clone()))?,
+        None => {
+            serde_json::from_str(&text).map_err(|e| (e.to_string(), text.clone().into_bytes()))?
+        }
     };
     *dialect = dialect.or_else(|| Dialect::sniff(&item));
     let item = match dialect {
@@ -174,7 +175,7 @@ fn lines(
 ) -> impl Iterator<Item = anyhow::Result<Raw>> {
     Lines::new(file, reader).map(|line| {
         let line = line?;
-        let text = line.text.map_err(|bytes| not_utf8(&bytes));
+        let text = line.text.map_err(not_utf8);
         Ok(Raw {
             file: line.position.file,
             number: line.position.line,
@@ -240,13 +241,20 @@ fn csv(file: String, reader: Box<dyn BufRead + Send>, late: u64) -> anyhow::Resu
         Err(error) => return Err(neither(&error.to_string()).into()),
     };
     unclosed()?;
-    if let Some(stray) = found.borrow_mut().strays_before(reader.position().byte()) {
+    let (_, stray) = found.borrow_mut().before(reader.position().byte());
+    if let Some(stray) = stray {
         return Err(neither(&stray.to_string()).into());
     }
     let has = |name: &str| headers.iter().any(|h| h == name);
     let texts = ["text", "fullText", "rawContent"].into_iter().any(has);
     if !(texts && (has("id") || has("id_str")) || has("tweet") && has("reply")) {
         return Err(neither("its first line names no such columns").into());
+    }
+    // A record has one value of a name. What has none is no loss where its cells are empty.
+    let again = |(i, name): &(usize, &String)| !name.is_empty() && headers[..*i].contains(name);
+    if let Some((_, name)) = headers.iter().enumerate().find(again) {
+        let cause = format!("{file}:1: column `{name}` stands twice: rename or remove one");
+        return Err(Failure::Input(cause).into());
     }
     let failed = file.clone();
     let to_raw = move |row: csv::ByteRecord, end: u64| {
@@ -261,15 +269,9 @@ fn csv(file: String, reader: Box<dyn BufRead + Send>, late: u64) -> anyhow::Resu
                 folded,
             })
         };
-        let stray = found.borrow_mut().strays_before(end);
-        let row = match csv::StringRecord::from_byte_record(row) {
-            Ok(row) => row,
-            Err(error) => {
-                return raw(
-                    Err(not_utf8(&joined(error.into_byte_record().iter()))),
-                    None,
-                );
-            }
+        let (bytes, stray) = found.borrow_mut().before(end);
+        let Ok(row) = csv::StringRecord::from_byte_record(row) else {
+            return raw(Err(not_utf8(bytes)), None);
         };
         let wrong = stray.map(|stray| stray.to_string()).or_else(|| {
             (row.len() != headers.len()).then(|| {
@@ -281,8 +283,7 @@ fn csv(file: String, reader: Box<dyn BufRead + Send>, late: u64) -> anyhow::Resu
             })
         });
         if let Some(cause) = wrong {
-            let text = String::from_utf8_lossy(&joined(row.iter().map(str::as_bytes))).into_owned();
-            return raw(Err((cause, text)), None);
+            return raw(Err((cause, bytes)), None);
         }
         let cells = || {
             headers
@@ -292,6 +293,10 @@ fn csv(file: String, reader: Box<dyn BufRead + Send>, late: u64) -> anyhow::Resu
                 .filter(|(_, cell)| !cell.is_empty())
         };
         let flat: Map<String, Value> = cells().map(|(k, v)| (k.to_owned(), cell(k, v))).collect();
+        if flat.len() < cells().count() {
+            let cause = "more than one cell under columns without a name".to_owned();
+            return raw(Err((cause, bytes)), None);
+        }
         raw(Ok(Value::Object(flat).to_string()), Some(fold(cells())))
     };
     Ok(Box::new(std::iter::from_fn(move || {
@@ -305,11 +310,6 @@ fn csv(file: String, reader: Box<dyn BufRead + Send>, late: u64) -> anyhow::Resu
             .into())),
         }
     })))
-}
-
-/// A row's cells as a line again, for a row that is kept because it is wrong.
-fn joined<'a>(cells: impl Iterator<Item = &'a [u8]>) -> Vec<u8> {
-    cells.collect::<Vec<_>>().join(&b","[..])
 }
 
 /// A cell as the record keeps it: figures of a pair are numbers, everything else is
@@ -351,11 +351,8 @@ fn fold<'a>(cells: impl Iterator<Item = (&'a str, &'a str)>) -> Value {
     Value::Object(root)
 }
 
-fn not_utf8(bytes: &[u8]) -> (String, String) {
-    (
-        "not valid UTF-8".into(),
-        String::from_utf8_lossy(bytes).into_owned(),
-    )
+fn not_utf8(bytes: Vec<u8>) -> Wrong {
+    ("not valid UTF-8".into(), bytes)
 }
 
 #[cfg(test)]

@@ -254,15 +254,9 @@ impl Records {
                 };
                 return Err(ReadError::Bad { position, cause });
             }
-            let bad = BadLine {
-                by: self.by.clone(),
-                file: position.file,
-                line: position.line,
-                error: cause,
-                raw: line
-                    .text
-                    .unwrap_or_else(|bytes| String::from_utf8_lossy(&bytes).into_owned()),
-            };
+            let Position { file, line: at } = position;
+            let raw = line.text.map_or_else(|bytes| bytes, String::into_bytes);
+            let bad = BadLine::new(&self.by, file, at, cause, raw);
             serde_json::to_writer(&mut *rejects, &serde_json::json!({ "bad_line": bad }))
                 .map_err(io::Error::from)
                 .and_then(|()| rejects.write_all(b"\n"))

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use serde::de::{Deserializer, Error as _, Visitor};
 use serde::{Deserialize, Serialize};
 
@@ -103,8 +105,34 @@ pub struct BadLine {
     pub line: u64,
     /// What was wrong with it.
     pub error: String,
-    /// The line itself; bytes that are not UTF-8 stand as U+FFFD.
+    /// The line itself without its end; bytes that are not UTF-8 stand as U+FFFD.
     pub raw: String,
+    /// The same bytes in base64 (RFC 4648, padded), of a line that is not UTF-8: from `raw`
+    /// they do not come back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub raw_base64: Option<String>,
+}
+
+impl BadLine {
+    /// Line `line` of `file`, which `by` refused for `error`; `raw` are its bytes without
+    /// its end.
+    pub fn new(by: &str, file: String, line: u64, error: String, raw: Vec<u8>) -> Self {
+        let (raw, raw_base64) = match String::from_utf8(raw) {
+            Ok(text) => (text, None),
+            Err(no_text) => (
+                String::from_utf8_lossy(no_text.as_bytes()).into_owned(),
+                Some(STANDARD.encode(no_text.as_bytes())),
+            ),
+        };
+        Self {
+            by: by.to_owned(),
+            file,
+            line,
+            error,
+            raw,
+            raw_base64,
+        }
+    }
 }
 
 /// Counts records by each reason they were refused for.
