@@ -2,6 +2,7 @@
 //! that speaks the documented Messages API.
 #![allow(clippy::unwrap_used)]
 
+use std::io::{BufRead, BufReader};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -249,6 +250,10 @@ fn nothing(_: &Shown, _: usize) -> Option<Reply> {
 }
 
 fn ask(tool: &Tool, server: &Server, more: &[&str], input: &str) -> Run {
+    tool.run(&asking(tool, server, more), input).never_says(KEY)
+}
+
+fn asking(tool: &Tool, server: &Server, more: &[&str]) -> Vec<String> {
     let (url, host) = (server.url(), server.host());
     let config = tool.file("eval.yaml", "judge: {attempts: 2, concurrency: 3}\n");
     let mut arguments = vec![
@@ -262,7 +267,7 @@ fn ask(tool: &Tool, server: &Server, more: &[&str], input: &str) -> Run {
         &host,
     ];
     arguments.extend(more);
-    tool.run(&arguments, input).never_says(KEY)
+    arguments.into_iter().map(String::from).collect()
 }
 
 #[test]
@@ -428,6 +433,7 @@ fn no_verdict_is_recorded_with_its_reason() {
         let out = ask(&with_key(), &server, &[], &many(1))
             .exits(0)
             .says("no_verdict 1")
+            .says("warning: 1 of 2 answers hold no verdict, most often ")
             .records();
         let verdicts = &out[0]["verdicts"];
         assert_eq!(verdicts["comparisons"][0]["winner"], Value::Null);
@@ -447,15 +453,126 @@ fn a_cut_answer_is_asked_again_only_with_more_room() {
         (before < 2).then(|| message(&json!([{"type": "text", "text": "{"}]), "max_tokens"))
     });
     let tool = with_key();
-    ask(&tool, &server, &[], &many(1))
-        .exits(0)
-        .says("no_verdict 1");
-    ask(&tool, &server, &[], &many(1)).exits(0);
+    for _ in 0..2 {
+        ask(&tool, &server, &[], &many(1))
+            .exits(4)
+            .says("none of the first 2 answers holds a verdict, most often max_tokens (2)")
+            .says("raise judge.max_tokens");
+    }
     assert_eq!(server.requests().len(), 2);
     let roomier = tool.env("PAIRS__JUDGE__MAX_TOKENS", "2048");
     let out = ask(&roomier, &server, &[], &many(1)).exits(0).records();
     assert_eq!(server.requests().len(), 4);
     assert_eq!(out[0]["verdicts"]["comparisons"][0]["winner"], "lora");
+}
+
+#[test]
+fn a_judge_without_a_verdict_is_not_paid_to_the_end() {
+    let prose = || {
+        message(
+            &json!([{"type": "text", "text": "A, clearly."}]),
+            "end_turn",
+        )
+    };
+    let empty = || message(&json!([{"type": "text", "text": ""}]), "end_turn");
+    let server = claude(move |_, before| match before % 4 {
+        0 => Some(message(&json!([]), "refusal")),
+        1 => Some(empty()),
+        _ => Some(prose()),
+    });
+    let tool = with_key();
+    for _ in 0..2 {
+        ask(&tool, &server, &[], &many(40))
+            .exits(4)
+            .says("answers holds a verdict, most often unreadable answer (1")
+            .says("state/answers.jsonl; ask another model (--model NAME)")
+            .never_says("goes on from there");
+        // The first twenty, and those under way with the last of them.
+        let asked = server.requests().len();
+        assert!((20..23).contains(&asked), "{asked}");
+        let kept = tool.read("state/answers.jsonl").lines().count();
+        assert_eq!(kept, asked, "nothing is paid for twice");
+    }
+    let fewer = with_key();
+    let run = ask(&fewer, &server, &[], &many(5)).exits(4);
+    run.says("none of the first 10 answers holds a verdict");
+    assert_eq!(fewer.read("state/answers.jsonl").lines().count(), 10);
+
+    // What one model did not say is no reason to ask no other.
+    let talks = claude(nothing);
+    let another = ["--model", "claude-haiku-4-5"];
+    ask(&tool, &talks, &another, &many(40)).exits(0);
+    assert_eq!(talks.requests().len(), 80);
+}
+
+/// One verdict shows that the judge can give them: it is heard to the end.
+#[test]
+fn answers_without_a_verdict_are_told_at_the_end() {
+    let server = claude(|_, before| {
+        let refused = before > 0 && before < 60;
+        refused.then(|| message(&json!([]), "refusal"))
+    });
+    ask(&with_key(), &server, &["--concurrency", "1"], &many(40))
+        .exits(0)
+        .says("warning: 59 of 80 answers hold no verdict, most often refusal (59): see ")
+        .says("no_verdict 30");
+    assert_eq!(server.requests().len(), 80);
+}
+
+#[test]
+fn nothing_is_asked_for_a_reader_who_has_gone() {
+    // Gone from the beginning: nothing is paid at all.
+    let (tool, server) = (with_key(), claude(nothing));
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let run = tool.run_to(writer, &asking(&tool, &server, &["--quiet"]), &many(10));
+    assert_eq!(run.exits(0).stderr, "");
+    assert!(server.requests().is_empty());
+
+    // `judge | head -1`
+    let server = claude(|_, _| Some(answer("a").after(Duration::from_millis(300))));
+    let alone = ["--quiet", "--concurrency", "1"];
+    let (reader, writer) = std::io::pipe().unwrap();
+    let mut asked = 0;
+    let run = std::thread::scope(|scope| {
+        let head = scope.spawn(|| {
+            let mut line = String::new();
+            BufReader::new(reader).read_line(&mut line).unwrap();
+            asked = server.requests().len();
+            line
+        });
+        let run = tool.run_to(writer, &asking(&tool, &server, &alone), &many(40));
+        let line: Value = serde_json::from_str(&head.join().unwrap()).unwrap();
+        assert_eq!(line["id"], "0");
+        run.exits(0)
+    });
+    assert_eq!(run.stderr, "");
+    assert!(asked <= 3, "a record is there once it is judged: {asked}");
+    // One may be under way when the reader goes, and one may be on its way to the server.
+    let all = server.requests().len();
+    assert!(all <= asked + 1, "{all} requests, {asked} before");
+    let kept = tool.read("state/answers.jsonl").lines().count();
+    assert_eq!(kept, all, "what was asked is kept");
+}
+
+#[test]
+fn a_reader_who_goes_ends_the_wait_for_another_attempt() {
+    let server = claude(|_, _| Some(Reply::text(429, "slow down").header("retry-after", "60")));
+    let tool = with_key();
+    let (reader, writer) = std::io::pipe().unwrap();
+    let begun = std::time::Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while server.requests().is_empty() && begun.elapsed() < Duration::from_secs(60) {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            drop(reader);
+        });
+        let arguments = asking(&tool, &server, &["--concurrency", "1"]);
+        tool.run_to(writer, &arguments, &many(3)).exits(0);
+    });
+    assert!(begun.elapsed() < Duration::from_secs(30));
+    assert_eq!(server.requests().len(), 1);
 }
 
 #[test]
@@ -548,6 +665,56 @@ fn the_cost_limit_stops_cleanly_and_can_be_raised() {
         20
     );
     assert_eq!(server.requests().len(), 40);
+}
+
+/// An answer whose cost cannot be read may have cost all that was set aside for it.
+#[test]
+fn the_cost_limit_binds_where_answers_do_not_say_what_they_cost() {
+    let text = json!({"reason": "Says something.", "preferred": "a"}).to_string();
+    let body = json!({"content": [{"type": "text", "text": text}], "stop_reason": "end_turn"});
+    for usage in [
+        None,
+        Some(json!(null)),
+        Some(json!("many")),
+        Some(json!({})),
+        Some(json!({"input_tokens": 1000})),
+        Some(json!({"input_tokens": -1, "output_tokens": 100})),
+        Some(json!({"input_tokens": 1000, "output_tokens": "100"})),
+        Some(json!({"input_tokens": 0, "output_tokens": 0})),
+    ] {
+        let mut body = body.clone();
+        body.as_object_mut()
+            .unwrap()
+            .extend(usage.map(|usage| ("usage".into(), usage)));
+        let (tool, reply) = (with_key(), Reply::json(200, &body));
+        let server = claude(move |_, _| Some(reply.clone()));
+        // Some $0.0145 may go for one: at most two within the limit.
+        let limited = ["--max-cost", "0.03", "--concurrency", "1"];
+        for _ in 0..2 {
+            let run = ask(&tool, &server, &limited, &many(20)).exits(4);
+            let run = run.says("max_cost_usd = 0.03");
+            assert_eq!(server.requests().len(), 2, "{body}\n{run}");
+            let first = &run.records()[0]["verdicts"];
+            assert_eq!(first["winner"], "tie", "the verdicts are readable: {first}");
+            let order = &first["comparisons"][0]["orders"][0];
+            assert_eq!(order["usage_estimated"], true);
+            assert_eq!(order["usage"]["output_tokens"], 1024);
+            assert!(first["cost_usd"].as_f64().unwrap() > 0.02, "{first}");
+        }
+        ask(&tool, &server, &["--max-cost", "1"], &many(2))
+            .exits(0)
+            .says("warning: 4 of 4 answers do not say what they cost");
+    }
+    // As documented where there is no cache.
+    let usage = json!({"input_tokens": 1000, "output_tokens": 100, "cache_creation_input_tokens": null, "cache_read_input_tokens": null});
+    let mut body = body;
+    body["usage"] = usage;
+    let server = claude(move |_, _| Some(Reply::json(200, &body)));
+    let run = ask(&with_key(), &server, &[], &many(1)).exits(0);
+    let verdicts = &run.records()[0]["verdicts"];
+    assert_eq!(verdicts["cost_usd"], 0.006);
+    run.never_says("usage_estimated")
+        .never_says("what they cost");
 }
 
 #[test]

@@ -82,9 +82,13 @@ impl Question {
         cli::sha256_hex(self.body.to_string().as_bytes())
     }
 
-    /// Bytes sent: an upper bound of the tokens read, for a cost that is not known yet.
-    pub fn size(&self) -> u64 {
-        self.body.to_string().len() as u64
+    /// The most that an answer may cost. Each token read is a byte sent at least.
+    pub fn most(&self, max_tokens: u32) -> Usage {
+        Usage {
+            input_tokens: self.body.to_string().len() as u64,
+            output_tokens: max_tokens.into(),
+            ..Usage::default()
+        }
     }
 
     /// Asks; the answer as the service wrote it.
@@ -113,8 +117,6 @@ struct Message {
     #[serde(default)]
     content: Vec<Block>,
     stop_reason: Option<String>,
-    #[serde(default)]
-    usage: Usage,
 }
 
 #[derive(Deserialize)]
@@ -130,23 +132,44 @@ struct Answer {
     preferred: String,
 }
 
-/// What an answer says. One that cannot be used is no error: it was paid for, and is
-/// recorded as no verdict with the reason.
-pub fn opinion(answer: &Value) -> Opinion {
-    let none = |usage, reason: String| Opinion {
-        preference: None,
-        why: None,
-        no_verdict: Some(reason),
-        usage,
+/// What an answer says it cost, if it says so.
+fn usage(answer: &Value) -> Option<Usage> {
+    let usage = &answer["usage"];
+    // Documented as null where there is no cache.
+    let cached = |key: &str| match &usage[key] {
+        Value::Null => Some(0),
+        tokens => tokens.as_u64(),
     };
+    let usage = Usage {
+        input_tokens: usage["input_tokens"].as_u64()?,
+        output_tokens: usage["output_tokens"].as_u64()?,
+        cache_creation_input_tokens: cached("cache_creation_input_tokens")?,
+        cache_read_input_tokens: cached("cache_read_input_tokens")?,
+    };
+    // Something was read for every answer: a zero is a field filled in, not a count.
+    (usage.read() > 0).then_some(usage)
+}
+
+/// What an answer says. One that cannot be used is no error: it was paid for, and is
+/// recorded as no verdict with the reason. Where it does not say what it cost, that is
+/// `most`, or a limit of money would not bind.
+pub fn opinion(answer: &Value, most: Usage) -> Opinion {
+    let told = usage(answer);
+    let opinion = |preference, why, no_verdict| Opinion {
+        preference,
+        why,
+        no_verdict,
+        usage: told.unwrap_or(most),
+        usage_estimated: told.is_none(),
+    };
+    let none = |reason: String| opinion(None, None, Some(reason));
     let message = match Message::deserialize(answer) {
         Ok(message) => message,
-        Err(error) => return none(Usage::default(), format!("unreadable answer: {error}")),
+        Err(error) => return none(format!("unreadable answer: {error}")),
     };
-    let usage = message.usage;
     match message.stop_reason.as_deref() {
         Some("end_turn" | "stop_sequence") | None => {}
-        Some(other) => return none(usage, other.to_owned()),
+        Some(other) => return none(other.to_owned()),
     }
     // A thinking block may come before the text.
     let text = message
@@ -155,29 +178,19 @@ pub fn opinion(answer: &Value) -> Opinion {
         .find(|block| block.kind == "text")
         .and_then(|block| block.text.as_deref());
     let Some(text) = text else {
-        return none(usage, "no text in the answer".into());
+        return none("no text in the answer".into());
     };
     let answer: Answer = match serde_json::from_str(text) {
         Ok(answer) => answer,
-        Err(error) => return none(usage, format!("unreadable answer: {error}")),
+        Err(error) => return none(format!("unreadable answer: {error}")),
     };
     let preference = match answer.preferred.as_str() {
         "a" => Preference::A,
         "b" => Preference::B,
         "tie" => Preference::Tie,
-        _ => {
-            return none(
-                usage,
-                "unreadable answer: it prefers neither a, b nor tie".into(),
-            );
-        }
+        _ => return none("unreadable answer: it prefers neither a, b nor tie".into()),
     };
-    Opinion {
-        preference: Some(preference),
-        why: Some(answer.reason),
-        no_verdict: None,
-        usage,
-    }
+    opinion(Some(preference), Some(answer.reason), None)
 }
 
 /// Whether the answer ended for want of tokens, so that asking for more may help.

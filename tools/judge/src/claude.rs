@@ -11,9 +11,13 @@ use httpclient::{Client, Retrying};
 use settings::Judge;
 use tokio::sync::{Notify, Semaphore};
 
-use crate::anthropic::{self, Question};
+use crate::anthropic::Question;
 use crate::ledger::Ledger;
-use crate::verdict::{Comparison, Item, Opinion, Verdicts};
+use crate::reader;
+use crate::verdict::{Comparison, Item, Opinion, Usage, Verdicts};
+
+/// After so many answers without one verdict no further one is paid for.
+const PATIENCE: u64 = 20;
 
 /// Claude behind one key, a limit of money, and so many questions at once.
 pub struct Claude {
@@ -61,16 +65,38 @@ impl Claude {
         self.failure.borrow_mut().get_or_insert(error);
     }
 
-    /// Counts what is known already about an item towards the limit, before anything new is
-    /// asked about another.
+    /// Fails where of at least so many answers none holds a verdict.
+    pub fn fail_if_silent(&self, least: u64) {
+        let ledger = self.ledger.borrow();
+        if ledger.is_silent(least) {
+            let (answers, why) = (ledger.used(), ledger.why_silent());
+            self.fail(
+                Failure::World(format!(
+                    "none of the first {answers} answers holds a verdict, {why}"
+                ))
+                .into(),
+            );
+        }
+    }
+
+    /// Fails where nobody reads any more; failed attempts are not repeated either.
+    fn fail_if_unread(&self) {
+        if let Err(gone) = reader::is_there() {
+            self.client.give_up();
+            self.fail(gone.into());
+        }
+    }
+
+    /// Counts what is known already about an item, its cost and its verdicts, before anything
+    /// new is asked about another.
     pub fn recall(&self, item: &Item) {
         let pairs = item.pairs(&self.pairs).unwrap_or_default();
         let orders = pairs.iter().flat_map(|(a, b)| [(a, b), (b, a)]);
         for (first, second) in orders {
-            let key = self.question(item, first, second).key();
+            let question = self.question(item, first, second);
             self.ledger
                 .borrow_mut()
-                .find(&key, self.settings.max_tokens);
+                .find(&question, self.settings.max_tokens);
         }
     }
 
@@ -102,17 +128,18 @@ impl Claude {
 
     async fn ask(&self, question: Question) -> Option<Opinion> {
         let _turn = self.open.acquire().await.ok()?;
-        let (key, max_tokens) = (question.key(), self.settings.max_tokens);
-        if let Some(answer) = self.ledger.borrow_mut().find(&key, max_tokens) {
-            return Some(anthropic::opinion(&answer));
+        let max_tokens = self.settings.max_tokens;
+        let known = self.ledger.borrow_mut().find(&question, max_tokens);
+        if known.is_some() {
+            return known;
         }
-        let reserved = self.set_aside(question.size()).await?;
+        let reserved = self.set_aside(question.most(max_tokens)).await?;
         let answer = question.ask(&self.client, max_tokens).await;
         let mut ledger = self.ledger.borrow_mut();
         ledger.release(reserved);
         self.settled.notify_waiters();
-        match answer.and_then(|answer| ledger.keep(&key, max_tokens, &answer).map(|()| answer)) {
-            Ok(answer) => Some(anthropic::opinion(&answer)),
+        match answer.and_then(|answer| ledger.keep(&question, max_tokens, answer)) {
+            Ok(opinion) => Some(opinion),
             Err(error) => {
                 self.fail(error);
                 None
@@ -120,17 +147,20 @@ impl Claude {
         }
     }
 
-    /// Sets money aside for a question of `size` bytes. Where there is too little, answers
-    /// under way may turn out cheaper than feared: only when none is, the limit is reached.
-    async fn set_aside(&self, size: u64) -> Option<f64> {
+    /// Sets money aside for an answer, unless there is a reason to ask no more. Where there is
+    /// too little, answers under way may turn out cheaper than feared: only when none is, the
+    /// limit is reached.
+    async fn set_aside(&self, most: Usage) -> Option<f64> {
         loop {
             let settled = self.settled.notified();
+            self.fail_if_unread();
+            self.fail_if_silent(PATIENCE);
             if self.failure.borrow().is_some() {
                 return None;
             }
             {
                 let mut ledger = self.ledger.borrow_mut();
-                if let Some(reserved) = ledger.reserve(size, self.settings.max_tokens) {
+                if let Some(reserved) = ledger.reserve(most) {
                     return Some(reserved);
                 }
                 if !ledger.is_waiting() {
@@ -166,6 +196,7 @@ impl Claude {
             if let Some(done) = done {
                 return done.context("judging an item failed");
             }
+            self.fail_if_unread();
             if app.interrupted()? {
                 self.client.give_up();
                 if self.failure.borrow().is_none() {

@@ -5,7 +5,7 @@
 //! answers a run uses, old ones included: the limit is for the evaluation, not for the
 //! attempt.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{File, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use settings::Price;
 
-use crate::anthropic;
-use crate::verdict::Usage;
+use crate::anthropic::{self, Question};
+use crate::verdict::{Opinion, Usage};
 
 #[derive(Serialize, Deserialize)]
 struct Entry {
@@ -40,6 +40,11 @@ pub struct Ledger {
     waiting: usize,
     /// Answers asked for in this run.
     pub asked: u64,
+    /// Of the answers used: how many hold a verdict, what keeps the others from one, and
+    /// how many do not say what they cost.
+    verdicts: u64,
+    silent: BTreeMap<String, u64>,
+    pub estimated: u64,
 }
 
 impl Ledger {
@@ -95,18 +100,22 @@ impl Ledger {
             reserved_usd: 0.0,
             waiting: 0,
             asked: 0,
+            verdicts: 0,
+            silent: BTreeMap::new(),
+            estimated: 0,
         })
     }
 
     /// The answer to a question asked before, unless it was cut off and may now be longer.
-    pub fn find(&mut self, key: &str, max_tokens: u32) -> Option<Value> {
-        let (had, answer) = self.answers.get(key)?;
+    pub fn find(&mut self, question: &Question, max_tokens: u32) -> Option<Opinion> {
+        let key = question.key();
+        let (had, answer) = self.answers.get(&key)?;
         if anthropic::was_cut(answer) && *had < max_tokens {
             return None;
         }
-        let answer = answer.clone();
-        self.count(key, &answer);
-        Some(answer)
+        let opinion = anthropic::opinion(answer, question.most(*had));
+        self.count(key, &opinion);
+        Some(opinion)
     }
 
     /// Whether answers are under way.
@@ -114,15 +123,10 @@ impl Ledger {
         self.waiting > 0
     }
 
-    /// Sets money aside for a question of `size` bytes; what it may cost at most is
-    /// returned, or nothing where the limit would be passed.
-    pub fn reserve(&mut self, size: u64, max_tokens: u32) -> Option<f64> {
-        let usage = Usage {
-            input_tokens: size,
-            output_tokens: max_tokens.into(),
-            ..Usage::default()
-        };
-        let most = self.cost(usage);
+    /// Sets money aside for an answer of so many tokens at most; how much is returned, or
+    /// nothing where the limit would be passed.
+    pub fn reserve(&mut self, most: Usage) -> Option<f64> {
+        let most = self.cost(most);
         if self.spent_usd + self.reserved_usd + most > self.limit_usd {
             return None;
         }
@@ -137,16 +141,23 @@ impl Ledger {
         self.waiting -= 1;
     }
 
-    /// Keeps an answer, on the disk first.
+    /// Keeps an answer, on the disk first, and says what is in it.
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn keep(&mut self, key: &str, max_tokens: u32, answer: &Value) -> anyhow::Result<()> {
-        let mut line = serde_json::to_vec(&Entry {
-            key: key.to_owned(),
+    pub fn keep(
+        &mut self,
+        question: &Question,
+        max_tokens: u32,
+        answer: Value,
+    ) -> anyhow::Result<Opinion> {
+        let opinion = anthropic::opinion(&answer, question.most(max_tokens));
+        let entry = Entry {
+            key: question.key(),
             max_tokens,
-            answer: answer.clone(),
-        })?;
+            answer,
+        };
+        let mut line = serde_json::to_vec(&entry)?;
         line.push(b'\n');
         self.file
             .write_all(&line)
@@ -154,9 +165,36 @@ impl Ledger {
             .with_context(|| format!("writing {}", self.path.display()))?;
         self.asked += 1;
         self.answers
-            .insert(key.to_owned(), (max_tokens, answer.clone()));
-        self.count(key, answer);
-        Ok(())
+            .insert(entry.key.clone(), (max_tokens, entry.answer));
+        self.count(entry.key, &opinion);
+        Ok(opinion)
+    }
+
+    /// Whether of at least so many answers none holds a verdict.
+    pub fn is_silent(&self, least: u64) -> bool {
+        self.verdicts == 0 && self.without_verdict() >= least
+    }
+
+    /// Answers used so far.
+    pub fn used(&self) -> u64 {
+        self.verdicts + self.without_verdict()
+    }
+
+    /// Answers used so far that hold no verdict.
+    pub fn without_verdict(&self) -> u64 {
+        self.silent.values().sum()
+    }
+
+    /// What most often kept answers from a verdict, and what may help.
+    pub fn why_silent(&self) -> String {
+        let commonest = self.silent.iter().max_by_key(|(_, times)| **times);
+        let (reason, times) = commonest.map_or(("", 0), |(reason, times)| (reason, *times));
+        let remedy = match reason {
+            "max_tokens" => "raise judge.max_tokens",
+            _ => "ask another model (--model NAME), or the same again with another --state DIR",
+        };
+        let path = self.path.display();
+        format!("most often {reason} ({times}): see {path}; {remedy}")
     }
 
     /// What the answers used so far cost, in US dollars.
@@ -173,9 +211,20 @@ impl Ledger {
         (input * self.price.input + usage.output_tokens as f64 * self.price.output) / 1e6
     }
 
-    fn count(&mut self, key: &str, answer: &Value) {
-        if self.counted.insert(key.to_owned()) {
-            self.spent_usd += self.cost(anthropic::opinion(answer).usage);
+    fn count(&mut self, key: String, opinion: &Opinion) {
+        if !self.counted.insert(key) {
+            return;
+        }
+        self.spent_usd += self.cost(opinion.usage);
+        self.estimated += u64::from(opinion.usage_estimated);
+        match &opinion.no_verdict {
+            None => self.verdicts += 1,
+            Some(reason) => {
+                // Which column an answer is unreadable at makes no reason of its own.
+                let kind = reason.split(':').next().unwrap_or_default();
+                let kind = kind.chars().take(40).collect();
+                *self.silent.entry(kind).or_default() += 1;
+            }
         }
     }
 }

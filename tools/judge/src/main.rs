@@ -5,6 +5,7 @@
 mod anthropic;
 mod claude;
 mod ledger;
+mod reader;
 mod reference;
 mod verdict;
 
@@ -15,7 +16,7 @@ use std::rc::Rc;
 use clap::{Parser, ValueEnum};
 use cli::{App, Common, Counts, Failure, Flags, Signature};
 use httpclient::{Client, Scheme, Secret};
-use jsonl::{Lines, Output};
+use jsonl::{Lines, Output, WriteError};
 use record::Record;
 use serde_json::json;
 use settings::{EvalSettings, Judge as Settings, JudgeProvider};
@@ -40,9 +41,10 @@ With ANTHROPIC_API_KEY set; the same command goes on where it stopped:
 ///
 /// With --provider anthropic Claude is asked which reply readers would rather like; it
 /// sees the tweet and two replies, no names, and not the reply that people liked. Every
-/// answer is kept in --state, so that none is paid for twice. With --provider reference
-/// nobody is asked: the reply nearer (chrF) to what people liked is preferred. That
-/// measures likeness, not quality, and every record says so: `reference-chrf`.
+/// answer is kept in --state, so that none is paid for twice; where the first 20 hold no
+/// verdict, nothing more is asked (exit 4). With --provider reference nobody is asked:
+/// the reply nearer (chrF) to what people liked is preferred. That measures likeness, not
+/// quality, and every record says so: `reference-chrf`.
 #[derive(Parser)]
 #[command(version, after_long_help = cli::after_help(EXAMPLES), max_term_width = 80)]
 struct Judge {
@@ -328,7 +330,8 @@ impl Judge {
                     progress.add(1);
                 }
                 if complete {
-                    match out.record(&record) {
+                    // Each is worth money: whoever reads has it at once.
+                    match out.record(&record).and_then(|()| out.flush()) {
                         Ok(()) => counts.written += 1,
                         Err(error) => {
                             complete = false;
@@ -337,17 +340,22 @@ impl Judge {
                     }
                 }
             }
+            claude.fail_if_silent(1);
             claude.failure.take().map_or(Ok(()), Err)
         });
         drop(progress);
         let ledger = claude.ledger.borrow();
         if let Err(error) = judged {
-            // What is judged so far is good: let whoever reads have it.
-            out.finish()?;
-            app.info(format_args!(
-                "{} items judged; {} new answers are kept, and the same command goes on from there",
-                counts.written, ledger.asked
-            ));
+            if !matches!(error.downcast_ref(), Some(WriteError::ReaderGone)) {
+                let goes_on = match ledger.is_silent(1) {
+                    true => "",
+                    false => ", and the same command goes on from there",
+                };
+                app.info(format_args!(
+                    "{} items judged; {} new answers are kept{goes_on}",
+                    counts.written, ledger.asked
+                ));
+            }
             return Err(error);
         }
         out.finish()?;
@@ -361,11 +369,26 @@ impl Judge {
         app.info(format_args!(
             "{} new answers; all together {} tokens in, {} out, about ${:.2} at prices of {}",
             ledger.asked,
-            usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens,
+            usage.read(),
             usage.output_tokens,
             ledger.spent_usd(),
             claude.settings.prices_as_of
         ));
+        if ledger.estimated > 0 {
+            app.warn(format_args!(
+                "{} of {} answers do not say what they cost: reckoned at the most that they may have",
+                ledger.estimated,
+                ledger.used()
+            ));
+        }
+        if ledger.without_verdict() > 0 {
+            app.warn(format_args!(
+                "{} of {} answers hold no verdict, {}",
+                ledger.without_verdict(),
+                ledger.used(),
+                ledger.why_silent()
+            ));
+        }
         self.summarise(app, &claude.settings.model, &tally, Some(bill))
     }
 

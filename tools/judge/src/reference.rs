@@ -27,6 +27,7 @@ pub fn compare(item: &Item, a: &str, b: &str) -> Comparison {
         why: Some(format!("chrF {first:.2} and {second:.2}")),
         no_verdict: None,
         usage: Usage::default(),
+        usage_estimated: false,
     };
     let (near_a, near_b) = (near(reply_a), near(reply_b));
     Comparison::of(a, b, opinion(near_a, near_b), opinion(near_b, near_a))

@@ -119,11 +119,13 @@ pub struct Opinion {
     /// What the answer cost.
     #[serde(skip_serializing_if = "Usage::is_none")]
     pub usage: Usage,
+    /// The answer does not say; `usage` is what it may have cost at most.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub usage_estimated: bool,
 }
 
 /// Tokens of an answer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Usage {
     pub input_tokens: u64,
     pub output_tokens: u64,
@@ -132,6 +134,13 @@ pub struct Usage {
 }
 
 impl Usage {
+    /// Tokens read, with or without a cache.
+    pub fn read(&self) -> u64 {
+        (self.input_tokens)
+            .saturating_add(self.cache_creation_input_tokens)
+            .saturating_add(self.cache_read_input_tokens)
+    }
+
     fn is_none(&self) -> bool {
         *self == Self::default()
     }
@@ -139,10 +148,18 @@ impl Usage {
 
 impl std::ops::AddAssign for Usage {
     fn add_assign(&mut self, other: Self) {
-        self.input_tokens += other.input_tokens;
-        self.output_tokens += other.output_tokens;
-        self.cache_creation_input_tokens += other.cache_creation_input_tokens;
-        self.cache_read_input_tokens += other.cache_read_input_tokens;
+        // Counts are what the service wrote, however large.
+        let add = |sum: &mut u64, more| *sum = sum.saturating_add(more);
+        add(&mut self.input_tokens, other.input_tokens);
+        add(&mut self.output_tokens, other.output_tokens);
+        add(
+            &mut self.cache_creation_input_tokens,
+            other.cache_creation_input_tokens,
+        );
+        add(
+            &mut self.cache_read_input_tokens,
+            other.cache_read_input_tokens,
+        );
     }
 }
 
@@ -308,6 +325,7 @@ mod tests {
             why: None,
             no_verdict: None,
             usage: Usage::default(),
+            usage_estimated: false,
         }
     }
 
