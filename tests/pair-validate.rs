@@ -303,6 +303,22 @@ fn a_line_that_is_not_utf8_is_kept_to_the_byte() {
     assert!(!tool.read("r").contains("raw_base64"));
 }
 
+#[test]
+fn a_log_that_cannot_be_written_is_told_once() {
+    for quiet in [&[][..], &["--quiet"]] {
+        let arguments = [&["--log", "/dev/full"][..], quiet].concat();
+        let run = tool().run(&arguments, &mixed(9)).exits(0);
+        let told = "pair-validate: warning: --log /dev/full: No space left on device";
+        assert_eq!(run.stderr.matches(told).count(), 1, "{run}");
+        assert!(run.stderr.lines().count() > 2, "{run}");
+    }
+    let tool = tool();
+    tool.run(&["--log", "l"], &mixed(9))
+        .exits(0)
+        .never_says("warning: --log");
+    assert!(tool.read("l").contains("pair-validate: in "));
+}
+
 /// Appending to its own input it would read what it wrote, without end.
 #[test]
 fn the_input_is_no_place_for_the_output() {

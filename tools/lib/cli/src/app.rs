@@ -17,7 +17,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::config::{self, Flags, Resolved};
-use crate::messages::Messages;
+use crate::messages::{Log, Messages};
 use crate::progress::Progress;
 use crate::signals::{self, Kept};
 use crate::{Common, Failure};
@@ -48,13 +48,16 @@ pub struct App {
 
 impl App {
     pub(crate) fn new(name: String, common: Common) -> anyhow::Result<Self> {
-        let log =
-            match &common.log {
-                None => None,
-                Some(path) => Some(open_log(path).map_err(|cause| {
+        let log = match &common.log {
+            None => None,
+            Some(path) => Some(Log {
+                file: open_log(path).map_err(|cause| {
                     Failure::Usage(format!("--log {}: {cause}", path.display()))
-                })?),
-            };
+                })?,
+                path: path.clone(),
+                has_gaps: false,
+            }),
+        };
         if let Some(threads) = common.threads {
             rayon::ThreadPoolBuilder::new()
                 .num_threads(threads.into())

@@ -22,6 +22,7 @@ use clap::{Args, Parser, ValueEnum};
 pub use app::{App, Counts, env_or_dotenv};
 pub use config::{Flags, Resolved};
 pub use failure::{Exit, Failure};
+pub use messages::printable;
 pub use progress::Progress;
 pub use signature::{Signature, sha256_file, sha256_hex};
 
