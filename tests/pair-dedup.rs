@@ -505,6 +505,74 @@ fn wrong_use_names_the_remedy() {
         .says("--dropped FILE");
 }
 
+/// Another model's folder is none to remove files from; a damaged one of our own is.
+#[test]
+fn a_folder_of_another_model_is_refused_as_such() {
+    let tool = tool();
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/demo/model");
+    let demo = demo.display().to_string();
+    // Before anything is read.
+    let refused = |model: &str, input: &str, file: &str| {
+        let run = tool.run(&["--model", model], input).exits(2);
+        run.says(&format!("(--model) {model}: is not the sentence model"))
+            .says("sentence-transformers/all-MiniLM-L6-v2")
+            .says(&format!("{model}/{file} is another"))
+            .says("leave --model away")
+            .says("make models")
+            .never_says("remove");
+    };
+    refused(&demo, "no row", "config.json");
+    let input = text(&pairs()[..4]);
+    let own = "data/cache/models/all-MiniLM-L6-v2";
+    for (folder, changed) in [("tuned", "model.safetensors"), (own, "config.json")] {
+        let path = tool.folder().join(folder);
+        std::fs::create_dir_all(&path).unwrap();
+        for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+            match file == changed {
+                true => std::fs::write(path.join(file), "{}").unwrap(),
+                false => {
+                    std::os::unix::fs::symlink(Path::new(&model()).join(file), path.join(file))
+                        .unwrap()
+                }
+            }
+        }
+    }
+    refused("tuned", &input, "model.safetensors");
+    for model in [&[][..], &["--model", own], &["--model", &tool.path(own)]] {
+        tool.run(model, &input)
+            .exits(4)
+            .says("config.json: sha256")
+            .says("remove the file and run `make models`");
+    }
+}
+
+/// Two texts under one id are no two copies of one text.
+#[test]
+fn a_repeated_id_is_counted_apart() {
+    let (tool, (tweet, reply)) = (tool(), TOPICS[2]);
+    let input = [
+        pair("1", "1", tweet, reply, 9),
+        pair("1", "1", TOPICS[3].0, TOPICS[3].1, 5),
+        pair("1", "1", TOPICS[4].0, TOPICS[4].1, 4),
+        pair("1", "1", tweet, reply, 3),
+        pair("2", "2", tweet, reply, 1),
+    ];
+    let ran = run(&tool, &["--summary", "summary.json"], &text(&input))
+        .says("dropped 2 exact and 0 semantic duplicates, 2 of a repeated id with different text;")
+        .says("warning: dropped 2 rows of an id that a better one has, with different text")
+        .says("--dropped FILE has them with the reason `id`");
+    assert_eq!(ran.records().len(), 1);
+    let summary: Value = serde_json::from_str(&tool.read("summary.json")).unwrap();
+    assert_eq!(summary["reasons"], json!({"exact": 2, "id": 2}));
+    let dropped = lines(&tool.read("dropped.jsonl"));
+    let by_id = dropped
+        .iter()
+        .filter(|row| row["dropped"]["reason"] == "id");
+    let texts: Vec<&Value> = by_id.map(|row| &row["tweet"]).collect();
+    assert_eq!(texts, [TOPICS[3].0, TOPICS[4].0]);
+    run(&tool, &[], &text(&pairs())).never_says("warning");
+}
+
 #[test]
 fn the_input_is_no_place_for_the_output() {
     let (tool, input) = (tool(), text(&pairs()));

@@ -19,7 +19,7 @@ use std::sync::Mutex;
 use anyhow::Context;
 use clap::Parser;
 use cli::{App, Common, Counts, Failure, Flags, PrintConfig, Resolved, Signature, Tool};
-use embed::{DIM, Embedder};
+use embed::{DEFAULT_DIR, DIM, Embedder};
 use jsonl::{Lines, Output, Rejects, write_atomically};
 use record::{Dropped, Duplicate, Pair, Record, Split, Summary, Validation, quality};
 use settings::DataSettings;
@@ -138,14 +138,16 @@ impl Tool for PairDedup {
 
         let mut gone: Vec<(Row, Dropped)> = Vec::new();
         let rows = drop_exact(rows, &mut gone);
-        let exact = gone.len();
+        let by_id = |(_, why): &&(Row, Dropped)| why.reason == Duplicate::Id;
+        let repeated = gone.iter().filter(by_id).count();
+        let exact = gone.len() - repeated;
         let threshold = settings.similarity_threshold;
         let (texts, mut numbers) = number_texts(&rows);
         // One row has nothing to be near to: no model is needed.
         let vectors = if rows.len() < 2 {
             Vectors(vec![0.0; texts.len() * DIM])
         } else {
-            embed(&texts, &settings.model, app)?
+            embed(&texts, &resolved, app)?
         };
         let rows = drop_semantic(rows, &mut numbers, &vectors, threshold, &mut gone, app);
         let groups = groups(&rows, &numbers, &vectors, threshold);
@@ -181,9 +183,17 @@ impl Tool for PairDedup {
 
         let written = sides.len();
         let held_out = sides.iter().filter(|&&side| side == Split::Eval).count();
+        if repeated > 0 {
+            app.warn(format_args!(
+                "dropped {} of an id that a better one has, with different text: ids may be wrong; \
+                 --dropped FILE has them with the reason `id`",
+                cli::counted(repeated, "row"),
+            ));
+        }
         app.info(format_args!(
-            "dropped {exact} exact and {} semantic duplicates; {} to train on, {held_out} held out",
-            read - exact - written,
+            "dropped {exact} exact and {} semantic duplicates, {repeated} of a repeated id with different text; \
+             {} to train on, {held_out} held out",
+            read - exact - repeated - written,
             written - held_out,
         ));
         let [read, written] = [read, written].map(|n| n as u64);
@@ -238,7 +248,30 @@ fn check(resolved: &Resolved<DataSettings>) -> Result<(), Failure> {
         let cause = "there is no such folder; `make models` fetches the sentence model";
         return wrong("model", format!("(--model) {}: {cause}", settings.model));
     }
+    // Another model is known by its configuration, before anything is read.
+    let (name, sha256) = embed::FILES[0];
+    let config = Path::new(&settings.model).join(name);
+    let is_file = config.metadata().is_ok_and(|found| found.is_file());
+    if is_file && cli::sha256_file(&config).is_ok_and(|found| found != sha256) {
+        not_the_model(resolved, &config)?;
+    }
     Ok(())
+}
+
+/// Refuses a folder whose `file` is not the sentence model's. In our own folder it is damaged,
+/// and loading says so; anywhere else it is somebody's, and no good advice would be to remove it.
+fn not_the_model(resolved: &Resolved<DataSettings>, file: &Path) -> Result<(), Failure> {
+    let model = &resolved.settings.deduplication.model;
+    let whole = |path: &str| Path::new(path).canonicalize().ok();
+    if whole(model) == whole(DEFAULT_DIR) {
+        return Ok(());
+    }
+    let cause = format!(
+        "(--model) {model}: is not the sentence model, sentence-transformers/all-MiniLM-L6-v2: {} is another; \
+         leave --model away, and `make models` fetches it into {DEFAULT_DIR}",
+        file.display()
+    );
+    Err(resolved.wrong("deduplication.model", cause))
 }
 
 impl PairDedup {
@@ -304,8 +337,12 @@ fn number_texts(rows: &[Row]) -> (Vec<&str>, Vec<(usize, usize)>) {
 }
 
 /// Sentence vectors of the texts.
-fn embed(texts: &[&str], model: &str, app: &App) -> anyhow::Result<Vectors> {
-    let embedder = Embedder::load(Path::new(model)).context("deduplication.model (--model)")?;
+fn embed(texts: &[&str], resolved: &Resolved<DataSettings>, app: &App) -> anyhow::Result<Vectors> {
+    let loaded = Embedder::load(Path::new(&resolved.settings.deduplication.model));
+    if let Err(embed::Error::Hash { path, .. }) = &loaded {
+        not_the_model(resolved, path)?;
+    }
+    let embedder = loaded.context("deduplication.model (--model)")?;
     let progress = Mutex::new(app.progress("sentence vectors", Some(texts.len() as u64)));
     let vectors = embedder.embed(texts, |done| {
         // A poisoned lock is a progress bar that broke, no reason to stop.
