@@ -116,6 +116,43 @@ fn a_damaged_file_is_named_with_its_line() {
 }
 
 #[test]
+fn what_a_name_or_a_file_holds_reaches_no_terminal_as_it_is() {
+    let tool = tool();
+    lay_out(&tool);
+    let run = tool.run(&["--run", "a\u{1b}[31mb"], "").exits(0);
+    assert!(run.stdout.contains("a\\u{1b}[31mb") && !run.stdout.contains('\u{1b}'));
+    let judged = r#"{"v":1,"id":"x","verdicts":{"judge":"\u001b[31m","winner":"\u202ea"}}"#;
+    tool.file("output/eval/r/judged.jsonl", &format!("{judged}\n"));
+    let run = tool.run(&["--run", "r", "--data", "d"], "").exits(0);
+    assert!(
+        run.stdout.contains(r"Judge      \u{1b}[31m: \u{202e}a 1"),
+        "{run}"
+    );
+    assert!(!run.stdout.contains(['\u{1b}', '\u{202e}']), "{run}");
+}
+
+#[test]
+fn names_and_roots_that_cannot_be_meant_are_refused() {
+    let tool = tool();
+    lay_out(&tool);
+    for name in ["../r", "r/", "./r", "/r", ".", "..", "", "a/b"] {
+        for (flag, other) in [("--run", "--data"), ("--data", "--run")] {
+            let run = tool.run(&[flag, name, other, "d"], "").exits(2);
+            let run = run.says(&format!("{flag} '{name}': is no name of a folder"));
+            assert_eq!(run.stdout, "");
+        }
+    }
+    for root in ["nope", "data/raw/d/pairs.jsonl"] {
+        tool.run(&["--run", "r", "--root", root], "")
+            .exits(2)
+            .says(&format!("--root {root}: there is no such folder"));
+    }
+    let root = tool.path("");
+    let run = tool.run(&["--run", "r", "--data", "d", "--root", &root], "");
+    assert!(run.exits(0).stdout.contains("11 pairs collected"));
+}
+
+#[test]
 fn help_and_examples() {
     let tool = tool();
     lay_out(&tool);

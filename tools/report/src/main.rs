@@ -5,11 +5,11 @@
 mod sources;
 mod table;
 
-use std::path::PathBuf;
+use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
-use cli::{App, Common, Tool};
+use cli::{App, Common, Failure, Tool};
 
 /// Print the results of a run as a table
 ///
@@ -48,11 +48,29 @@ impl Tool for Report {
 
     fn run(self, _app: &App) -> anyhow::Result<()> {
         let data = self.data.as_deref().unwrap_or(&self.run);
+        for (flag, name) in [("--run", &*self.run), ("--data", data)] {
+            if !is_folder_name(name) {
+                let cause =
+                    format!("{flag} '{name}': is no name of a folder; give a run's, as to make");
+                return Err(Failure::Usage(cause).into());
+            }
+        }
+        if let Some(root) = self.root.as_deref().filter(|root| !root.is_dir()) {
+            let cause = format!("--root {}: there is no such folder", root.display());
+            return Err(Failure::Usage(cause).into());
+        }
         let root = self.root.unwrap_or_default();
         let sources = sources::Sources::read(&root, &self.run, data)?;
-        let text = table::render(&sources);
+        // Names of systems, judges and filters are whatever the files say.
+        let text = cli::printable(&table::render(&sources));
         let mut out = jsonl::Output::stdout();
         out.line(|out| out.write_all(text.as_bytes()))?;
         Ok(out.finish()?)
     }
+}
+
+/// Whether a name leads to a folder inside another, not to that one or out of it.
+fn is_folder_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name)
 }
