@@ -6,7 +6,9 @@
 // CUDA_STAND_IN makes it unfit: `old` (driver), `none` (no GPU), `ancient` (GPU), `full` (memory),
 // `crowded` (no page-locked memory that the GPU sees), `swamped` (none at all), and for graphs
 // `uncaptured`, `uninstantiated`, `not uploaded`; `tallied` says at the end how often its stream
-// was waited for.
+// was waited for. `hollow` is one of another kind: it has an H200's memory, which is never
+// touched, and looks at what it is asked for, but does none of it and reads as zeros. So the
+// host's side of a model of any size is run here: what it allocates, and how long it takes to ask.
 #include "internal.h"
 
 #include <algorithm>
@@ -20,6 +22,8 @@
 #include <set>
 #include <string>
 #include <vector>
+
+#include <sys/mman.h>
 
 extern "C" const char *cuda_on_cpu_launch(const char *, const unsigned *, const unsigned *, size_t, void **,
                                           const size_t *, int, unsigned, bool);
@@ -43,6 +47,8 @@ bool unfit(const char *how) {
   return set && !strcmp(set, how);
 }
 
+const bool hollow = unfit("hollow");
+
 struct Tally {
   size_t waits = 0;
   ~Tally() {
@@ -57,6 +63,14 @@ std::map<const void *, int> shared_limit;
 std::map<void *, size_t> memory;
 size_t used, most_used, hoarded;
 std::set<void *> page_locked;
+
+// Whether these bytes are all of one allocation.
+bool inside(const void *at, size_t bytes) {
+  auto after = memory.upper_bound(const_cast<void *>(at));
+  if (after == memory.begin()) return false;
+  const auto &[base, size] = *--after;
+  return (const char *)at + bytes <= (char *)base + size;
+}
 std::mutex one; // call at a time, of those that change what is above or run
 
 // What a stream is given is done at once, unless it is captured.
@@ -248,6 +262,9 @@ EXPORTED int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned g
         copy.to->emplace_back(from, from + size);
       },
       &copy);
+  const bool fits = gx && gx <= 0x7fffffff && gy && gy <= 0xffff && gz && gz <= 0xffff && bx && bx <= 1024;
+  if (!fits || by != 1 || bz != 1) return Invalid;
+  if (hollow) return give(stream, [] { return Success; });
   return give(stream, [=]() mutable {
     settle();
     const unsigned grid[] = {gx, gy, gz}, block[] = {bx, by, bz};
@@ -259,19 +276,24 @@ EXPORTED int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned g
   });
 }
 
-// A device of 1 GiB.
+// A device of 1 GiB, or of an H200's.
 EXPORTED int cuMemGetInfo_v2(size_t *free, size_t *total) {
   IN_CONTEXT;
   std::lock_guard lock(one);
-  *total = size_t(1) << 30;
+  *total = hollow ? size_t(143771) << 20 : size_t(1) << 30;
   *free = *total - std::min(*total, used + hoarded);
   return Success;
 }
 EXPORTED int cuMemAllocAsync(void **address, size_t bytes, void *) {
   IN_CONTEXT;
   if (unfit("full") && bytes < 16 << 20) return OutOfMemory;
-  *address = aligned_alloc(256, (bytes + 255) / 256 * 256);
-  memset(*address, 0xff, bytes);
+  if (hollow) {
+    *address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (*address == MAP_FAILED) return OutOfMemory;
+  } else {
+    *address = aligned_alloc(256, (bytes + 255) / 256 * 256);
+    memset(*address, 0xff, bytes);
+  }
   std::lock_guard lock(one);
   memory[*address] = bytes;
   hoarded -= std::min(hoarded, bytes);
@@ -284,17 +306,21 @@ EXPORTED int cuMemFreeAsync(void *address, void *) {
   settle();
   const auto found = memory.find(address);
   if (found == memory.end()) return Invalid;
-  used -= found->second, hoarded += found->second;
+  const size_t bytes = found->second;
+  used -= bytes, hoarded += bytes;
   memory.erase(found);
+  if (hollow) return munmap(address, bytes) ? Invalid : Success;
   return free(address), Success;
 }
 EXPORTED int cuMemsetD8Async(void *at, unsigned char value, size_t bytes, void *stream) {
   std::lock_guard lock(one);
+  if (hollow) return inside(at, bytes) ? give(stream, [] { return Success; }) : Invalid;
   return give(stream, [=] { return settle(), memset(at, value, bytes), Success; });
 }
 EXPORTED int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *stream) {
   std::lock_guard lock(one);
   if (captured(stream)) return CaptureUnsupported;
+  if (hollow) return inside(to, bytes) ? Success : Invalid;
   if (page_locked.count(const_cast<void *>(from))) return uploads.push_back({to, from, bytes}), Success;
   settle();
   return memcpy(to, from, bytes), Success;
@@ -302,6 +328,7 @@ EXPORTED int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void
 EXPORTED int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void *stream) {
   std::lock_guard lock(one);
   if (captured(stream)) return CaptureUnsupported;
+  if (hollow) return memset(to, 0, bytes), inside(from, bytes) ? Success : Invalid;
   settle();
   return memcpy(to, from, bytes), Success;
 }
@@ -375,6 +402,14 @@ EXPORTED int cublasLtMatmul(void *, void *description, const float *alpha, const
   const uint64_t m = ta ? la->cols : la->rows, k = ta ? la->rows : la->cols;
   const uint64_t n = tb ? lb->rows : lb->cols;
   if ((tb ? lb->cols : lb->rows) != k || ld->rows != m || ld->cols != n || lc->rows != m || lc->cols != n) return 7;
+  if (hollow) {
+    std::lock_guard lock(one);
+    const auto is_inside = [](const void *at, const Layout *l) {
+      return inside(at, ((l->cols - 1) * l->ld + l->rows) * (l->type == 0 ? 4 : 2));
+    };
+    if (!is_inside(a, la) || !is_inside(b, lb) || !is_inside(c, lc) || !is_inside(d, ld)) return 7;
+    return give(stream, [] { return 0; });
+  }
   auto product = [=, alpha = *alpha, beta = *beta] {
     // A column's sums side by side, each in the order of k.
     std::vector<float> left(m * k), right(n * k), sums(m);
