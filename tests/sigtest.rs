@@ -405,6 +405,109 @@ fn what_cannot_be_tested_says_why() {
     assert!(reason(&lines, "wilcoxon").contains("--cluster"));
 }
 
+/// What is found does not depend on the unit that the figures are in: to the last bit where
+/// that is a power of two. Squares of the largest here are infinite, of the smallest zero.
+#[test]
+fn the_size_of_the_figures_changes_no_finding() {
+    let of = |unit: f64| {
+        let row = |i: u32| {
+            let wave = f64::from(i * 7 % 12) / 12.0;
+            let (a, b) = (wave + 0.3, wave * wave + f64::from(i % 3) / 8.0);
+            format!("{}\n", json!({ "a": a * unit, "b": b * unit }))
+        };
+        let input: String = (0..24).map(row).collect();
+        let mut lines = tool().run(&["--a=a", "--b=b"], &input).exits(0).records();
+        for line in &mut lines {
+            let carrying: &[&str] = match line["test"].as_str() {
+                Some("permutation" | "bootstrap") => &["statistic", "ci_low", "ci_high"],
+                Some("paired_t") => &["ci_low", "ci_high"],
+                _ => &[],
+            };
+            for key in [carrying, &["mean_a", "mean_b", "mean_diff"]].concat() {
+                if let Some(figure) = line[key].as_f64() {
+                    line[key] = json!(figure / unit);
+                }
+            }
+            assert!(line["p"].is_number() || line["test"] == "bootstrap");
+            line.as_object_mut().unwrap().remove("signature");
+        }
+        lines
+    };
+    let usual = of(1.0);
+    for exponent in [-900, -500, 500, 515, 900, 1020] {
+        assert_eq!(of(2.0_f64.powi(exponent)), usual, "2^{exponent}");
+    }
+    // 0 and 2 are no yes and no.
+    let two = tool().run(
+        &["--a=a", "--b=b"],
+        &"{\"a\":2,\"b\":0}\n{\"a\":0,\"b\":0}\n".repeat(3),
+    );
+    two.exits(0).never_says("mcnemar");
+}
+
+#[test]
+fn a_difference_that_is_no_number_is_refused_by_line() {
+    let tool = tool();
+    let far = "{\"a\":1e308,\"b\":-1e308}\n";
+    tool.run(&["--a=a", "--b=b"], &far.repeat(2))
+        .exits(3)
+        .says("-:1: key `a`: 1e308, less -1e308 at --b b, is beyond what a number can hold");
+    let rows: String = [(1.0, 2.0), (-1e308, 1e308)]
+        .map(|(a, b)| {
+            format!(
+                "{}\n",
+                json!({"s": {"x": {"n": a, "m": 1}, "y": {"n": b, "m": 2}}})
+            )
+        })
+        .concat();
+    let paths = ["--a=s.x", "--b=s.y"];
+    tool.run(&paths, &rows)
+        .exits(3)
+        .says("-:2: key `s.x.n`: -1e308, less 1e308 at --b s.y,");
+    tool.run(&[&paths[..], &["--metrics=m"]].concat(), &rows)
+        .exits(0);
+    tool.run(&["--a=a", "--b=b"], "{\"a\":1e400,\"b\":1}\n")
+        .exits(3)
+        .says("-:1: ");
+}
+
+#[test]
+fn a_row_that_comes_again_is_refused() {
+    let tool = tool();
+    let once = records();
+    let twice = once.repeat(2);
+    tool.run(&PATHS, &twice)
+        .exits(3)
+        .says("-:42: key `id`: 0 is on line 1 too")
+        .says("leave one out, or, where several rows of one id are meant, add --cluster id");
+    tool.run(
+        &[&PATHS[..], &["--cluster=conversation_id"]].concat(),
+        &twice,
+    )
+    .exits(3)
+    .says("-:42: key `id`");
+    // Meant so, the second time adds nothing to what is known.
+    let clustered = |input: &str| {
+        let run = tool.run(&[&PATHS[..], &["--cluster=id"]].concat(), input);
+        let lines = run.exits(0).records();
+        let line = |l: &&Value| l["test"] == "paired_t" && l["metric"] == "nll";
+        lines.iter().find(line).unwrap().clone()
+    };
+    let (one, two) = (clustered(&once), clustered(&twice));
+    assert_eq!((&one["n"], &two["n"]), (&json!(40), &json!(80)));
+    assert_eq!(
+        (&one["clusters"], &two["clusters"]),
+        (&json!(40), &json!(40))
+    );
+    let p = |line: &Value| line["p"].as_f64().unwrap();
+    assert!((p(&one) / p(&two) - 1.0).abs() < 1e-12, "{one}\n{two}");
+    // Rows need no id, and null is none.
+    for id in ["", "\"id\":null,"] {
+        let row = format!("{{{id}\"a\":1,\"b\":2}}\n{{{id}\"a\":3,\"b\":2}}\n");
+        tool.run(&["--a=a", "--b=b"], &row).exits(0);
+    }
+}
+
 #[test]
 fn rows_with_one_side_only_are_counted() {
     let rows = [

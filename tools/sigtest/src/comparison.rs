@@ -77,13 +77,9 @@ pub fn compare(
             _ => unpaired += 1,
         }
     }
+    let figures = a.iter().chain(&b);
+    let data: Vec<u8> = figures.flat_map(|x| x.to_le_bytes()).collect();
     let sample = Sample::new(a, b, question.cluster.is_some().then_some(&clusters));
-    let data: Vec<u8> = sample
-        .a
-        .iter()
-        .chain(&sample.b)
-        .flat_map(|x| x.to_le_bytes())
-        .collect();
     let signature = Signature::new("sigtest")
         .with("a", &question.a)
         .with("b", &question.b)
@@ -94,7 +90,6 @@ pub fn compare(
         .with("seed", statistics.seed)
         .with_hash("config", config)
         .with_hash("data", &cli::sha256_hex(&data));
-    let finite = |x: f64| x.is_finite().then_some(x);
     let blank = Line {
         v: record::VERSION,
         a: question.a.clone(),
@@ -111,9 +106,9 @@ pub fn compare(
         n: sample.d.len(),
         unpaired,
         clusters: sample.clustered.then_some(sample.units.len()),
-        mean_a: finite(mean(&sample.a)),
-        mean_b: finite(mean(&sample.b)),
-        mean_diff: finite(sample.mean_diff()),
+        mean_a: sample.unscaled(mean(&sample.a)),
+        mean_b: sample.unscaled(mean(&sample.b)),
+        mean_diff: sample.unscaled(sample.mean_diff()),
         effects: Effects::of(&sample),
         reason: None,
         signature: signature.to_string(),
@@ -148,7 +143,7 @@ impl Test {
             Self::Bootstrap,
             Self::Sign,
         ];
-        if sample.binary() {
+        if sample.binary {
             tests.push(Self::Mcnemar);
         }
         tests

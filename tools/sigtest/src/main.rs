@@ -33,7 +33,8 @@ use crate::rows::Question;
 /// permutation test, a bootstrap interval, the sign test and, for figures of 0 and 1,
 /// McNemar's. Where a path leads to an object, every number that both sides have is a
 /// metric of its own, and each test's p-values are Holm-adjusted over the metrics.
-/// Differences are a − b.
+/// Differences are a − b. Records may do without `id`; one that comes again is refused
+/// (exit 3), unless --cluster id says that several rows of one id are meant.
 #[derive(Parser)]
 #[command(version, after_long_help = cli::after_help(EXAMPLES))]
 struct Sigtest {

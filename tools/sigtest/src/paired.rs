@@ -47,8 +47,8 @@ pub fn paired_t(sample: &Sample, alternative: Alternative, alpha: f64) -> Result
         statistic: Some(t),
         p: Some(alternative.p(at_most, at_least)),
         interval: Interval {
-            low: reach(below).map(|r| mean - r),
-            high: reach(above).map(|r| mean + r),
+            low: reach(below).and_then(|r| sample.unscaled(mean - r)),
+            high: reach(above).and_then(|r| sample.unscaled(mean + r)),
         },
         interval_of: Some("mean_diff"),
         method: if sample.clustered {

@@ -89,7 +89,7 @@ pub fn permutation(
         }
     };
     Finding {
-        statistic: Some(sample.mean_diff()),
+        statistic: sample.unscaled(sample.mean_diff()),
         p: Some(p),
         method,
         ..Finding::default()
@@ -126,9 +126,12 @@ pub fn bootstrap(
     let shift = accelerated(&means, mean, units);
     let method = if shift.is_some() { "bca" } else { "percentile" };
     let at = |p: f64| shift.as_ref().map_or(p, |shift| shift(p));
-    let end = |tail: f64, p: f64| (tail > 0.0).then(|| quantile(&means, at(p)));
+    let end = |tail: f64, p: f64| {
+        let end = (tail > 0.0).then(|| quantile(&means, at(p)));
+        end.and_then(|end| sample.unscaled(end))
+    };
     Ok(Finding {
-        statistic: Some(mean),
+        statistic: sample.unscaled(mean),
         interval: Interval {
             low: end(below, below),
             high: end(above, 1.0 - above),

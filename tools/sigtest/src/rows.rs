@@ -5,9 +5,10 @@ use std::path::Path;
 
 use clap::Args;
 use cli::{App, Counts, Failure};
-use jsonl::Lines;
+use jsonl::{Lines, Position};
 use record::Record;
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use crate::figures;
 
@@ -43,6 +44,8 @@ pub struct Question {
 
 /// What one record says.
 pub struct Row {
+    /// As it is written.
+    id: Option<Box<RawValue>>,
     pub a: HashMap<String, f64>,
     pub b: HashMap<String, f64>,
     pub cluster: Option<String>,
@@ -61,11 +64,15 @@ impl Question {
         let mut rejects = app.rejects("--rejects", rejects)?;
         let mut records = app.records(Lines::open(Path::new("-"))?);
         let (mut rows, mut names, mut counts) = (Vec::new(), Vec::new(), Counts::default());
-        while let Some((_, row)) =
+        let mut seen = HashMap::new();
+        while let Some((position, row)) =
             records.next_with(&mut rejects, |record| self.row(&record, &mut names))?
         {
             counts.read += 1;
-            rows.extend(row);
+            if let Some(row) = row {
+                self.refuse_again(&row, &position, &mut seen)?;
+                rows.push(row);
+            }
         }
         counts.rejected = records.bad();
         counts.read += counts.rejected;
@@ -94,6 +101,26 @@ impl Question {
         Ok((rows, metrics, counts))
     }
 
+    /// A row that comes again, as where a file was given twice, makes luck look like a
+    /// difference. In one cluster with its like it does not.
+    fn refuse_again(
+        &self,
+        row: &Row,
+        position: &Position,
+        seen: &mut HashMap<String, u64>,
+    ) -> Result<(), Failure> {
+        let Some(id) = row.id.as_deref().map(RawValue::get) else {
+            return Ok(());
+        };
+        match seen.insert(id.to_owned(), position.line) {
+            Some(before) if self.cluster.as_deref() != Some("id") => Err(Failure::Input(format!(
+                "{position}: key `id`: {id} is on line {before} too, and rows that are counted twice look \
+                 significant: leave one out, or, where several rows of one id are meant, add --cluster id"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     /// A figure that is null was not measured: without a word its rows, or the whole
     /// metric, would be missing.
     fn tell_of_nulls(&self, app: &App, rows: &[Row]) {
@@ -102,7 +129,7 @@ impl Question {
             *counts.entry(name).or_insert(0) += 1;
         }
         for (name, count) in counts {
-            if self.metrics.is_empty() || self.metrics.contains(name) {
+            if self.wants(name) {
                 let all = cli::counted(rows.len(), "row");
                 app.warn(format_args!(
                     "`{name}` is null, so not measured, in {count} of {all}, left out of that metric"
@@ -145,8 +172,12 @@ impl Question {
                 "no record has --metrics {absent} on both sides; there are: {have}"
             ));
         }
-        let wanted = |name: &String| self.metrics.is_empty() || self.metrics.contains(name);
-        Ok(common.into_iter().filter(wanted).collect())
+        Ok(common.into_iter().filter(|name| self.wants(name)).collect())
+    }
+
+    /// Whether a metric is asked for.
+    fn wants(&self, name: &String) -> bool {
+        self.metrics.is_empty() || self.metrics.contains(name)
     }
 
     /// The figures of one record, or `None` for the corpus line. New names of
@@ -180,7 +211,25 @@ impl Question {
             }
             numbers
         };
+        let is_one = a.as_ref().is_some_and(Value::is_number);
         let (a, b) = (side(a), side(b));
+        let too_far = |name: &&String| match (a.get(*name), b.get(*name)) {
+            (Some(a), Some(b)) => !(a - b).is_finite() && self.wants(name),
+            _ => false,
+        };
+        if let Some(name) = names.iter().find(too_far) {
+            let (of_a, of_b) = (cli::shown(a[name]), cli::shown(b[name]));
+            return Err(record::Error::Field {
+                key: match is_one {
+                    true => self.a.clone(),
+                    false => format!("{}.{name}", self.a),
+                },
+                cause: format!(
+                    "{of_a}, less {of_b} at --b {}, is beyond what a number can hold",
+                    self.b
+                ),
+            });
+        }
         let cluster = match &self.cluster {
             None => None,
             Some(path) => match figures::find(record, path)?.filter(|value| !value.is_null()) {
@@ -193,6 +242,7 @@ impl Question {
             },
         };
         Ok(Some(Row {
+            id: record.get("id")?,
             a,
             b,
             cluster,

@@ -12,7 +12,7 @@ pub struct Unit {
     pub rows: f64,
 }
 
-/// One metric's figures on the rows where both sides have it.
+/// One metric's figures on the rows where both sides have it, divided by `scale`.
 pub struct Sample {
     pub a: Vec<f64>,
     pub b: Vec<f64>,
@@ -20,12 +20,21 @@ pub struct Sample {
     pub d: Vec<f64>,
     pub units: Vec<Unit>,
     pub clustered: bool,
+    /// Whether every figure is 0 or 1.
+    pub binary: bool,
+    /// The largest power of two in any figure: squares of what is very large or very small
+    /// would be infinite or zero. Dividing by it rounds nothing.
+    scale: f64,
 }
 
 impl Sample {
     /// `clusters` names each row's cluster; in their order of first appearance they
     /// become the units.
-    pub fn new(a: Vec<f64>, b: Vec<f64>, clusters: Option<&[&str]>) -> Self {
+    pub fn new(mut a: Vec<f64>, mut b: Vec<f64>, clusters: Option<&[&str]>) -> Self {
+        let binary = a.iter().chain(&b).all(|&x| x == 0.0 || x == 1.0);
+        let largest = (a.iter().chain(&b)).fold(f64::MIN_POSITIVE, |most, x| most.max(x.abs()));
+        let scale = power_of_two(largest);
+        a.iter_mut().chain(&mut b).for_each(|x| *x /= scale);
         let d: Vec<f64> = a.iter().zip(&b).map(|(a, b)| a - b).collect();
         let mut units: Vec<Unit> = Vec::new();
         let mut at = HashMap::new();
@@ -46,7 +55,15 @@ impl Sample {
             d,
             units,
             clustered: clusters.is_some(),
+            binary,
+            scale,
         }
+    }
+
+    /// A mean or a difference as the records have it; `None` where it is no number or too
+    /// large for one.
+    pub fn unscaled(&self, x: f64) -> Option<f64> {
+        Some(x * self.scale).filter(|x| x.is_finite())
     }
 
     /// The rows.
@@ -64,16 +81,16 @@ impl Sample {
         self.d.iter().all(|&d| d == 0.0)
     }
 
-    /// Whether every figure is 0 or 1.
-    pub fn binary(&self) -> bool {
-        self.a.iter().chain(&self.b).all(|&x| x == 0.0 || x == 1.0)
-    }
-
     /// Rows where a is greater, and where it is less.
     pub fn signs(&self) -> (u64, u64) {
         let count = |f: &dyn Fn(f64) -> bool| self.d.iter().filter(|&&d| f(d)).count() as u64;
         (count(&|d| d > 0.0), count(&|d| d < 0.0))
     }
+}
+
+/// The power of two at or below a positive normal number: its exponent, and no fraction.
+fn power_of_two(x: f64) -> f64 {
+    f64::from_bits(x.to_bits() >> (f64::MANTISSA_DIGITS - 1) << (f64::MANTISSA_DIGITS - 1))
 }
 
 /// The mean; not a number of nothing.
