@@ -16,7 +16,9 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 
 use anyhow::{Context, Result};
 use cli::Failure;
@@ -534,47 +536,114 @@ impl Folder {
         Ok(checkpoints(&self.path)?.pop().map(|(_, path)| path))
     }
 
-    /// Saves a checkpoint and drops the oldest above `keep` (0 keeps all).
-    pub fn save(&mut self, state: &State, keep: usize) -> Result<()> {
-        let target = self.checkpoints().join(format!("step-{}", state.step));
+    /// Begins to save the checkpoint of a step, with the figures that there are now, and a
+    /// state that is still on its way from the device; then the oldest above `keep` are
+    /// dropped (0 keeps all).
+    ///
+    /// # Errors
+    /// If the figures cannot be read.
+    pub fn save(
+        &self,
+        step: u64,
+        state: impl FnOnce() -> Result<State> + Send + 'static,
+        keep: usize,
+    ) -> Result<Saving> {
+        let target = self.checkpoints().join(format!("step-{step}"));
         if target.exists() {
-            return Ok(()); // the same step of the same run is the same state
+            // The same step of the same run is the same state.
+            return Ok(Saving {
+                step,
+                writing: None,
+            });
         }
-        let part = self.checkpoints().join(format!("step-{}.tmp", state.step));
-        let write = || -> Result<()> {
-            if part.exists() {
-                fs::remove_dir_all(&part)?;
-            }
-            fs::create_dir_all(&part)?;
-            let file = part.join("state.safetensors");
-            let tensors = serialized(state)?;
-            synced(&file, &tensors)?;
-            self.metrics.sync_all()?;
-            self.timing.sync_all()?;
+        let saving = format!("saving {}", target.display());
+        let begin = || -> Result<_> {
             let metrics_bytes = self.metrics.metadata()?.len();
-            let mut cut = Cut {
-                step: state.step,
+            let cut = Cut {
+                step,
                 metrics_bytes,
                 metrics: begin_sum(&self.path.join(METRICS), metrics_bytes)?,
                 timing_bytes: self.timing.metadata()?.len(),
-                state: cli::sha256_hex(&tensors),
+                state: String::new(),
                 run: cli::sha256_file(&self.path.join(RUN))?,
                 sum: String::new(),
             };
-            cut.sum = cut.sum();
-            synced(&part.join("state.json"), &serde_json::to_vec(&cut)?)?;
-            fs::rename(&part, &target)?;
-            File::open(self.checkpoints())?.sync_all()?;
+            Ok((cut, [self.metrics.try_clone()?, self.timing.try_clone()?]))
+        };
+        let (cut, figures) = begin().with_context(|| saving.clone())?;
+        let folder = self.path.clone();
+        let write = move || {
+            write_checkpoint(&folder, &state()?, cut, figures).context(saving)?;
+            let mut all = checkpoints(&folder)?;
+            while keep > 0 && all.len() > keep {
+                let (_, oldest) = all.remove(0);
+                fs::remove_dir_all(&oldest).with_context(|| oldest.display().to_string())?;
+            }
             Ok(())
         };
-        write().with_context(|| format!("saving {}", target.display()))?;
-        let mut all = checkpoints(&self.path)?;
-        while keep > 0 && all.len() > keep {
-            let (_, oldest) = all.remove(0);
-            fs::remove_dir_all(&oldest).with_context(|| oldest.display().to_string())?;
-        }
-        Ok(())
+        Ok(Saving {
+            step,
+            writing: Some(std::thread::spawn(write)),
+        })
     }
+}
+
+/// A checkpoint on its way to the disk, which takes seconds: the training goes on.
+pub struct Saving {
+    /// Whose it is.
+    pub step: u64,
+    writing: Option<JoinHandle<Result<()>>>,
+}
+
+impl Saving {
+    /// Whether nothing is left to wait for.
+    pub fn is_done(&self) -> bool {
+        self.writing.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Waits for it.
+    ///
+    /// # Errors
+    /// If it was not saved.
+    pub fn finish(mut self) -> Result<()> {
+        let Some(writing) = self.writing.take() else {
+            return Ok(());
+        };
+        writing.join().unwrap_or_else(|panic| resume_unwind(panic))
+    }
+}
+
+impl Drop for Saving {
+    /// What ends a run loses no checkpoint that was begun before.
+    fn drop(&mut self) {
+        if let Some(writing) = self.writing.take() {
+            let _ = writing.join();
+        }
+    }
+}
+
+/// Writes a checkpoint that appears whole or not at all, behind the figures that it goes
+/// with.
+fn write_checkpoint(folder: &Path, state: &State, mut cut: Cut, figures: [File; 2]) -> Result<()> {
+    let all = folder.join(CHECKPOINTS);
+    let (part, target) = (
+        all.join(format!("step-{}.tmp", cut.step)),
+        all.join(format!("step-{}", cut.step)),
+    );
+    if part.exists() {
+        fs::remove_dir_all(&part)?;
+    }
+    fs::create_dir_all(&part)?;
+    let tensors = serialized(state)?;
+    synced(&part.join("state.safetensors"), &tensors)?;
+    for file in figures {
+        file.sync_all()?;
+    }
+    cut.state = cli::sha256_hex(&tensors);
+    cut.sum = cut.sum();
+    synced(&part.join("state.json"), &serde_json::to_vec(&cut)?)?;
+    fs::rename(&part, &target)?;
+    Ok(File::open(all)?.sync_all()?)
 }
 
 /// A checkpoint's tensors: `params`, and `m` and `v`, or, in 8 bits, the codes and

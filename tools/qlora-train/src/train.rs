@@ -22,7 +22,7 @@ use settings::{Optim, TrainSettings};
 
 use crate::card::Card;
 use crate::figures::{EvalLine, Lines, StepLine, TimeLine};
-use crate::folder::{Folder, Identity, State, write_sums};
+use crate::folder::{Folder, Identity, Saving, State, write_sums};
 use crate::memory::Fit;
 use crate::origin::Origin;
 use crate::plan::Plan;
@@ -39,6 +39,19 @@ struct Pending<B: Backend> {
     norm: B::Reading,
     started: Instant,
     queued: Instant,
+}
+
+/// A value of the adapter is no number.
+#[derive(Debug, thiserror::Error)]
+#[error("a value is no number")]
+struct NoNumber;
+
+/// These values, if they are numbers: the loss tells only of those before an update.
+fn finite(values: Vec<f32>) -> Result<Vec<f32>> {
+    match values.iter().all(|value| value.is_finite()) {
+        true => Ok(values),
+        false => Err(NoNumber.into()),
+    }
 }
 
 /// What a run is made of, beside the model.
@@ -75,7 +88,7 @@ pub fn run<B: Backend>(
     job.app.interrupted()?;
     match fresh {
         true => job.app.keeps("there is no checkpoint yet"),
-        false => trainer.keeps(),
+        false => trainer.keeps(trainer.step),
     }
     if fresh {
         trainer.evaluate()?;
@@ -86,6 +99,9 @@ pub fn run<B: Backend>(
         trainer.stop_if_diverged()?;
         trainer.heed_requests()?;
         trainer.update()?;
+        if trainer.saving.as_ref().is_some_and(Saving::is_done) {
+            trainer.settle()?;
+        }
         let (step, last) = (trainer.step, trainer.step == job.plan.steps);
         if due(step, t.eval_steps) || last {
             trainer.evaluate()?;
@@ -127,6 +143,8 @@ struct Trainer<'a, B: Backend> {
     ready: Instant,
     watch: Watch,
     spikes: Spikes,
+    /// The last checkpoint, until it is known to be on the disk.
+    saving: Option<Saving>,
     /// Whether a `save-now` that does not go away has been told of.
     stuck: bool,
     /// Step and held-out loss of this process's last evaluation.
@@ -182,6 +200,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
             estimated: Duration::ZERO,
             ready: Instant::now(),
             last_eval: None,
+            saving: None,
             stuck: false,
             job,
             model,
@@ -360,6 +379,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
             return Ok(());
         };
         self.save()?;
+        self.settle()?;
         let step = self.step;
         Err(Failure::World(format!(
             "step {step}: the loss has been far above the {median:.4} before for {steps} steps and will hardly \
@@ -375,10 +395,12 @@ impl<'a, B: Backend> Trainer<'a, B> {
         let (app, step) = (self.job.app, self.step);
         if app.asked_to_save()? || self.asked_by_file() {
             self.save()?;
+            self.settle()?;
             app.info(format_args!("step {step} is saved"));
         }
         if app.interrupted()? {
             self.save()?;
+            self.settle()?;
             let cause = format!("interrupted; step {step} is saved, --resume goes on");
             return Err(Failure::Interrupted(cause).into());
         }
@@ -397,38 +419,53 @@ impl<'a, B: Backend> Trainer<'a, B> {
         })
     }
 
+    /// Begins to save a checkpoint, once the one before is on the disk.
     fn save(&mut self) -> Result<()> {
         self.catch_up()?;
-        let moments = self.optimiser.moments(self.model.backend())?;
-        let state = State {
-            step: self.step,
-            params: self.values()?,
-            moments,
+        self.settle()?;
+        let (backend, step) = (self.model.backend(), self.step);
+        let moments = self.optimiser.moments(backend);
+        let params = backend.read_f32(&self.params, 0..self.job.plan.layout.len());
+        let state = move || {
+            Ok(State {
+                step,
+                params: finite(params.wait()?)?,
+                moments: moments()?,
+            })
         };
         let keep = self.job.settings.training.save_total_limit;
-        self.lines.folder.save(&state, keep)?;
-        self.keeps();
+        self.saving = Some(self.lines.folder.save(step, state, keep)?);
+        Ok(())
+    }
+
+    /// Waits until the last checkpoint is on the disk.
+    fn settle(&mut self) -> Result<()> {
+        if let Some(saving) = self.saving.take() {
+            let step = saving.step;
+            saving.finish().map_err(|error| self.cause(step, error))?;
+            self.keeps(step);
+        }
         Ok(())
     }
 
     /// Notes what an end without a checkpoint leaves.
-    fn keeps(&self) {
-        let step = self.step;
+    fn keeps(&self, step: u64) {
         let kept = format_args!("the last checkpoint is that of step {step}, --resume goes on");
         self.job.app.keeps(kept);
     }
 
-    /// All adapter parameters as they are now. The loss tells of those before an update
-    /// only, so the last ones are looked at here.
+    /// All adapter parameters as they are now.
     fn values(&self) -> Result<Vec<f32>> {
         let all = 0..self.job.plan.layout.len();
         let values = self.model.backend().read_f32(&self.params, all).wait()?;
-        match values.iter().all(|value| value.is_finite()) {
-            true => Ok(values),
-            false => {
-                let (step, what) = (self.step, "a value of the adapter is");
-                Err(self.no_number(step, what, step))
-            }
+        finite(values).map_err(|error| self.cause(self.step, error))
+    }
+
+    /// What is behind an error in reading the adapter of a step.
+    fn cause(&self, step: u64, error: anyhow::Error) -> anyhow::Error {
+        match error.is::<NoNumber>() {
+            true => self.no_number(step, "a value of the adapter is", step),
+            false => error,
         }
     }
 
@@ -525,6 +562,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
     fn publish(mut self) -> Result<()> {
         let (app, t, plan) = (self.job.app, &self.job.settings.training, self.job.plan);
         self.catch_up()?;
+        self.settle()?;
         if self.watch.gave_up() {
             app.info(format_args!(
                 "stopped after step {}: no better held-out loss in {} evaluations",

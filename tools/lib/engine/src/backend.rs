@@ -268,7 +268,7 @@ pub trait Reading<T> {
 /// A machine that can run and train the model. See the crate's head for the
 /// conventions that all operations share.
 #[expect(clippy::too_many_arguments, reason = "operations are fused")]
-pub trait Backend: Sized + Send + Sync {
+pub trait Backend: Sized + Send + Sync + 'static {
     /// Activations and their gradients.
     type Act: Send + Sync;
     /// 32-bit floats: parameters, gradients, moments, statistics, losses.
@@ -280,9 +280,9 @@ pub trait Backend: Sized + Send + Sync {
     /// Scratch memory.
     type Workspace: Send;
     /// Floats on their way back.
-    type Reading: Reading<f32>;
+    type Reading: Reading<f32> + Send + 'static;
     /// Indices on their way back.
-    type IdsReading: Reading<u32>;
+    type IdsReading: Reading<u32> + Send + 'static;
 
     /// Bytes of one activation.
     const ACT_BYTES: usize;

@@ -147,14 +147,20 @@ impl<B: Backend> OnDevice<B> {
         })
     }
 
-    fn read(&self, backend: &B, blocks: usize) -> Result<CodedMoment> {
-        let words = backend
-            .read_ids(&self.codes, blocks * MOMENT_BLOCK / 4)
-            .wait()?;
-        Ok(CodedMoment {
-            codes: words.iter().flat_map(|word| word.to_le_bytes()).collect(),
-            absmax: backend.read_f32(&self.absmax, 0..blocks).wait()?,
-        })
+    fn read(
+        &self,
+        backend: &B,
+        blocks: usize,
+    ) -> impl FnOnce() -> Result<CodedMoment> + Send + use<B> {
+        let words = backend.read_ids(&self.codes, blocks * MOMENT_BLOCK / 4);
+        let absmax = backend.read_f32(&self.absmax, 0..blocks);
+        || {
+            let bytes = |words: Vec<u32>| words.into_iter().flat_map(u32::to_le_bytes).collect();
+            Ok(CodedMoment {
+                codes: bytes(words.wait()?),
+                absmax: absmax.wait()?,
+            })
+        }
     }
 }
 
@@ -240,22 +246,24 @@ impl<B: Backend> Optimiser<B> {
         })
     }
 
-    /// First and second moments, to be saved.
-    ///
-    /// # Errors
-    /// If the device failed.
-    pub fn moments(&self, backend: &B) -> Result<Moments> {
-        let read = |moment| backend.read_f32(moment, 0..self.len).wait();
-        Ok(match &self.state {
-            State::F32 { m, v } => Moments::F32 {
-                m: read(m)?,
-                v: read(v)?,
-            },
-            State::EightBit { m, v } => Moments::EightBit {
-                m: m.read(backend, self.blocks)?,
-                v: v.read(backend, self.blocks)?,
-            },
-        })
+    /// Starts reading the first and second moments, as they are now, to be saved: what comes
+    /// of it waits for them, on any thread, and fails if the device does.
+    pub fn moments(&self, backend: &B) -> Box<dyn FnOnce() -> Result<Moments> + Send> {
+        match &self.state {
+            State::F32 { m, v } => {
+                let [m, v] = [m, v].map(|moment| backend.read_f32(moment, 0..self.len));
+                Box::new(|| {
+                    Ok(Moments::F32 {
+                        m: m.wait()?,
+                        v: v.wait()?,
+                    })
+                })
+            }
+            State::EightBit { m, v } => {
+                let [m, v] = [m, v].map(|moment| moment.read(backend, self.blocks));
+                Box::new(|| Ok(Moments::EightBit { m: m()?, v: v()? }))
+            }
+        }
     }
 
     /// Updates done.

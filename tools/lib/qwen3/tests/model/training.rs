@@ -155,7 +155,7 @@ fn training_continues_bit_for_bit_from_saved_moments() {
             step(&mut optimiser, &mut straight);
         }
         let mut resumed = straight.clone();
-        let moments = optimiser.moments(&Cpu).unwrap();
+        let moments = optimiser.moments(&Cpu)().unwrap();
         let steps = optimiser.steps();
         let mut other = Optimiser::restore(&Cpu, layout, kind, &moments, steps).unwrap();
         for _ in 0..5 {
@@ -171,12 +171,7 @@ fn moments_in_8_bits_take_a_quarter_and_train_as_well() {
     // Rank 64 makes every factor a multiple of 256.
     let twins = Twins::new(false, 64);
     let layout = &twins.layout;
-    let moments = |kind| {
-        Optimiser::new(&Cpu, layout, kind)
-            .unwrap()
-            .moments(&Cpu)
-            .unwrap()
-    };
+    let moments = |kind| Optimiser::new(&Cpu, layout, kind).unwrap().moments(&Cpu)().unwrap();
     let (wide, narrow) = (OptimiserKind::default(), EIGHT_BIT);
     for (kind, other) in [(wide, narrow), (narrow, wide)] {
         assert!(moments(kind).fit(&kind, layout) && !moments(kind).fit(&other, layout));
