@@ -55,15 +55,24 @@ MINILM  := data/cache/models/all-MiniLM-L6-v2
 STAMP   := $(shell date +%Y%m%d_%H%M%S)
 log      = --log output/logs/$(1)_$(STAMP).log
 
+# A source whose path has other characters, such as spaces, is quoted for the shell; make
+# could have it as no prerequisite, so that its date and size are in the key instead.
+plain   := $(if $(call without,$(allowed) / ~,$(INPUT)),,plain)
+input   := $(if $(plain),$(INPUT),'$(subst ','\'',$(INPUT))')
+
 # Data that is there is used as it is, unless `make data` or a source is asked for.
 given   := $(strip $(filter data demo,$(MAKECMDGOALS)) $(foreach v,METHOD INPUT TARGET,$(filter command environment override,$(origin $(v)))))
 ifneq ($(given)$(if $(wildcard $(RAW)/pairs.jsonl),,missing),)
-sources := $(RAW)/fetch.key $(if $(filter file,$(METHOD)),$(INPUT))
+sources := $(RAW)/fetch.key $(if $(filter file,$(METHOD)),$(if $(plain),$(INPUT)))
+dated   := $(if $(filter file,$(METHOD)),$(if $(plain),,; date -r $(input) '+of %s'; wc -c < $(input)))
 endif
-ifneq ($(filter data train eval $(RAW)/% $(PAIRS)/%,$(MAKECMDGOALS)),)
-ifeq ($(METHOD)$(INPUT),file)
-ifneq ($(sources),)
+ifneq ($(filter data train eval demo $(RAW)/% $(PAIRS)/%,$(MAKECMDGOALS)),)
+ifneq ($(if $(sources),$(filter file,$(METHOD))),)
+ifeq ($(INPUT),)
 $(error METHOD=file needs INPUT=path: an Apify or twscrape export, or pairs)
+endif
+ifneq ($(shell [ -r $(input) ] && [ ! -d $(input) ] || echo none),)
+$(error INPUT=$(INPUT): there is no such file, or it cannot be read)
 endif
 endif
 endif
@@ -71,7 +80,7 @@ endif
 # Settings given by variable go to a tool as flags.
 model   := $(if $(MODEL),--model $(MODEL))
 judge   := $(if $(JUDGE),--provider $(JUDGE))
-fetch   := --config $(CONFIG)/data.yaml --method $(METHOD) $(if $(INPUT),--input $(INPUT)) $(if $(TARGET),--target $(TARGET))
+fetch   := --config $(CONFIG)/data.yaml --method $(METHOD) $(if $(INPUT),--input $(input)) $(if $(TARGET),--target $(TARGET))
 train   := --config $(CONFIG)/train.yaml $(model)
 card     = [ ! -e $(ADAPTER)/README.md ] || $(BIN)/qlora-train card --quiet --evaluation $(EVAL)/tests.jsonl $(ADAPTER)
 adapters := --adapter lora=$(ADAPTER) $(if $(CONTROL),--adapter shuffled=$(SHUFFLED))
@@ -115,15 +124,19 @@ demo: $(EVAL)/tests.jsonl ## the whole pipeline on bundled data and a tiny model
 	@$(card)
 	@$(BIN)/report --run $(RUN) --data $(DATA)
 
-# A key file is looked at in every run and changes only with its content; `+`
-# lets `make -n` see the truth as well, once the tools are built.
+# A key file is looked at in every run and changes only with its content. Another make may
+# do so at the same time: each has a draft of its own. Once the tools are built, `make -n`
+# sees the truth as well (`+`) and writes nothing: a line without `+` has a key taken for new.
 FORCE:
+dry  = $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS))))
+seen = $(shell [ -x $(BIN)/sigtest ] || { echo +; exit; }; trap 'echo +@exit 2' EXIT; new=$$(set -e; $(1)); \
+  trap - EXIT; if cmp -s $@ <(echo "$$new"); then echo +; else echo ': $@ changes'; fi)
 define key
-+@[ -x $(BIN)/sigtest ] || exit 0; mkdir -p $(@D) output/logs && { $(1); } > $@.new && if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+$(if $(dry),$(seen),+@[ -x $(BIN)/sigtest ] || exit 0; mkdir -p $(@D) output/logs; new=$@.new.$$$$; trap 'rm -f $$new' EXIT; { $(1); } > $$new; cmp -s $$new $@ || mv $$new $@)
 endef
 
 $(RAW)/fetch.key: FORCE | build
-	$(call key,$(BIN)/tw-fetch $(fetch) --print-config=key; echo "method = $(METHOD)"; echo "input = $(INPUT)")
+	$(call key,$(BIN)/tw-fetch $(fetch) --print-config=key; echo "method = $(METHOD)"; echo "input = "$(input)$(dated))
 $(PAIRS)/validate.key: FORCE | build
 	$(call key,$(BIN)/pair-validate --config $(CONFIG)/data.yaml --print-config=key)
 $(PAIRS)/dedup.key: FORCE | build
@@ -138,24 +151,27 @@ $(EVAL)/judge.key: FORCE | build
 $(EVAL)/statistics.key: FORCE | build
 	$(call key,$(BIN)/sigtest --config $(CONFIG)/eval.yaml --a systems.base --b systems.lora --print-config=key)
 
-# Two makes that write the same files would spoil each other's.
+# Two makes that write the same files would spoil each other's: a step holds the lock until
+# its file has its name. One that fails, be it for the lock, must not delete what the other
+# has just finished.
 lock = . tools/setup/locked $(@D);
+.PRECIOUS: $(RAW)/pairs.jsonl $(PAIRS)/valid.jsonl $(PAIRS)/pairs.jsonl $(EVAL)/items.jsonl $(EVAL)/judged.jsonl $(EVAL)/tests.jsonl
 
 # Data. Only an import from a file is done again; what was collected is kept.
 $(RAW)/pairs.jsonl: $(sources)
 	@if [ -s $@ ] && ! { [ $(METHOD) = file ] && grep -qsx 'method = file' $(RAW)/fetched.key; }; then \
 	  echo "make: $@ was collected with other settings (< those, > these):" >&2; diff $(RAW)/fetched.key $< >&2 || true; \
 	  echo "make: keep them, or collect under another name: make data RUN=new" >&2; exit 2; fi
-	$(lock) $(BIN)/tw-fetch $(fetch) --state $(RAW)/state --unpaired $(RAW)/unpaired.jsonl $(call log,fetch) > $@.part
-	@mv $@.part $@ && cp $< $(RAW)/fetched.key
+	$(lock) $(BIN)/tw-fetch $(fetch) --state $(RAW)/state --unpaired $(RAW)/unpaired.jsonl $(call log,fetch) > $@.part; \
+	cp $< $(RAW)/fetched.key; mv $@.part $@
 
 $(PAIRS)/valid.jsonl: $(RAW)/pairs.jsonl $(PAIRS)/validate.key
-	$(lock) $(BIN)/pair-validate --config $(CONFIG)/data.yaml --rejects $(PAIRS)/rejects.jsonl --summary $(PAIRS)/validate-summary.json $(call log,validate) < $< > $@.part
-	@mv $@.part $@
+	$(lock) $(BIN)/pair-validate --config $(CONFIG)/data.yaml --rejects $(PAIRS)/rejects.jsonl --summary $(PAIRS)/validate-summary.json $(call log,validate) < $< > $@.part; \
+	mv $@.part $@
 
 $(PAIRS)/pairs.jsonl: $(PAIRS)/valid.jsonl $(PAIRS)/dedup.key | $(MINILM)/model.safetensors
-	$(lock) $(BIN)/pair-dedup --config $(CONFIG)/data.yaml --dropped $(PAIRS)/dropped.jsonl --summary $(PAIRS)/dedup-summary.json $(call log,dedup) < $< > $@.part
-	@mv $@.part $@
+	$(lock) $(BIN)/pair-dedup --config $(CONFIG)/data.yaml --dropped $(PAIRS)/dropped.jsonl --summary $(PAIRS)/dedup-summary.json $(call log,dedup) < $< > $@.part; \
+	mv $@.part $@
 
 $(MINILM)/model.safetensors:
 	tools/setup/fetch-minilm $(MINILM)
@@ -173,18 +189,18 @@ provenance = $(foreach step,validate dedup,$(addprefix --provenance ,$(shell ls 
 # Evaluation. The judge's key is asked for before anything is generated.
 $(EVAL)/items.jsonl: $(PAIRS)/pairs.jsonl $(ADAPTER)/adapter_model.safetensors $(if $(CONTROL),$(SHUFFLED)/adapter_model.safetensors) $(EVAL)/generate.key
 	@$(BIN)/judge --config $(CONFIG)/eval.yaml $(judge) --check
-	$(lock) $(BIN)/gen-eval --config $(CONFIG)/eval.yaml $(model) $(adapters) --device $(DEVICE) --state $(EVAL)/generate-state $(call log,generate) < $< > $@.part
-	@mv $@.part $@ && rm -rf $(EVAL)/generate-state
+	$(lock) $(BIN)/gen-eval --config $(CONFIG)/eval.yaml $(model) $(adapters) --device $(DEVICE) --state $(EVAL)/generate-state $(call log,generate) < $< > $@.part; \
+	mv $@.part $@; rm -rf $(EVAL)/generate-state
 
 $(EVAL)/judged.jsonl: $(EVAL)/items.jsonl $(EVAL)/judge.key
-	$(lock) $(BIN)/judge --config $(CONFIG)/eval.yaml $(judge) --state $(EVAL)/judge-state $(call log,judge) < $< > $@.part
-	@mv $@.part $@
+	$(lock) $(BIN)/judge --config $(CONFIG)/eval.yaml $(judge) --state $(EVAL)/judge-state $(call log,judge) < $< > $@.part; \
+	mv $@.part $@
 
 $(EVAL)/tests.jsonl: $(EVAL)/judged.jsonl $(EVAL)/statistics.key
 	$(lock) compare() { $(BIN)/sigtest --config $(CONFIG)/eval.yaml --a $$1 --b $$2 --cluster conversation_id $(call log,sigtest) < $< >> $@.part; }; \
 	rm -f $@.part; compare systems.base systems.lora; \
-	$(if $(CONTROL),compare systems.shuffled systems.lora;) compare verdicts.score.base verdicts.score.lora
-	@mv $@.part $@
+	$(if $(CONTROL),compare systems.shuffled systems.lora;) compare verdicts.score.base verdicts.score.lora; \
+	mv $@.part $@
 
 # Checks.
 test: $(MINILM)/model.safetensors ## all tests
