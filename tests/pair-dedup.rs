@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use harness::{Conventions, Run, Tool, behind};
+use harness::{Conventions, Run, Tool};
 use serde_json::{Value, json};
 
 fn tool() -> Tool {
@@ -571,18 +571,6 @@ fn a_repeated_id_is_counted_apart() {
     let texts: Vec<&Value> = by_id.map(|row| &row["tweet"]).collect();
     assert_eq!(texts, [TOPICS[3].0, TOPICS[4].0]);
     run(&tool, &[], &text(&pairs())).never_says("warning");
-}
-
-#[test]
-fn the_input_is_no_place_for_the_output() {
-    let (tool, input) = (tool(), text(&pairs()));
-    tool.file("e.jsonl", &input);
-    let appending = ["-c", "exec \"$@\" < e.jsonl >> e.jsonl", "-"];
-    let command = tool.command(&["--model", &model()]);
-    Run::of(&mut behind("bash", &appending, &command), b"")
-        .exits(2)
-        .says("-: is the file that is standard output too");
-    assert_eq!(tool.read("e.jsonl"), input);
 }
 
 #[test]

@@ -81,21 +81,22 @@ impl Conventions {
     }
 
     /// A file to write that is the input's, the output's or a folder: exit 2, and
-    /// nothing is lost.
+    /// nothing is lost. Nor is the input the output, which would have no end.
     pub fn files_apart(&self, tool: &Tool) {
         let input = tool.file("self.jsonl", &self.input);
-        let arguments = self.with(&[self.rejects, &input]);
-        let from_itself = File::open(&input).expect("the input");
-        let onto_itself = File::options()
-            .append(true)
-            .open(&input)
-            .expect("the input");
-        for (stdin, stdout) in [
-            (Stdio::from(from_itself), Stdio::null()),
-            (Stdio::null(), Stdio::from(onto_itself)),
+        let with_rejects = self.with(&[self.rejects, &input]);
+        let from_itself = || Stdio::from(File::open(&input).expect("the input"));
+        let onto_itself = || {
+            let file = File::options().append(true).open(&input);
+            Stdio::from(file.expect("the input"))
+        };
+        for (arguments, stdin, stdout) in [
+            (&with_rejects, from_itself(), Stdio::null()),
+            (&with_rejects, Stdio::null(), onto_itself()),
+            (&self.arguments, from_itself(), onto_itself()),
         ] {
             let status = tool
-                .command(&arguments)
+                .command(arguments)
                 .stdin(stdin)
                 .stdout(stdout)
                 .stderr(Stdio::null())
