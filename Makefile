@@ -155,7 +155,7 @@ $(EVAL)/statistics.key: FORCE | build
 # its file has its name. One that fails, be it for the lock, must not delete what the other
 # has just finished.
 lock = . tools/setup/locked $(@D);
-.PRECIOUS: $(RAW)/pairs.jsonl $(PAIRS)/valid.jsonl $(PAIRS)/pairs.jsonl $(EVAL)/items.jsonl $(EVAL)/judged.jsonl $(EVAL)/tests.jsonl
+.PRECIOUS: %/adapter_model.safetensors $(RAW)/pairs.jsonl $(PAIRS)/valid.jsonl $(PAIRS)/pairs.jsonl $(EVAL)/items.jsonl $(EVAL)/judged.jsonl $(EVAL)/tests.jsonl
 
 # Data. Only an import from a file is done again; what was collected is kept.
 $(RAW)/pairs.jsonl: $(sources)
@@ -225,8 +225,9 @@ gpu-kit: ## what a machine with a GPU needs for docs/gpu.md, in target/gpu
 	@rm -rf target/gpu && mkdir -p target/gpu
 	cargo build --profile dist --quiet -p qlora-train
 	@cp target/dist/qlora-train tests/gpu/bench tests/gpu/run target/gpu
-	@checks=$$(cargo test --release -p cuda-on-cpu --test backend --no-run 2>&1 | sed -n 's/.*Executable.*(\(.*\))/\1/p') && \
-	  strip -o target/gpu/kernel-checks "$$checks" && ls -sh target/gpu
+	cargo test --release -p cuda-on-cpu --test backend --no-run 2>&1 | tee target/gpu/build.log
+	@strip -o target/gpu/kernel-checks "$$(sed -n 's/.*Executable.*(\(.*\))/\1/p' target/gpu/build.log)"
+	@rm target/gpu/build.log && ls -sh target/gpu
 
 asan: ## the CUDA kernels on the processor, through AddressSanitizer
 	CUDA_ON_CPU_ASAN=1 CARGO_TARGET_$(shell rustc -vV | sed -n 's/^host: //p' | tr a-z- A-Z_)_RUNNER="env \

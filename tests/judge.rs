@@ -456,7 +456,7 @@ fn a_cut_answer_is_asked_again_only_with_more_room() {
     for _ in 0..2 {
         ask(&tool, &server, &[], &many(1))
             .exits(4)
-            .says("none of the first 2 answers holds a verdict, most often max_tokens (2)")
+            .says("none of 2 answers holds a verdict, most often max_tokens (2)")
             .says("raise judge.max_tokens");
     }
     assert_eq!(server.requests().len(), 2);
@@ -495,7 +495,7 @@ fn a_judge_without_a_verdict_is_not_paid_to_the_end() {
     }
     let fewer = with_key();
     let run = ask(&fewer, &server, &[], &many(5)).exits(4);
-    run.says("none of the first 10 answers holds a verdict");
+    run.says("none of 10 answers holds a verdict");
     assert_eq!(fewer.read("state/answers.jsonl").lines().count(), 10);
 
     // What one model did not say is no reason to ask no other.

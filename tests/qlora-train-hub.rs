@@ -817,9 +817,19 @@ fn a_mirror_that_gives_no_git_ids_is_taken_at_its_lengths() {
 #[test]
 fn a_broken_dotenv_is_told_by_its_line() {
     let tool = Tool::new(env!("CARGO_BIN_EXE_qlora-train"));
-    tool.file(".env", "# a comment\n\nHF_TOKEN hf_secret\n");
-    let run = tool.run(&FETCH, "").exits(2).says(".env:3: no KEY=VALUE");
-    assert!(!run.stderr.contains("hf_secret"), "{run}");
+    for bad in [
+        "HF_TOKEN hf_secret",
+        "HF_TOKEN",
+        "HF_TOKEN=hf_secret of mine",
+        "HF_TOKEN='hf_secret",
+    ] {
+        tool.file(
+            ".env",
+            &format!("# a comment\nHF_TOKEN_OF_OTHERS=x\n{bad}\n"),
+        );
+        let run = tool.run(&FETCH, "").exits(2).says(".env:3: no KEY=VALUE");
+        assert!(!run.stderr.contains("hf_secret"), "{run}");
+    }
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/demo/model");
     let model = model.display().to_string();
     tool.run(&["--model", &model, "--save-quantized", "four"], "")
@@ -829,7 +839,7 @@ fn a_broken_dotenv_is_told_by_its_line() {
     for more in [&[][..], &["--resume"]] {
         tool.run(&[&run[..], more].concat(), "")
             .exits(2)
-            .says("--out .env is no folder");
+            .says("--out .env is a file");
     }
 }
 

@@ -735,3 +735,56 @@ fn rescaled_rows_and_ranks_of_their_own_are_resumed_to_the_byte() {
         .exits(2)
         .says("lora.rank is 4 there and 3 here, lora.use_dora is true there and false here;");
 }
+
+/// Checkpoints are written while the training goes on: one that was begun is whole, whatever
+/// ends the run meanwhile.
+#[test]
+fn what_ends_a_run_leaves_the_checkpoint_that_was_begun() {
+    let tool = tool();
+    let config = CONFIG
+        .replace("learning_rate: 2.0e-3", "learning_rate: 1.0e+30")
+        .replace("warmup_steps: 2", "warmup_steps: 0, weight_decay: 0.0")
+        .replace("save_steps: 3", "save_steps: 1")
+        .replace("eval_steps: 4", "eval_steps: 0");
+    tool.file("train.yaml", &config);
+    train(&tool, "out", &[]).exits(4).says("no longer a number");
+    let found = fs::read_dir(tool.folder().join("out/checkpoints")).unwrap();
+    let mut found: Vec<_> = found.map(|entry| entry.unwrap().file_name()).collect();
+    found.sort();
+    assert!(found.contains(&"step-1".into()), "{found:?}");
+    for name in found {
+        let name = name.into_string().unwrap();
+        assert!(!name.ends_with(".tmp"), "{name}");
+        let file = tool
+            .folder()
+            .join("out/checkpoints")
+            .join(&name)
+            .join("state.json");
+        assert!(file.exists(), "{name}");
+    }
+}
+
+/// One that cannot be written ends the run, soon after its step; those before it are kept.
+#[test]
+fn a_checkpoint_that_cannot_be_written_ends_the_run() {
+    let tool = tool();
+    train(&tool, "whole", &[]).exits(0);
+    train(&tool, "out", &["--steps", "12"]).exits(0);
+    let out = tool.folder().join("out");
+    fs::remove_file(out.join("adapter_model.safetensors")).unwrap();
+    for step in ["step-9", "step-12"] {
+        fs::remove_dir_all(out.join("checkpoints").join(step)).unwrap();
+    }
+    let in_its_way = out.join("checkpoints/step-9.tmp");
+    fs::write(&in_its_way, "").unwrap();
+    train(&tool, "out", &["--resume"])
+        .exits(4)
+        .says("saving ")
+        .says("step-9");
+    assert!(out.join("checkpoints/step-6").exists());
+    fs::remove_file(in_its_way).unwrap();
+    train(&tool, "out", &["--resume"])
+        .exits(0)
+        .says("going on after step 6");
+    same(&tool, "whole", "out");
+}

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::process::{Command, Stdio};
 
-use crate::{Run, Tool};
+use crate::{Run, Tool, behind};
 
 /// What the shared checks need to know of a tool. See [`crate::conventions!`].
 pub struct Conventions {
@@ -90,13 +90,14 @@ impl Conventions {
             let file = File::options().append(true).open(&input);
             Stdio::from(file.expect("the input"))
         };
+        // One that goes wrong here must not fill the disk.
+        let limited = ["-c", "ulimit -f 1024; exec \"$@\"", "-"];
         for (arguments, stdin, stdout) in [
             (&with_rejects, from_itself(), Stdio::null()),
             (&with_rejects, Stdio::null(), onto_itself()),
             (&self.arguments, from_itself(), onto_itself()),
         ] {
-            let status = tool
-                .command(arguments)
+            let status = behind("bash", &limited, &tool.command(arguments))
                 .stdin(stdin)
                 .stdout(stdout)
                 .stderr(Stdio::null())

@@ -32,7 +32,7 @@ MET = ["killed at step 25", "loss over 50 steps", "its tokens"]
 BROKEN = """#!/bin/sh
 case "$*" in
 *--print-lengths*) exec "${0%/*}/qlora-train" "$@";;
-*--recompute*) echo '{"device": "CPU", "figure": "train", "steps": 9, "losses": [6.9, NaN]}';;
+*--recompute*) echo '{"device": "CPU", "figure": "train", "steps": 9, "losses": [6.9, null]}';;
 *) echo '{"device": "CPU", "figure": "train", "steps": 9, "losses": [6.9, 6.8]}';;
 esac
 echo no record

@@ -1,7 +1,7 @@
 //! Claude as a judge: so many questions at once, within a limit of money, each answer in
 //! the ledger before it is used.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -32,6 +32,8 @@ pub struct Claude {
     /// The first thing that went wrong. From then on no question is asked; those under way
     /// are answered.
     pub failure: RefCell<Option<anyhow::Error>>,
+    /// Whether that was answers without a verdict.
+    pub silent: Cell<bool>,
     signature: String,
 }
 
@@ -56,6 +58,7 @@ impl Claude {
             open,
             settled: Notify::new(),
             failure,
+            silent: Cell::new(false),
             signature,
         }
     }
@@ -69,19 +72,17 @@ impl Claude {
     pub fn fail_if_silent(&self, least: u64) {
         let ledger = self.ledger.borrow();
         if ledger.is_silent(least) {
+            (self.silent).set(self.silent.get() || self.failure.borrow().is_none());
             let (answers, why) = (ledger.used(), ledger.why_silent());
             self.fail(
-                Failure::World(format!(
-                    "none of the first {answers} answers holds a verdict, {why}"
-                ))
-                .into(),
+                Failure::World(format!("none of {answers} answers holds a verdict, {why}")).into(),
             );
         }
     }
 
     /// Fails where nobody reads any more; failed attempts are not repeated either.
     fn fail_if_unread(&self) {
-        if let Err(gone) = reader::is_there() {
+        if let Err(gone) = reader::check() {
             self.client.give_up();
             self.fail(gone.into());
         }

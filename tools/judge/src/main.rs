@@ -42,7 +42,7 @@ With ANTHROPIC_API_KEY set; the same command goes on where it stopped:
 /// With --provider anthropic Claude is asked which reply readers would rather like; it
 /// sees the tweet and two replies, no names, and not the reply that people liked. Every
 /// answer is kept in --state, so that none is paid for twice; where the first 20 hold no
-/// verdict, nothing more is asked (exit 4). With --provider reference nobody is asked:
+/// verdict, or all of fewer, nothing more is asked (exit 4). With --provider reference nobody is asked:
 /// the reply nearer (chrF) to what people liked is preferred. That measures likeness, not
 /// quality, and every record says so: `reference-chrf`.
 #[derive(Parser)]
@@ -347,7 +347,8 @@ impl Judge {
         let ledger = claude.ledger.borrow();
         if let Err(error) = judged {
             if !matches!(error.downcast_ref(), Some(WriteError::ReaderGone)) {
-                let goes_on = match ledger.is_silent(1) {
+                // It would find the same answers, and end in the same way.
+                let goes_on = match claude.silent.get() {
                     true => "",
                     false => ", and the same command goes on from there",
                 };

@@ -6,7 +6,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// # Errors
 /// [`WriteError::ReaderGone`], where the other end of a pipe or socket is closed.
-pub fn is_there() -> Result<(), WriteError> {
+pub fn check() -> Result<(), WriteError> {
     let out = std::io::stdout();
     let mut out = [PollFd::new(&out, PollFlags::empty())];
     let now = Timespec {

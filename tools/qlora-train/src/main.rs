@@ -309,7 +309,7 @@ impl QloraTrain {
             let cause = match is_folder {
                 true if self.resume => continue,
                 true => format!("{flag} {name} exists; {remedy}"),
-                false => format!("{flag} {name} is no folder; name one that can be made"),
+                false => format!("{flag} {name} is a file: name a folder"),
             };
             return Err(Failure::Usage(cause));
         }

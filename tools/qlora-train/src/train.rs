@@ -125,6 +125,9 @@ pub fn optimiser_of(settings: &TrainSettings) -> OptimiserKind {
 struct Trainer<'a, B: Backend> {
     job: &'a Job<'a>,
     model: &'a Model<B>,
+    /// The last checkpoint, until it is known to be on the disk. It is waited for before the
+    /// folder behind it is given up, which another run may take then: fields go in their order.
+    saving: Option<Saving>,
     lines: Lines,
     progress: Progress<'a>,
     stream: Stream<'a>,
@@ -143,8 +146,6 @@ struct Trainer<'a, B: Backend> {
     ready: Instant,
     watch: Watch,
     spikes: Spikes,
-    /// The last checkpoint, until it is known to be on the disk.
-    saving: Option<Saving>,
     /// Whether a `save-now` that does not go away has been told of.
     stuck: bool,
     /// Step and held-out loss of this process's last evaluation.

@@ -23,7 +23,7 @@ pub struct Sample {
     /// Whether every figure is 0 or 1.
     pub binary: bool,
     /// The largest power of two in any figure: squares of what is very large or very small
-    /// would be infinite or zero. Dividing by it rounds nothing.
+    /// would be infinite or zero. Dividing by it rounds only what is nothing beside that figure.
     scale: f64,
 }
 

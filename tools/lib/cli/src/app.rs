@@ -346,11 +346,14 @@ fn is_same(a: &Path, b: &Path) -> bool {
     }
 }
 
-/// `:N` for the first line of a file that starts with this text's first.
+/// `:N` for the first line of a file that is this text's first, or has it as its value.
 fn line_of(path: &Path, text: &str) -> String {
-    let first = text.lines().next().unwrap_or_default();
+    let first = text.lines().next().unwrap_or_default().trim();
     let whole = std::fs::read_to_string(path).unwrap_or_default();
-    let found = whole.lines().position(|line| line.starts_with(first));
+    let is_value = |line: &str| line.split_once('=').is_some_and(|(_, v)| v.trim() == first);
+    let found = whole
+        .lines()
+        .position(|line| line.trim() == first || is_value(line));
     found.map_or(String::new(), |at| format!(":{}", at + 1))
 }
 

@@ -122,7 +122,6 @@ struct Shape {
 
 /// A product as cuBLASLt holds it, with the algorithm it chose: kept, so that the
 /// same product is always computed in the same way.
-#[derive(Clone, Copy)]
 struct Plan {
     desc: blas_sys::cublasLtMatmulDesc_t,
     a: blas_sys::cublasLtMatrixLayout_t,
@@ -131,9 +130,14 @@ struct Plan {
     algorithm: blas_sys::cublasLtMatmulAlgo_t,
 }
 
-impl Plan {
-    fn destroy(self) {
-        // SAFETY: its only owner lets go of them; a product under way has what it needs.
+// SAFETY: what the handles stand for is not changed once it is made.
+unsafe impl Send for Plan {}
+// SAFETY: as above.
+unsafe impl Sync for Plan {}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // SAFETY: its last owner lets go of them; a product that is queued has what it needs.
         unsafe {
             let _ = blas::destroy_matmul_desc(self.desc);
             for layout in [self.a, self.b, self.c] {
@@ -272,7 +276,7 @@ pub struct Nvidia {
     functions: Mutex<HashMap<&'static str, Function>>,
     blas: blas_sys::cublasLtHandle_t,
     workspace: sys::CUdeviceptr,
-    plans: Mutex<HashMap<Shape, Plan>>,
+    plans: Mutex<HashMap<Shape, Arc<Plan>>>,
 }
 
 /// A kernel, and how much dynamic shared memory it may be started with.
@@ -420,7 +424,7 @@ impl Nvidia {
     }
 
     /// The layouts and the algorithm of a product.
-    fn plan(&self, product: &Product) -> Result<Plan, blas::CublasError> {
+    fn plan(&self, product: &Product) -> Result<Arc<Plan>, blas::CublasError> {
         let alignment = |address: Address| address.trailing_zeros().min(4);
         let (to, _) = product.out;
         let added = product.add.map_or(to, |(added, _)| added);
@@ -433,14 +437,14 @@ impl Nvidia {
         };
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(plan) = plans.get(&key) {
-            return Ok(*plan);
+            return Ok(plan.clone());
         }
-        let plan = self.choose(product, key.alignment)?;
+        let plan = Arc::new(self.choose(product, key.alignment)?);
         if plans.len() == PLANS {
             // What a product is computed with depends on nothing but its shape.
-            plans.drain().for_each(|(_, plan)| plan.destroy());
+            plans.clear();
         }
-        plans.insert(key, plan);
+        plans.insert(key, plan.clone());
         Ok(plan)
     }
 
@@ -619,8 +623,7 @@ impl Drop for Nvidia {
                 let _ = cuda::free_async(self.workspace, self.context.stream);
                 let _ = cuda::stream::synchronize(self.context.stream);
                 let plans = self.plans.get_mut();
-                let plans = plans.unwrap_or_else(PoisonError::into_inner);
-                plans.drain().for_each(|(_, plan)| plan.destroy());
+                plans.unwrap_or_else(PoisonError::into_inner).clear();
                 let _ = blas::destroy_handle(self.blas);
                 let _ = cuda::module::unload(self.module);
             }
