@@ -211,3 +211,23 @@ fn variables_of_any_bytes_are_no_panic() {
         "{said}"
     );
 }
+
+#[test]
+fn a_variable_that_looks_like_a_setting_is_told() {
+    let others = [
+        ("PAIRS_LORANK", "9"),
+        ("PAIRS_HOME", "x"),
+        ("PAIRS_JUDGE_MODEL", "x"),
+    ];
+    let tool = others
+        .iter()
+        .fold(tool(), |tool, (name, value)| tool.env(name, value));
+    let tool = tool
+        .env("PAIRS_LORA_RANK", "9")
+        .env("PAIRS__LORA__ALPHA", "7");
+    let run = tool
+        .run(&["--print-config"], "")
+        .exits(0)
+        .says("PAIRS_LORA_RANK is no setting: PAIRS__LORA__RANK would be");
+    assert_eq!(run.stderr.matches("is no setting").count(), 1, "{run}");
+}

@@ -131,11 +131,16 @@ pub fn on_processor(orders: &[Order], checked: bool) -> Vec<Cuda> {
 /// The GPU, if this machine has one, and it is to be tried. Where it is the only one to be
 /// tried, it must be there.
 pub fn gpu() -> Option<Cuda> {
-    let wanted = std::env::var_os(ONLY_PTX).is_none();
-    let count = || Nvidia::count().expect("the driver works");
-    let found = wanted && count() > 0;
-    assert!(found || !only_gpu(), "no GPU");
-    found.then(|| Cuda::new(Box::new(Nvidia::open(0).unwrap())).unwrap())
+    // One is kept open: else the last to close it would take its context down, and the next
+    // make it anew.
+    static KEPT: LazyLock<Option<Nvidia>> = LazyLock::new(|| {
+        let wanted = std::env::var_os(ONLY_PTX).is_none();
+        let found = wanted && Nvidia::count().expect("the driver works") > 0;
+        assert!(found || !only_gpu(), "no GPU");
+        found.then(|| Nvidia::open(0).unwrap())
+    });
+    KEPT.as_ref()
+        .map(|_| Cuda::new(Box::new(Nvidia::open(0).unwrap())).unwrap())
 }
 
 /// Set where the stand-in for a GPU shall be unfit for something.

@@ -96,6 +96,11 @@ impl App {
     where
         T: Default + serde::Serialize + serde::de::DeserializeOwned,
     {
+        for (name, meant) in config::lookalikes(sections) {
+            self.warn(format_args!(
+                "environment variable {name} is no setting: {meant} would be"
+            ));
+        }
         let resolved = config::resolve::<T>(
             self.common.config.as_deref(),
             sections,

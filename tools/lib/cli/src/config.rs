@@ -97,6 +97,21 @@ impl<T> Resolved<T> {
     }
 }
 
+/// Variables that are no settings and look like some of these sections, each with what it
+/// would have to be called.
+pub(crate) fn lookalikes(sections: &[&str]) -> Vec<(String, String)> {
+    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    let lookalike = |name: String| {
+        let rest = name.strip_prefix("PAIRS_")?.to_lowercase();
+        let meant = sections.iter().find_map(|section| {
+            let key = rest.strip_prefix(section)?.strip_prefix('_')?;
+            Some(format!("{section}__{key}").to_uppercase())
+        })?;
+        Some((name, format!("{ENV_PREFIX}{meant}")))
+    };
+    names.filter_map(lookalike).collect()
+}
+
 /// The variables that are settings. Others may be what they like, also no UTF-8.
 pub(crate) fn environment() -> Result<Vec<(String, String)>, Failure> {
     let ours = std::env::vars_os()

@@ -514,8 +514,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// stay as they are.
     fn scatter_ids(&self, x: &Self::Ids, index: &Self::Ids, count: usize, out: &mut Self::Ids);
 
-    /// The reverse of [`gather`](Self::gather): `out [tokens, width]` is zero but for `out[index[i]] = x[i]`;
-    /// the indices are distinct; `size` is `[count, tokens, width]`.
+    /// The reverse of [`gather`](Self::gather): `out [tokens, width]` is zero but for
+    /// `out[index[i]] = x[i]`; the indices are distinct; `size` is `[count, tokens, width]`.
     fn scatter(&self, x: &Self::Act, index: &Self::Ids, size: [usize; 3], out: &mut Self::Act);
 
     /// `out = x · rstd · weight` by rows of `size = [tokens, width]`, saving
