@@ -756,3 +756,32 @@ fn floats(tensors: &SafeTensors, name: &str) -> Result<Vec<f32>> {
         .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
         .collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn who_lets_go_of_a_checkpoint_waits_for_it() {
+        let written = Arc::new(AtomicBool::new(false));
+        let write = {
+            let written = written.clone();
+            move || {
+                std::thread::sleep(Duration::from_millis(200));
+                written.store(true, Relaxed);
+                Ok(())
+            }
+        };
+        let saving = Saving {
+            step: 1,
+            writing: Some(std::thread::spawn(write)),
+        };
+        assert!(!saving.is_done());
+        drop(saving);
+        assert!(written.load(Relaxed));
+    }
+}
