@@ -247,6 +247,10 @@ mod parity {
                     continue;
                 };
                 let line = ours("bootstrap");
+                if line["n"].as_u64() < Some(10) {
+                    assert!(line["ci_low"].is_null() && line["reason"].is_string());
+                    continue;
+                }
                 let ends = [&line["ci_low"], &line["ci_high"]];
                 let ends: Vec<f64> = ends.into_iter().filter_map(Value::as_f64).collect();
                 assert_eq!(ends.len(), bootstrap["mean"].as_array().unwrap().len());
@@ -327,7 +331,12 @@ fn a_true_null_is_rejected_as_often_as_alpha_says() {
             "{test} rejects {rejected} of {metrics}"
         );
     }
-    // The interval misses the true difference, zero, as often.
+    // The permutation test's own interval misses zero just where it rejects.
+    for line in lines.iter().filter(|l| l["test"] == "permutation") {
+        let [low, high, p] = ["ci_low", "ci_high", "p"].map(|key| line[key].as_f64().unwrap());
+        assert_eq!(low > 0.0 || high < 0.0, p <= 0.05, "{line}");
+    }
+    // The bootstrap's misses the true difference, zero, as often.
     let missed = lines
         .iter()
         .filter(|l| l["test"] == "bootstrap")
@@ -337,6 +346,141 @@ fn a_true_null_is_rejected_as_often_as_alpha_says() {
         (1..=28).contains(&missed),
         "the bootstrap interval misses {missed} of {metrics}"
     );
+}
+
+/// The interval is that of the differences which the test does not reject: a hair inside its
+/// ends p is above alpha, a hair outside it is not. Whole numbers would let sums be equal,
+/// where a hair decides more than it should.
+#[test]
+fn the_interval_of_the_permutation_test_is_the_test_turned_round() {
+    let wave = |i: u32, step: f64| (f64::from(i) * step).sin();
+    let rows = |count: u32, theta: f64| -> String {
+        (0..count)
+            .map(|i| {
+                let (a, b) = (wave(i, 1.7) + 0.3 + 0.1 * wave(i, 0.9).exp(), wave(i, 0.61));
+                // Clusters of one row, two, three, …
+                let cluster = (0..).find(|k| k * (k + 1) / 2 > i).unwrap();
+                format!(
+                    "{}\n",
+                    json!({ "a": a - theta, "b": b, "cluster": cluster })
+                )
+            })
+            .collect()
+    };
+    let permutation = |input: &str, more: &[&str]| {
+        let arguments = [
+            &["--a=a", "--b=b", "--resamples=2000", "--alpha=0.1"][..],
+            more,
+        ]
+        .concat();
+        let lines = tool().run(&arguments, input).exits(0).records();
+        lines
+            .into_iter()
+            .find(|l| l["test"] == "permutation")
+            .unwrap()
+    };
+    let p = |line: &Value| line["p"].as_f64().unwrap();
+    // Exact and not; rows and clusters.
+    for (count, method) in [(10, "exact"), (60, "monte-carlo")] {
+        for more in [&[][..], &["--cluster=cluster"]] {
+            for (alternative, ends) in [
+                ("two-sided", &[("ci_low", -1.0), ("ci_high", 1.0)][..]),
+                ("greater", &[("ci_low", -1.0)]),
+                ("less", &[("ci_high", 1.0)]),
+            ] {
+                if count == 10 && !more.is_empty() {
+                    continue; // four clusters
+                }
+                let more = [more, &["--alternative", alternative]].concat();
+                let line = permutation(&rows(count, 0.0), &more);
+                if more[0] != "--cluster=cluster" {
+                    assert_eq!(line["method"], method);
+                }
+                assert_eq!(line["ci_of"], "mean_diff");
+                for &(end, outwards) in ends {
+                    let at = line[end].as_f64().unwrap();
+                    let beside =
+                        |hair: f64| p(&permutation(&rows(count, at + hair * outwards), &more));
+                    assert!(beside(1e-7) <= 0.1, "{count} {more:?} outside {end} {at}");
+                    assert!(beside(-1e-7) > 0.1, "{count} {more:?} inside {end} {at}");
+                }
+            }
+        }
+    }
+    // Of 1 to 6 the mean of a part can be 6, in two of 64 patterns, and never more; with all
+    // signs alike, in two others, no difference is too large. 5% of 64 are 3.2.
+    let whole = |count: u32| -> String {
+        (1..=count)
+            .map(|i| format!("{}\n", json!({ "a": i, "b": 0 })))
+            .collect()
+    };
+    let of = |count: u32| {
+        let run = tool().run(&["--a=a", "--b=b"], &whole(count)).exits(0);
+        run.records()
+            .into_iter()
+            .find(|l| l["test"] == "permutation")
+            .unwrap()
+    };
+    let six = of(6);
+    assert_eq!(
+        (&six["ci_low"], &six["ci_high"]),
+        (&json!(1.0), &json!(6.0))
+    );
+    // Of five the least p is 2/32.
+    let five = of(5);
+    assert_eq!(five["p"], json!(2.0 / 32.0));
+    assert_eq!(
+        (&five["ci_low"], &five["ci_high"]),
+        (&json!(null), &json!(null))
+    );
+    assert!(
+        five["ci_reason"]
+            .as_str()
+            .unwrap()
+            .contains("no p-value can be below")
+    );
+}
+
+/// Who is left out need not be like the others: a refusing judge can flatter a side.
+#[test]
+fn what_lacks_a_figure_is_counted_and_no_gate_goes_by_the_rest() {
+    let input = |without: u32| -> String {
+        (0..100)
+            .map(|i| match i < without {
+                true => format!("{}\n", json!({ "id": i, "verdicts": { "judge": "j|1" } })),
+                false => {
+                    let score = json!({ "a": f64::from(i % 3 == 0), "b": f64::from(i % 3 != 0) });
+                    format!(
+                        "{}\n",
+                        json!({ "id": i, "verdicts": { "judge": "j|1", "score": score } })
+                    )
+                }
+            })
+            .collect()
+    };
+    let paths = ["--a=verdicts.score.a", "--b=verdicts.score.b"];
+    let with = |without, more: &[&str]| tool().run(&[&paths[..], more].concat(), &input(without));
+    for line in with(45, &[]).exits(0).records() {
+        let counts = ["n", "unpaired", "missing"].map(|key| line[key].as_u64().unwrap());
+        assert_eq!(counts, [55, 0, 45]);
+        assert!(
+            line["signature"].as_str().unwrap().contains("|judge:j/1|"),
+            "{line}"
+        );
+    }
+    with(45, &["--table"]).exits(0);
+    assert!(
+        with(45, &["--table"])
+            .stdout
+            .contains("45 of 100 rows are without it")
+    );
+    with(5, &["--exit-status=b"]).exits(0);
+    with(6, &["--exit-status=b"])
+        .exits(1)
+        .says("6 of 100 rows lack `verdicts.score`");
+    with(0, &["--exit-status=a"])
+        .exits(1)
+        .says("`verdicts.score` of a is worse");
 }
 
 /// Every line has each key, and null with a reason rather than a number that means nothing.
@@ -595,16 +739,38 @@ fn a_figure_out_of_range_names_its_line() {
         .says("s.yaml:3: statistics.alpha is 2; it must lie between 0 and 1");
 }
 
+/// nll is lower, so better, at lora; rouge1 there is as often above as below.
 #[test]
-fn the_gate_is_opt_in() {
+fn the_gate_is_opt_in_and_has_a_side() {
     let tool = tool();
     let paths = ["--a=systems.base.nll", "--b=systems.lora.nll"];
     let with = |more: &[&str]| tool.run(&[&paths[..], more].concat(), &records());
-    with(&["--alternative=greater", "--exit-status"]).exits(0);
-    with(&["--alternative=less", "--exit-status"])
+    with(&["--exit-status=b"]).exits(0);
+    with(&["--exit-status=a"])
         .exits(1)
-        .says("no metric");
+        .says("`nll` of a is worse");
+    with(&["--alternative=greater", "--exit-status=b"]).exits(0);
+    with(&["--alternative=less", "--exit-status=b"])
+        .exits(1)
+        .says("no metric's adjusted permutation test finds b better");
     with(&["--alternative=less"]).exits(0);
+    with(&["--exit-status"]).exits(2).says("SIDE");
+    // What is better where it is higher, and the figure that lies below it by its name.
+    let swapped = records().replace("\"nll\"", "\"chrf\"");
+    let paths = ["--a=systems.base.chrf", "--b=systems.lora.chrf"];
+    let gate = |side| tool.run(&[&paths[..], &[side]].concat(), &swapped);
+    gate("--exit-status=a").exits(0);
+    gate("--exit-status=b").exits(1);
+    // One side is not asked of figures that are better in opposite directions.
+    tool.run(
+        &[&PATHS[..], &["--alternative=greater"]].concat(),
+        &records(),
+    )
+    .exits(2)
+    .says("`nll`, of which less is better")
+    .says("--metrics");
+    let one = ["--alternative=greater", "--metrics=nll"];
+    tool.run(&[&PATHS[..], &one].concat(), &records()).exits(0);
 }
 
 #[test]

@@ -1,5 +1,8 @@
 //! Every test of one metric, and the lines that are written.
 
+use std::collections::BTreeSet;
+
+use clap::ValueEnum;
 use cli::Signature;
 use serde::Serialize;
 use settings::Statistics;
@@ -22,6 +25,23 @@ pub enum Test {
     Mcnemar,
 }
 
+/// Figures of which less is better; of all others more is.
+const LOWER_IS_BETTER: [&str; 2] = ["nll", "perplexity"];
+
+/// Whether less of a metric is better.
+pub fn lower_is_better(metric: &str) -> bool {
+    LOWER_IS_BETTER.contains(&metric.rsplit('.').next().unwrap_or(metric))
+}
+
+/// A side of the comparison.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Side {
+    /// That of --a
+    A,
+    /// That of --b
+    B,
+}
+
 /// One test of one metric, as it is written.
 #[derive(Clone, Debug, Serialize)]
 pub struct Line {
@@ -40,9 +60,14 @@ pub struct Line {
     pub ci_high: Option<f64>,
     /// What the interval is one of.
     pub ci_of: Option<&'static str>,
+    /// Why there is no interval, where the test has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ci_reason: Option<Reason>,
     pub n: usize,
     /// Rows where one side alone has the number: left out of `n`.
     pub unpaired: usize,
+    /// Rows where neither side has it: left out of both.
+    pub missing: usize,
     pub clusters: Option<usize>,
     pub mean_a: Option<f64>,
     pub mean_b: Option<f64>,
@@ -55,6 +80,23 @@ pub struct Line {
     pub signature: String,
 }
 
+impl Line {
+    /// Which side is the better one, where the test finds that the two differ.
+    pub fn better(&self, alpha: f64) -> Option<Side> {
+        self.p_holm.filter(|&p| p < alpha)?;
+        match (self.mean_diff? < 0.0) == lower_is_better(&self.metric) {
+            true => Some(Side::A),
+            false => Some(Side::B),
+        }
+    }
+
+    /// The rows that lack the figure on a side or on both, and all.
+    pub fn without(&self) -> (usize, usize) {
+        let without = self.missing + self.unpaired;
+        (without, self.n + without)
+    }
+}
+
 /// Every test of one metric.
 pub fn compare(
     question: &Question,
@@ -65,15 +107,17 @@ pub fn compare(
     config: &str,
 ) -> Vec<Line> {
     let (mut a, mut b, mut clusters) = (Vec::new(), Vec::new(), Vec::new());
-    let mut unpaired = 0;
+    let (mut unpaired, mut missing) = (0, 0);
+    let mut judges = BTreeSet::new();
     for row in rows {
+        judges.extend(&row.judge);
         match (row.a.get(metric), row.b.get(metric)) {
             (Some(&of_a), Some(&of_b)) => {
                 a.push(of_a);
                 b.push(of_b);
                 clusters.extend(row.cluster.as_deref());
             }
-            (None, None) => {}
+            (None, None) => missing += 1,
             _ => unpaired += 1,
         }
     }
@@ -83,7 +127,13 @@ pub fn compare(
     let signature = Signature::new("sigtest")
         .with("a", &question.a)
         .with("b", &question.b)
-        .with("cluster", question.cluster.as_deref().unwrap_or("none"))
+        .with("cluster", question.cluster.as_deref().unwrap_or("none"));
+    let judges: Vec<&str> = judges.into_iter().map(String::as_str).collect();
+    let signature = match judges.is_empty() {
+        true => signature,
+        false => signature.with("judge", judges.join("+").replace('|', "/")),
+    };
+    let signature = signature
         .with("alternative", alternative.name())
         .with("alpha", statistics.alpha)
         .with("resamples", statistics.resamples)
@@ -103,8 +153,10 @@ pub fn compare(
         ci_low: None,
         ci_high: None,
         ci_of: None,
+        ci_reason: None,
         n: sample.d.len(),
         unpaired,
+        missing,
         clusters: sample.clustered.then_some(sample.units.len()),
         mean_a: sample.unscaled(mean(&sample.a)),
         mean_b: sample.unscaled(mean(&sample.b)),
@@ -127,6 +179,7 @@ pub fn compare(
             ci_low: finding.interval.low,
             ci_high: finding.interval.high,
             ci_of: finding.interval_of,
+            ci_reason: finding.no_interval,
             ..blank.clone()
         },
     };
@@ -169,7 +222,13 @@ impl Test {
         match self {
             Self::PairedT => paired::paired_t(sample, alternative, alpha),
             Self::Wilcoxon => paired::wilcoxon(sample, alternative),
-            Self::Permutation => Ok(resample::permutation(sample, alternative, resamples, seed)),
+            Self::Permutation => Ok(resample::permutation(
+                sample,
+                alternative,
+                alpha,
+                resamples,
+                seed,
+            )),
             Self::Bootstrap => resample::bootstrap(sample, alternative, alpha, resamples, seed),
             Self::Sign => paired::sign(sample, alternative, alpha),
             Self::Mcnemar => paired::mcnemar(sample, alternative, alpha),

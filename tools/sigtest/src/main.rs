@@ -22,16 +22,16 @@ use cli::{App, Common, Counts, Failure, Flags, Resolved, Tool};
 use jsonl::Output;
 use settings::{EvalSettings, Statistics};
 
-use crate::comparison::{Line, Test, adjust, compare};
+use crate::comparison::{Line, Side, Test, adjust, compare, lower_is_better};
 use crate::distribution::Alternative;
 use crate::rows::Question;
 
 /// Compare two systems' figures, pair by pair
 ///
 /// Reads records on standard input, takes the number at --a and the one at --b from
-/// each, and tests whether they differ: paired t, Wilcoxon's signed ranks, a
-/// permutation test, a bootstrap interval, the sign test and, for figures of 0 and 1,
-/// McNemar's. Where a path leads to an object, every number that both sides have is a
+/// each, and tests whether they differ: paired t, Wilcoxon's signed ranks, a permutation
+/// test with the interval that agrees with it, a bootstrap interval, the sign test and, for
+/// figures of 0 and 1, McNemar's. Where a path leads to an object, every number that both sides have is a
 /// metric of its own, and each test's p-values are Holm-adjusted over the metrics.
 /// Differences are a − b. Records may do without `id`; one that comes again is refused
 /// (exit 3), unless --cluster id says that several rows of one id are meant.
@@ -55,9 +55,10 @@ struct Sigtest {
     /// A table of at most 80 columns instead of JSON lines
     #[arg(long)]
     table: bool,
-    /// Exit 1 unless some metric's adjusted permutation test is significant
-    #[arg(long)]
-    exit_status: bool,
+    /// Exit 1 unless this side is better: on some metric that at most 5% of the rows lack, by
+    /// the adjusted permutation test, while on none the other is
+    #[arg(long, value_name = "SIDE")]
+    exit_status: Option<Side>,
     /// Where malformed lines go (see --max-bad-lines)
     #[arg(long, value_name = "FILE")]
     rejects: Option<PathBuf>,
@@ -69,7 +70,7 @@ const EXAMPLES: &str = "
 $ sigtest --a systems.base --b systems.lora < out.jsonl
 $ sigtest --a systems.base --b systems.lora --table < out.jsonl
 $ sigtest --a systems.base --b systems.lora --cluster conversation_id < out.jsonl
-$ sigtest --a systems.base.nll --b systems.lora.nll --exit-status < out.jsonl
+$ sigtest --a systems.base.nll --b systems.lora.nll --exit-status b < out.jsonl
 ";
 
 fn main() -> ExitCode {
@@ -94,6 +95,7 @@ impl Tool for Sigtest {
 
         let question = &self.question;
         let (rows, metrics, counts) = question.read(app, self.rejects.as_deref())?;
+        refuse_mixed(self.alternative, &metrics)?;
         let config = resolved.sha256();
         let mut lines = Vec::new();
         let progress = app.progress("testing", Some(metrics.len() as u64));
@@ -123,17 +125,58 @@ impl Tool for Sigtest {
             written: lines.len() as u64,
             ..counts
         });
-        let significant = |line: &Line| {
-            line.test == Test::Permutation && line.p_holm.is_some_and(|p| p < statistics.alpha)
-        };
-        if self.exit_status && !lines.iter().any(significant) {
-            return Err(Failure::Gate(format!(
-                "no metric's adjusted permutation test is below alpha = {}",
-                statistics.alpha
-            ))
-            .into());
+        if let Some(side) = self.exit_status {
+            gate(&lines, side, statistics.alpha).map_err(Failure::Gate)?;
         }
         Ok(())
+    }
+}
+
+/// Rows that may lack a figure which a gate goes by. Who is left out need not be like the
+/// others: a judge that refuses to read the worst replies of one side flatters it.
+const MAY_BE_WITHOUT: f64 = 0.05;
+
+/// Whether `side` is the better one, or why not.
+fn gate(lines: &[Line], side: Side, alpha: f64) -> Result<(), String> {
+    let tests = || lines.iter().filter(|line| line.test == Test::Permutation);
+    let (name, other) = match side {
+        Side::A => ("a", Side::B),
+        Side::B => ("b", Side::A),
+    };
+    let against = |line: &&Line| line.better(alpha) == Some(other);
+    if let Some(worse) = tests().find(against) {
+        let metric = &worse.metric;
+        return Err(format!("`{metric}` of {name} is worse, and no luck"));
+    }
+    let mut cause =
+        format!("no metric's adjusted permutation test finds {name} better at alpha = {alpha}");
+    for line in tests().filter(|line| line.better(alpha) == Some(side)) {
+        match line.without() {
+            (without, all) if without as f64 > MAY_BE_WITHOUT * all as f64 => {
+                let metric = &line.metric;
+                cause = format!(
+                    "{without} of {all} rows lack `{metric}`: those who have it may be other than they"
+                );
+            }
+            _ => return Ok(()),
+        }
+    }
+    Err(cause)
+}
+
+/// One-sided tests go by the number, and not by what is better.
+fn refuse_mixed(alternative: Alternative, metrics: &[String]) -> Result<(), Failure> {
+    let (lower, higher): (Vec<&String>, Vec<&String>) =
+        metrics.iter().partition(|metric| lower_is_better(metric));
+    match (alternative, lower.first(), higher.first()) {
+        (Alternative::Greater | Alternative::Less, Some(lower), Some(higher)) => {
+            Err(Failure::Usage(format!(
+                "--alternative {} asks one thing of `{lower}`, of which less is better, and the opposite of \
+                 `{higher}`: choose with --metrics",
+                alternative.name()
+            )))
+        }
+        _ => Ok(()),
     }
 }
 

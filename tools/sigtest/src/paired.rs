@@ -12,12 +12,17 @@ pub struct Finding {
     pub interval: Interval,
     /// The quantity that the interval is one of, where the test has one.
     pub interval_of: Option<&'static str>,
+    /// Why there is no interval, of a test that has one.
+    pub no_interval: Option<Reason>,
     /// Which of its forms the test took.
     pub method: &'static str,
 }
 
 /// Why a test says nothing.
 pub type Reason = &'static str;
+
+/// What is said of differences whose spread is nothing but rounding.
+pub const DO_NOT_VARY: Reason = "the differences do not vary";
 
 /// What the rank tests say with `--cluster`.
 const NEEDS_INDEPENDENCE: Reason = "assumes independent rows, which --cluster denies";
@@ -28,17 +33,11 @@ const NEEDS_INDEPENDENCE: Reason = "assumes independent rows, which --cluster de
 /// this is the textbook formula.
 pub fn paired_t(sample: &Sample, alternative: Alternative, alpha: f64) -> Result<Finding, Reason> {
     let (mean, units) = (sample.mean_diff(), sample.units.len() as f64);
-    let squares: f64 = sample
-        .units
-        .iter()
-        .map(|u| (u.sum - u.rows * mean).powi(2))
-        .sum();
-    let error = (units / (units - 1.0) * squares).sqrt() / sample.n();
-    // Equal differences leave rounding behind: (0.1 + 0.1 + 0.1) / 3 is not 0.1.
-    if error <= 1e-14 * mean.abs() {
-        return Err("the differences do not vary");
-    }
     let student = Student::new(units - 1.0).ok_or("fewer than 2 clusters")?;
+    if !sample.vary() {
+        return Err(DO_NOT_VARY);
+    }
+    let error = (units / (units - 1.0) * sample.squares()).sqrt() / sample.n();
     let t = mean / error;
     let (at_most, at_least) = student.tails(t);
     let (below, above) = alternative.tails(alpha);
@@ -51,6 +50,7 @@ pub fn paired_t(sample: &Sample, alternative: Alternative, alpha: f64) -> Result
             high: reach(above).and_then(|r| sample.unscaled(mean + r)),
         },
         interval_of: Some("mean_diff"),
+        no_interval: None,
         method: if sample.clustered {
             "cluster-robust"
         } else {

@@ -12,6 +12,9 @@ use serde_json::value::RawValue;
 
 use crate::figures;
 
+/// Where judge writes.
+const VERDICTS: &str = "verdicts.";
+
 /// What is compared.
 #[derive(Args)]
 pub struct Question {
@@ -49,6 +52,8 @@ pub struct Row {
     pub a: HashMap<String, f64>,
     pub b: HashMap<String, f64>,
     pub cluster: Option<String>,
+    /// Who gave the verdicts, where verdicts are compared.
+    pub judge: Option<String>,
     /// What is `null` on either side.
     nulls: BTreeSet<String>,
 }
@@ -241,11 +246,16 @@ impl Question {
                 None => return Err(record::Error::Missing(path.clone())),
             },
         };
+        let judge = match self.a.starts_with(VERDICTS) || self.b.starts_with(VERDICTS) {
+            true => figures::find(record, &format!("{VERDICTS}judge"))?,
+            false => None,
+        };
         Ok(Some(Row {
             id: record.get("id")?,
             a,
             b,
             cluster,
+            judge: judge.and_then(|judge| judge.as_str().map(str::to_owned)),
             nulls,
         }))
     }

@@ -1,6 +1,7 @@
 //! The paired figures of one metric.
 
 use std::collections::HashMap;
+use std::ops::{AddAssign, Sub};
 
 /// What is flipped, drawn or left out as one: a row, or with `--cluster` all rows
 /// of a cluster.
@@ -10,6 +11,24 @@ pub struct Unit {
     pub sum: f64,
     /// How many rows.
     pub rows: f64,
+}
+
+impl AddAssign for Unit {
+    fn add_assign(&mut self, other: Self) {
+        self.sum += other.sum;
+        self.rows += other.rows;
+    }
+}
+
+impl Sub for Unit {
+    type Output = Self;
+
+    fn sub(self, other: Self) -> Self {
+        Self {
+            sum: self.sum - other.sum,
+            rows: self.rows - other.rows,
+        }
+    }
 }
 
 /// One metric's figures on the rows where both sides have it, divided by `scale`.
@@ -79,6 +98,20 @@ impl Sample {
     /// Whether no two figures differ.
     pub fn all_equal(&self) -> bool {
         self.d.iter().all(|&d| d == 0.0)
+    }
+
+    /// The squared deviations of the units from the mean difference.
+    pub fn squares(&self) -> f64 {
+        let mean = self.mean_diff();
+        let deviation = |u: &Unit| u.sum - u.rows * mean;
+        self.units.iter().map(|u| deviation(u).powi(2)).sum()
+    }
+
+    /// Whether the units differ at all in their differences. Equal ones leave rounding
+    /// behind: (0.1 + 0.1 + 0.1) / 3 is not 0.1.
+    pub fn vary(&self) -> bool {
+        let least = 1e-14 * self.mean_diff().abs() * self.n();
+        self.units.len() > 1 && self.squares().sqrt() > least
     }
 
     /// Rows where a is greater, and where it is less.

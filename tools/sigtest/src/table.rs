@@ -12,6 +12,9 @@ pub fn render(a: &str, b: &str, alpha: f64, lines: &[Line]) -> String {
     let mut text = String::new();
     // Writing to a String cannot fail.
     let _ = writeln!(text, "a = {a}\nb = {b}");
+    if let Some(most) = lines.iter().filter_map(|line| line.clusters).max() {
+        let _ = writeln!(text, "{most} clusters");
+    }
     let level = format!("{:.0}% interval", 100.0 * (1.0 - alpha));
     let _ = writeln!(
         text,
@@ -26,7 +29,7 @@ pub fn render(a: &str, b: &str, alpha: f64, lines: &[Line]) -> String {
             None => "-".to_owned(),
         };
         let first = &metric[0];
-        let interval = match of(Test::Bootstrap) {
+        let interval = match of(Test::Permutation) {
             Some(line) if line.ci_low.is_some() || line.ci_high.is_some() => {
                 let low = line.ci_low.map_or("-inf".to_owned(), figure);
                 let high = line.ci_high.map_or("inf".to_owned(), figure);
@@ -48,11 +51,17 @@ pub fn render(a: &str, b: &str, alpha: f64, lines: &[Line]) -> String {
             p(Test::Wilcoxon),
             p(Test::Permutation),
         );
-        if let Some(reason) = first.reason {
+        let no_interval = of(Test::Permutation).and_then(|line| line.ci_reason);
+        if let Some(reason) = first.reason.or(no_interval) {
             let _ = writeln!(text, "{:>10} {reason}", "");
         }
+        if let (without @ 1.., all) = first.without() {
+            let _ = writeln!(text, "{:>10} {without} of {all} rows are without it", "");
+        }
     }
-    text.push_str("p_t, p_W (Wilcoxon), p_perm: Holm-adjusted over the metrics\n");
+    text.push_str(
+        "p_t, p_W (Wilcoxon), p_perm: Holm-adjusted over the metrics; intervals are not\n",
+    );
     text.lines()
         .map(|line| shortened(line, WIDTH) + "\n")
         .collect()
