@@ -148,7 +148,8 @@ fn hub_of(sent: Arc<BTreeMap<String, Vec<u8>>>, store: &Server) -> Server {
 fn tool(hub: &Server) -> Tool {
     Tool::new(env!("CARGO_BIN_EXE_qlora-train"))
         .env("HF_ENDPOINT", &hub.url())
-        .env("HF_TOKEN", "hf_secret")
+        .env("HF_ENDPOINT_TOKEN", "hf_secret")
+        .env("HF_TOKEN", "hf_of_another_host")
         .env("HF_HUB_CACHE", "hf/hub")
 }
 
@@ -214,6 +215,12 @@ fn a_model_is_fetched_once_and_the_token_stays_with_the_hub() {
             .all(|r| r.header("authorization") == Some("Bearer hf_secret"))
     );
     assert_eq!(asked[0].query("blobs"), Some("true"));
+    // The token of huggingface.co, which the environment has as well, goes to no mirror.
+    let without = self::tool(&hub).env("HF_ENDPOINT_TOKEN", "");
+    without.run(&FETCH, "").exits(0);
+    let later = hub.requests().split_off(asked.len());
+    assert!(!later.is_empty() && later.iter().all(|r| r.header("authorization").is_none()));
+    let asked = hub.requests();
 
     let second = ["--model", "demo/tiny", "--save-quantized", "again"];
     tool.run(&second, "").exits(0);
@@ -851,7 +858,7 @@ fn what_is_not_there_is_told() {
     tool.run(&["--model", "demo/other", "--save-quantized", "four"], "")
         .exits(4)
         .says("neither a model in a folder demo/other nor one of that name on http://127.0.0.1")
-        .says("HF_TOKEN");
+        .says("needs HF_ENDPOINT_TOKEN (HF_TOKEN goes to https://huggingface.co alone)");
     assert_eq!(hub.requests().len(), 1, "a 404 is final");
     // A mistyped folder looks like a name; whatever the hub says of it.
     let hub = Server::start(|_, _| Reply::text(400, "no"));

@@ -3,7 +3,15 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::{ENDPOINT, Passed};
+use crate::{ENDPOINT, HUB_TOKEN, Passed, token_of};
+
+/// The token that opens `endpoint`, and, where one could take another for it, which does not.
+fn of_whom(endpoint: &str) -> String {
+    match token_of(endpoint) {
+        HUB_TOKEN => HUB_TOKEN.into(),
+        mirrors => format!("{mirrors} ({HUB_TOKEN} goes to {ENDPOINT} alone)"),
+    }
+}
 
 /// Why there is no model.
 #[derive(Debug, thiserror::Error)]
@@ -20,7 +28,8 @@ pub enum Error {
     /// Neither here nor there.
     #[error(
         "there is neither a model in a folder {model} nor one of that name on {endpoint}: is it \
-         spelled right? A private or gated one needs HF_TOKEN in the environment or .env"
+         spelled right? A private or gated one needs {} in the environment or .env",
+        of_whom(endpoint)
     )]
     Nowhere {
         /// As it was asked for.
@@ -33,11 +42,14 @@ pub enum Error {
     /// It is there for others.
     #[error(
         "the hub has {model} and does not give it out: its licence may have to be accepted on its \
-         page ({ENDPOINT}/{model}), by the owner of HF_TOKEN"
+         page ({ENDPOINT}/{model}), by the owner of {}",
+        of_whom(endpoint)
     )]
     Gated {
         /// As it was asked for.
         model: String,
+        /// Who was asked.
+        endpoint: String,
         /// The hub's answer.
         source: Box<httpclient::Error>,
     },

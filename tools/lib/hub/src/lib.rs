@@ -9,8 +9,8 @@
 //! a success; and it does not read `HF_TOKEN`. (1.0 brings 284 crates along, its storage
 //! backend and a second TLS library among them.) Here a file appears under its name only
 //! after its hash was found right (SHA-256, of a small one git's blob id), an interrupted
-//! download goes on where it was, at the same commit, and the token goes to the hub and
-//! nowhere else.
+//! download goes on where it was, at the same commit, and `HF_TOKEN` goes to the hub and
+//! nowhere else: a mirror has a token of its own.
 
 mod cache;
 mod download;
@@ -40,6 +40,19 @@ use name::Name;
 
 /// The hub, unless `HF_ENDPOINT` names a mirror.
 pub const ENDPOINT: &str = "https://huggingface.co";
+
+/// The variables that hold the hub's token and a mirror's.
+const HUB_TOKEN: &str = "HF_TOKEN";
+const MIRROR_TOKEN: &str = "HF_ENDPOINT_TOKEN";
+
+/// The variable that holds the token for `endpoint`. The hub's is not for a mirror
+/// to have, though other clients hand it over.
+fn token_of(endpoint: &str) -> &'static str {
+    match endpoint.trim_end_matches('/') {
+        ENDPOINT => HUB_TOKEN,
+        _ => MIRROR_TOKEN,
+    }
+}
 
 /// Where downloaded models lie, by their names.
 pub const FOLDER: &str = "data/cache/models";
@@ -221,11 +234,11 @@ pub fn remedy(model: &str, folder: &Path) -> String {
 }
 
 impl Hub {
-    /// The hub at `endpoint` ([`ENDPOINT`] where there is none), with a token for what
-    /// is private or gated, and the folder that is the Hugging Face cache.
-    pub fn new(endpoint: Option<String>, token: Option<String>, cache: Option<PathBuf>) -> Self {
+    /// The hub at `endpoint`, with its token for what is private or gated, and the folder
+    /// that is the Hugging Face cache.
+    pub fn new(endpoint: String, token: Option<String>, cache: Option<PathBuf>) -> Self {
         Self {
-            endpoint: endpoint.unwrap_or_else(|| ENDPOINT.into()),
+            endpoint,
             token,
             cache,
         }
@@ -355,7 +368,8 @@ impl Hub {
     fn client(&self, policy: Policy, told: mpsc::Sender<Retrying>) -> Result<Client, Error> {
         let mut client = Client::new(&self.endpoint, policy)?.with_retries_told(told);
         if let Some(token) = &self.token {
-            let secret = Secret::bind("HF_TOKEN", token, Scheme::Bearer, &self.endpoint)?;
+            let name = token_of(&self.endpoint);
+            let secret = Secret::bind(name, token, Scheme::Bearer, &self.endpoint)?;
             client = client.with_secret(secret);
         }
         Ok(client)
@@ -382,7 +396,11 @@ impl Hub {
                     endpoint,
                     source,
                 },
-                Some(403) => Error::Gated { model, source },
+                Some(403) => Error::Gated {
+                    model,
+                    endpoint,
+                    source,
+                },
                 _ => Error::NotAsked {
                     model,
                     passed: None,

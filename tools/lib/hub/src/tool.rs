@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use cli::{App, Failure, env_or_dotenv};
 
-use crate::{Error, Event, Hub, cache, has_config};
+use crate::{ENDPOINT, Error, Event, Hub, cache, has_config, token_of};
 
 /// Where a model lies, after downloading it if need be from the hub that the
 /// environment names. `remedy` is the flag or key that names another model.
@@ -22,7 +22,7 @@ pub fn fetch(app: &App, model: &str, remedy: &str) -> Result<PathBuf> {
         .map_err(|error| match error {
             Error::NoModel(_) => Failure::Usage(format!("{error}, with {remedy}")).into(),
             Error::Config(_) => {
-                let cause = format!("HF_ENDPOINT and HF_TOKEN, environment or .env: {error}");
+                let cause = format!("HF_ENDPOINT and its token, environment or .env: {error}");
                 Failure::Usage(cause).into()
             }
             error => error.into(),
@@ -48,8 +48,9 @@ fn in_folder(model: &str) -> Option<PathBuf> {
 
 fn hub() -> Result<Hub> {
     let cache = cache::folder(env_or_dotenv)?;
-    let [endpoint, token] = ["HF_ENDPOINT", "HF_TOKEN"].map(env_or_dotenv);
-    Ok(Hub::new(endpoint?, token?, cache))
+    let endpoint = env_or_dotenv("HF_ENDPOINT")?.unwrap_or_else(|| ENDPOINT.into());
+    let token = env_or_dotenv(token_of(&endpoint))?;
+    Ok(Hub::new(endpoint, token, cache))
 }
 
 /// Shows how it goes.
