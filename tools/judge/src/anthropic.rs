@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use httpclient::{Client, Policy};
+use httpclient::{Client, ConfigError, Failure, Policy, Request};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -91,20 +91,27 @@ impl Question {
         }
     }
 
-    /// Asks; the answer as the service wrote it.
+    /// The question as a request, for [`attempt`].
     ///
     /// # Errors
-    /// When no answer came, or one that is no JSON.
-    pub async fn ask(&self, client: &Client, max_tokens: u32) -> anyhow::Result<Value> {
+    /// When it cannot be made.
+    pub fn request<'a>(
+        &self,
+        client: &'a Client,
+        max_tokens: u32,
+    ) -> Result<Request<'a>, ConfigError> {
         let mut body = self.body.clone();
         body["max_tokens"] = max_tokens.into();
-        Ok(client
-            .post("v1/messages")?
-            .json(&body)?
-            .send()
-            .await?
-            .json()?)
+        client.post("v1/messages")?.json(&body)
     }
+}
+
+/// Asks once, as attempt number `attempt`; the answer as the service wrote it.
+///
+/// # Errors
+/// When no answer came, or one that is no JSON.
+pub async fn attempt(request: &Request<'_>, attempt: u32) -> Result<Value, Failure> {
+    Ok(request.attempt(attempt).await?.json()?)
 }
 
 /// A hash of everything the judge is told but the texts.

@@ -2,6 +2,7 @@
 //! the ledger before it is used.
 
 use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, HashSet};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use httpclient::{Client, Retrying};
 use settings::Judge;
 use tokio::sync::{Notify, Semaphore};
 
-use crate::anthropic::Question;
+use crate::anthropic::{self, Question};
 use crate::ledger::Ledger;
 use crate::reader;
 use crate::verdict::{Comparison, Item, Opinion, Usage, Verdicts};
@@ -27,7 +28,11 @@ pub struct Claude {
     pairs: Vec<(String, String)>,
     pub ledger: RefCell<Ledger>,
     open: Semaphore,
-    /// Told whenever an answer has come and its real cost is known.
+    /// Questions that somebody is at, by their keys. Items may have the same one: a tweet
+    /// that has two replies in the data, and systems that say the same to it each time.
+    at_work: RefCell<HashSet<String>>,
+    /// Told whenever an attempt has ended and its real cost is known, and whenever a
+    /// question is no longer worked at.
     settled: Notify,
     /// The first thing that went wrong. From then on no question is asked; those under way
     /// are answered.
@@ -56,6 +61,7 @@ impl Claude {
             pairs,
             ledger,
             open,
+            at_work: RefCell::default(),
             settled: Notify::new(),
             failure,
             silent: Cell::new(false),
@@ -63,8 +69,10 @@ impl Claude {
         }
     }
 
-    /// Asks nothing more; the first failure is the one that is told.
+    /// Asks nothing more, failed attempts are not repeated either; the first failure is the
+    /// one that is told.
     pub fn fail(&self, error: anyhow::Error) {
+        self.client.give_up();
         self.failure.borrow_mut().get_or_insert(error);
     }
 
@@ -80,10 +88,9 @@ impl Claude {
         }
     }
 
-    /// Fails where nobody reads any more; failed attempts are not repeated either.
+    /// Fails where nobody reads any more.
     fn fail_if_unread(&self) {
         if let Err(gone) = reader::check() {
-            self.client.give_up();
             self.fail(gone.into());
         }
     }
@@ -111,40 +118,85 @@ impl Claude {
         // Checked when it was read, so there is no error here.
         let pairs = item.pairs(&self.pairs).ok()?;
         let mut comparisons = Vec::new();
+        // Pairs of one item may share answers, where two of its systems say the same.
+        let mut used = HashMap::new();
         for (a, b) in pairs {
             comparisons.push(if item.replies[&a] == item.replies[&b] {
                 Comparison::identical(&a, &b)
             } else {
-                let ask = |first, second| self.ask(self.question(item, first, second));
-                let (a_first, b_first) = tokio::join!(ask(&a, &b), ask(&b, &a));
-                Comparison::of(&a, &b, a_first?, b_first?)
+                let (one, other) = (self.question(item, &a, &b), self.question(item, &b, &a));
+                let (a_first, b_first) = tokio::join!(self.ask(&one), self.ask(&other));
+                let (a_first, b_first) = (a_first?, b_first?);
+                used.insert(one.key(), a_first.usage);
+                used.insert(other.key(), b_first.usage);
+                Comparison::of(&a, &b, a_first, b_first)
             });
         }
         let mut verdicts = Verdicts::new(&self.settings.model, comparisons, &self.signature);
+        verdicts.usage = Usage::default();
+        for usage in used.into_values() {
+            verdicts.usage += usage;
+        }
         // To a millionth of a dollar: below that it is noise of the arithmetic.
         let usd = self.ledger.borrow().cost(verdicts.usage);
         verdicts.cost_usd = Some((usd * 1e6).round() / 1e6);
         Some(verdicts)
     }
 
-    async fn ask(&self, question: Question) -> Option<Opinion> {
-        let _turn = self.open.acquire().await.ok()?;
-        let max_tokens = self.settings.max_tokens;
-        let known = self.ledger.borrow_mut().find(&question, max_tokens);
+    async fn ask(&self, question: &Question) -> Option<Opinion> {
+        // Before the turn: who waits for another's answer is under way with nothing.
+        let _alone = self.alone(question.key()).await;
+        let known = (self.ledger.borrow_mut()).find(question, self.settings.max_tokens);
         if known.is_some() {
             return known;
         }
-        let reserved = self.set_aside(question.most(max_tokens)).await?;
-        let answer = question.ask(&self.client, max_tokens).await;
-        let mut ledger = self.ledger.borrow_mut();
-        ledger.release(reserved);
-        self.settled.notify_waiters();
-        match answer.and_then(|answer| ledger.keep(&question, max_tokens, answer)) {
-            Ok(opinion) => Some(opinion),
-            Err(error) => {
-                self.fail(error);
-                None
+        let _turn = self.open.acquire().await.ok()?;
+        self.pay_for(question).await.unwrap_or_else(|error| {
+            self.fail(error);
+            None
+        })
+    }
+
+    /// Waits until nobody else is at the question of this key, and is at it until the guard
+    /// goes, with an answer in the ledger or without.
+    async fn alone(&self, key: String) -> AtWork<'_> {
+        loop {
+            let settled = self.settled.notified();
+            if self.at_work.borrow_mut().insert(key.clone()) {
+                return AtWork { claude: self, key };
             }
+            settled.await;
+        }
+    }
+
+    /// Asks until there is an answer, or a reason to ask no more. Money is set aside for
+    /// each attempt: one that came to nothing may be billed like one that was answered.
+    async fn pay_for(&self, question: &Question) -> anyhow::Result<Option<Opinion>> {
+        let max_tokens = self.settings.max_tokens;
+        let request = question.request(&self.client, max_tokens)?;
+        let mut attempt = 1;
+        loop {
+            let Some(reserved) = self.set_aside(question.most(max_tokens)).await else {
+                return Ok(None);
+            };
+            let answer = anthropic::attempt(&request, attempt).await;
+            self.ledger.borrow_mut().release(reserved);
+            self.settled.notify_waiters();
+            let failure = match answer {
+                Ok(answer) => {
+                    let mut ledger = self.ledger.borrow_mut();
+                    return ledger.keep(question, max_tokens, answer).map(Some);
+                }
+                Err(failure) => failure,
+            };
+            if failure.error.may_be_done() {
+                let mut ledger = self.ledger.borrow_mut();
+                ledger.keep_unanswered(question, max_tokens, failure.error.brief())?;
+            }
+            if !self.client.waits(&failure, attempt).await {
+                return Err(failure.error.into());
+            }
+            attempt += 1;
         }
     }
 
@@ -198,13 +250,23 @@ impl Claude {
                 return done.context("judging an item failed");
             }
             self.fail_if_unread();
-            if app.interrupted()? {
-                self.client.give_up();
-                if self.failure.borrow().is_none() {
-                    app.info("answers under way are waited for, and kept");
-                    self.fail(Failure::Interrupted("interrupted".into()).into());
-                }
+            if app.interrupted()? && self.failure.borrow().is_none() {
+                app.info("answers under way are waited for, and kept");
+                self.fail(Failure::Interrupted("interrupted".into()).into());
             }
         }
+    }
+}
+
+/// A question that somebody is at.
+struct AtWork<'a> {
+    claude: &'a Claude,
+    key: String,
+}
+
+impl Drop for AtWork<'_> {
+    fn drop(&mut self) {
+        self.claude.at_work.borrow_mut().remove(&self.key);
+        self.claude.settled.notify_waiters();
     }
 }

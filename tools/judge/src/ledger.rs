@@ -2,8 +2,9 @@
 //!
 //! Answers are found again by the question's hash, so a run that was interrupted, or
 //! repeated, pays only for what it has not asked yet. What they cost is summed over all
-//! answers a run uses, old ones included: the limit is for the evaluation, not for the
-//! attempt.
+//! questions of a run, each once, old answers included: the limit is for the evaluation,
+//! not for the attempt. So are attempts that may be billed though no whole answer came,
+//! and answers that were asked again.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{File, TryLockError};
@@ -12,30 +13,55 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use cli::Failure;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use settings::Price;
 
 use crate::anthropic::{self, Question};
 use crate::verdict::{Opinion, Usage};
 
+/// A line: an answer, or why an attempt that may be billed came to none.
 #[derive(Serialize, Deserialize)]
 struct Entry {
     key: String,
     max_tokens: u32,
-    answer: Value,
+    #[serde(default, deserialize_with = "present")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    answer: Option<Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    unanswered: Option<String>,
+}
+
+/// An answer of `null` is one too: a service that says so has been asked.
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
+    Value::deserialize(deserializer).map(Some)
+}
+
+/// What was paid for a question and is of no use.
+enum Void {
+    /// An answer that was asked again, and the room it had.
+    Answer(u32, Value),
+    /// An attempt without an answer, and the room it had.
+    Unanswered(u32),
 }
 
 /// The answers of `--state`, and what this run has spent of its limit.
 pub struct Ledger {
     path: PathBuf,
     file: File,
+    /// Bytes of whole lines: whatever stands behind them is no line of ours.
+    whole: u64,
+    /// Bytes without an end that stood behind them when it was opened.
+    pub torn: u64,
     answers: HashMap<String, (u32, Value)>,
+    /// By key, until it is counted.
+    void: HashMap<String, Vec<Void>>,
     /// Keys whose cost is counted.
     counted: HashSet<String>,
     price: Price,
     limit_usd: f64,
     spent_usd: f64,
+    usage: Usage,
     reserved_usd: f64,
     waiting: usize,
     /// Answers asked for in this run.
@@ -45,13 +71,19 @@ pub struct Ledger {
     verdicts: u64,
     silent: BTreeMap<String, u64>,
     pub estimated: u64,
+    /// Attempts that may be billed and came to no answer, and what they cost at most.
+    pub unanswered: u64,
+    pub unanswered_usd: f64,
+    /// Answers that could not be written, and so are asked for again by the next run.
+    pub unkept: u64,
 }
 
 impl Ledger {
-    /// Opens or makes `folder/answers.jsonl`.
+    /// Opens or makes `folder/answers.jsonl`, for this process alone.
     ///
     /// # Errors
-    /// A folder that cannot be used (exit 4), or a line that is none of ours (exit 3).
+    /// A folder that cannot be used, or that another judge uses (exit 4), or a line that is
+    /// none of ours (exit 3).
     pub fn open(folder: &Path, price: Price, limit_usd: f64) -> anyhow::Result<Self> {
         std::fs::create_dir_all(folder).with_context(|| format!("--state {}", folder.display()))?;
         let path = folder.join("answers.jsonl");
@@ -75,44 +107,91 @@ impl Ledger {
                 return Err(e).with_context(|| format!("locking {}", path.display()));
             }
         }
-        let mut text = String::new();
-        file.read_to_string(&mut text)
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)
             .with_context(|| format!("reading {}", path.display()))?;
-        // A line without its end is one that a crash cut off.
-        let whole = text.rfind('\n').map_or(0, |at| at + 1);
+        // A line without its end is one that a crash cut off, maybe inside a character.
+        let whole = bytes
+            .iter()
+            .rposition(|&b| b == b'\n')
+            .map_or(0, |at| at + 1);
+        let torn = (bytes.len() - whole) as u64;
         let mut answers = HashMap::new();
-        for (i, line) in text[..whole].lines().enumerate() {
-            let entry: Entry = serde_json::from_str(line).map_err(|e| {
-                Failure::Input(format!("{}:{}: no kept answer: {e}", path.display(), i + 1))
-            })?;
-            answers.insert(entry.key, (entry.max_tokens, entry.answer));
+        let mut void: HashMap<String, Vec<Void>> = HashMap::new();
+        for (line, i) in bytes[..whole].split_inclusive(|&b| b == b'\n').zip(1..) {
+            let bad = |cause: String| {
+                Failure::Input(format!(
+                    "{}:{i}: no kept answer: {cause}; delete this one line and run it again: what it held is \
+                     asked for anew, all other answers stay",
+                    path.display()
+                ))
+            };
+            let entry: Entry =
+                serde_json::from_slice(line.trim_ascii_end()).map_err(|e| bad(e.to_string()))?;
+            let Entry {
+                key, max_tokens, ..
+            } = entry;
+            let paid = match (entry.answer, entry.unanswered) {
+                (Some(answer), None) => (answers.insert(key.clone(), (max_tokens, answer)))
+                    .map(|(had, answer)| Void::Answer(had, answer)),
+                (None, Some(_)) => Some(Void::Unanswered(max_tokens)),
+                _ => return Err(bad("it needs one of `answer` and `unanswered`".into()).into()),
+            };
+            void.entry(key).or_default().extend(paid);
         }
-        file.set_len(whole as u64)
-            .and_then(|()| file.seek(SeekFrom::End(0)))?;
+        let whole = whole as u64;
+        file.set_len(whole)
+            .with_context(|| format!("writing {}", path.display()))?;
         Ok(Self {
             path,
             file,
+            whole,
+            torn,
             answers,
+            void,
             counted: HashSet::new(),
             price,
             limit_usd,
             spent_usd: 0.0,
+            usage: Usage::default(),
             reserved_usd: 0.0,
             waiting: 0,
             asked: 0,
             verdicts: 0,
             silent: BTreeMap::new(),
             estimated: 0,
+            unanswered: 0,
+            unanswered_usd: 0.0,
+            unkept: 0,
         })
     }
 
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The answer to a question asked before, unless it was cut off and may now be longer.
+    /// What was paid for the question counts from now on, whatever came of it.
     pub fn find(&mut self, question: &Question, max_tokens: u32) -> Option<Opinion> {
         let key = question.key();
-        let (had, answer) = self.answers.get(&key)?;
-        if anthropic::was_cut(answer) && *had < max_tokens {
-            return None;
+        let mut void = self.void.remove(&key).unwrap_or_default();
+        if let Some((had, answer)) = self.answers.get(&key)
+            && anthropic::was_cut(answer)
+            && *had < max_tokens
+        {
+            let replaced = self.answers.remove(&key);
+            void.extend(replaced.map(|(had, answer)| Void::Answer(had, answer)));
         }
+        for void in void {
+            match void {
+                Void::Answer(had, answer) => {
+                    self.spend(anthropic::opinion(&answer, question.most(had)).usage);
+                }
+                Void::Unanswered(had) => self.count_unanswered(question.most(had)),
+            }
+        }
+        let (had, answer) = self.answers.get(&key)?;
         let opinion = anthropic::opinion(answer, question.most(*had));
         self.count(key, &opinion);
         Some(opinion)
@@ -152,22 +231,60 @@ impl Ledger {
         answer: Value,
     ) -> anyhow::Result<Opinion> {
         let opinion = anthropic::opinion(&answer, question.most(max_tokens));
+        let key = question.key();
         let entry = Entry {
+            key: key.clone(),
+            max_tokens,
+            answer: Some(answer),
+            unanswered: None,
+        };
+        if let Err(error) = self.write(&entry) {
+            self.unkept += 1;
+            self.spend(opinion.usage);
+            return Err(error);
+        }
+        self.asked += 1;
+        let answer = entry.answer.unwrap_or_default();
+        self.answers.insert(key.clone(), (max_tokens, answer));
+        self.count(key, &opinion);
+        Ok(opinion)
+    }
+
+    /// Keeps that an attempt was made that may be billed and came to no answer, and why.
+    ///
+    /// # Errors
+    /// When it cannot be written; it is counted all the same.
+    pub fn keep_unanswered(
+        &mut self,
+        question: &Question,
+        max_tokens: u32,
+        cause: String,
+    ) -> anyhow::Result<()> {
+        self.count_unanswered(question.most(max_tokens));
+        self.write(&Entry {
             key: question.key(),
             max_tokens,
-            answer,
-        };
-        let mut line = serde_json::to_vec(&entry)?;
+            answer: None,
+            unanswered: Some(cause),
+        })
+    }
+
+    /// Appends a line, or nothing: the answers under way that are written after one that
+    /// did not fit must not become its end.
+    fn write(&mut self, entry: &Entry) -> anyhow::Result<()> {
+        let mut line = serde_json::to_vec(entry)?;
         line.push(b'\n');
-        self.file
-            .write_all(&line)
-            .and_then(|()| self.file.sync_data())
-            .with_context(|| format!("writing {}", self.path.display()))?;
-        self.asked += 1;
-        self.answers
-            .insert(entry.key.clone(), (max_tokens, entry.answer));
-        self.count(entry.key, &opinion);
-        Ok(opinion)
+        let written = self
+            .file
+            .seek(SeekFrom::Start(self.whole))
+            .and_then(|_| self.file.write_all(&line))
+            .and_then(|()| self.file.sync_data());
+        match written {
+            Ok(()) => self.whole += line.len() as u64,
+            // What cannot be cut off is written over, or else is a line without its end.
+            Err(_) => drop(self.file.set_len(self.whole)),
+        }
+        written.with_context(|| format!("writing {}", self.path.display()))
     }
 
     /// Whether of at least so many answers none holds a verdict.
@@ -197,9 +314,14 @@ impl Ledger {
         format!("most often {reason} ({times}): see {path}; {remedy}")
     }
 
-    /// What the answers used so far cost, in US dollars.
+    /// What was paid for so far, in US dollars.
     pub fn spent_usd(&self) -> f64 {
         self.spent_usd
+    }
+
+    /// Tokens of the answers that were paid for so far, each answer once.
+    pub fn usage(&self) -> Usage {
+        self.usage
     }
 
     /// What these tokens cost, in US dollars. Writing to a cache costs a quarter more than
@@ -211,11 +333,26 @@ impl Ledger {
         (input * self.price.input + usage.output_tokens as f64 * self.price.output) / 1e6
     }
 
+    /// Counts an answer that was paid for.
+    fn spend(&mut self, usage: Usage) {
+        self.spent_usd += self.cost(usage);
+        self.usage += usage;
+    }
+
+    /// Counts an attempt without an answer at the most that it may have cost. Its tokens are
+    /// nobody's count, and stay out of the sum of those that were told.
+    fn count_unanswered(&mut self, most: Usage) {
+        let usd = self.cost(most);
+        self.spent_usd += usd;
+        self.unanswered_usd += usd;
+        self.unanswered += 1;
+    }
+
     fn count(&mut self, key: String, opinion: &Opinion) {
         if !self.counted.insert(key) {
             return;
         }
-        self.spent_usd += self.cost(opinion.usage);
+        self.spend(opinion.usage);
         self.estimated += u64::from(opinion.usage_estimated);
         match &opinion.no_verdict {
             None => self.verdicts += 1,

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use cli::{App, Common, Counts, Failure, Flags, Signature};
 use httpclient::{Client, Scheme, Secret};
 use jsonl::{Lines, Output, WriteError};
@@ -24,7 +24,8 @@ use tokio::task::LocalSet;
 
 use claude::Claude;
 use ledger::Ledger;
-use verdict::{Item, Tally, Usage, Verdicts};
+use reference::Liked;
+use verdict::{Item, Tally, Verdicts};
 
 const EXAMPLES: &str = "\
 $ judge --provider reference < items.jsonl > judged.jsonl
@@ -43,14 +44,15 @@ With ANTHROPIC_API_KEY set; the same command goes on where it stopped:
 /// sees the tweet and two replies, no names, and not the reply that people liked. Every
 /// answer is kept in --state, so that none is paid for twice; where the first 20 hold no
 /// verdict, or all of fewer, nothing more is asked (exit 4). With --provider reference nobody is asked:
-/// the reply nearer (chrF) to what people liked is preferred. That measures likeness, not
-/// quality, and every record says so: `reference-chrf`.
+/// the reply is preferred that is nearer (chrF) to what people liked here than to more of
+/// what they liked under other tweets of the input, so that length does not win. That
+/// measures likeness, not quality, and every record says so: `reference-chrf-rank`.
 #[derive(Parser)]
 #[command(version, after_long_help = cli::after_help(EXAMPLES), max_term_width = 80)]
 struct Judge {
     /// Who compares
     #[arg(long, value_enum)]
-    provider: Option<Provider>,
+    provider: Option<JudgeProvider>,
     /// Systems to compare; may be repeated, the first gives `verdicts.score`
     /// [default: the first two of each item]
     #[arg(long, value_name = "A:B")]
@@ -86,14 +88,6 @@ struct Judge {
     common: Common,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Provider {
-    /// Claude (needs ANTHROPIC_API_KEY)
-    Anthropic,
-    /// Nearness (chrF) to the reply that people liked; offline
-    Reference,
-}
-
 fn main() -> ExitCode {
     cli::main::<Judge>()
 }
@@ -104,12 +98,8 @@ impl cli::Tool for Judge {
     }
 
     fn run(self, app: &App) -> anyhow::Result<()> {
-        let provider = self.provider.map(|provider| match provider {
-            Provider::Anthropic => JudgeProvider::Anthropic,
-            Provider::Reference => JudgeProvider::Reference,
-        });
         let flags = Flags::new()
-            .set("judge.provider", &provider)
+            .set("judge.provider", &self.provider)
             .set(
                 "judge.compare",
                 &Some(&self.compare).filter(|c| !c.is_empty()),
@@ -158,6 +148,13 @@ impl cli::Tool for Judge {
                 };
                 let (records, counts) = self.read(app, &pairs)?;
                 let ledger = Ledger::open(folder, price, settings.max_cost_usd)?;
+                if ledger.torn > 0 {
+                    app.warn(format_args!(
+                        "{}: its last line has no end ({} bytes), a write was cut short there: passed over",
+                        ledger.path().display(),
+                        ledger.torn
+                    ));
+                }
                 let signature = Signature::new("judge")
                     .with("judge", &settings.model)
                     .with_hash("prompt", &anthropic::prompt_hash())
@@ -250,16 +247,23 @@ impl Judge {
         signature: &str,
     ) -> anyhow::Result<()> {
         let (entries, mut counts) = self.read(app, pairs)?;
+        let liked = Liked::of(entries.iter().filter_map(|entry| match entry {
+            Entry::Corpus(_) => None,
+            Entry::Item(_, item) => Some(&**item),
+        }));
         let mut out = Output::stdout();
         let mut tally = Tally::default();
+        let mut items = 0;
         for entry in entries {
             let record = match entry {
                 Entry::Corpus(record) => record,
                 Entry::Item(mut record, item) => {
+                    let others = liked.others(items);
+                    items += 1;
                     let comparisons = item
                         .pairs(pairs)?
                         .iter()
-                        .map(|(a, b)| reference::compare(&item, a, b))
+                        .map(|(a, b)| reference::compare(&item, a, b, &others))
                         .collect();
                     let verdicts = Verdicts::new(reference::NAME, comparisons, signature);
                     verdicts.comparisons.iter().for_each(|c| tally.add(c));
@@ -288,7 +292,6 @@ impl Judge {
             .build()?;
         let mut out = Output::stdout();
         let mut tally = Tally::default();
-        let mut usage = Usage::default();
         let mut items = 0;
         for entry in &entries {
             if let Entry::Item(_, item) = entry {
@@ -325,7 +328,6 @@ impl Judge {
                         continue;
                     };
                     verdicts.comparisons.iter().for_each(|c| tally.add(c));
-                    usage += verdicts.usage;
                     record.set("verdicts", &verdicts)?;
                     progress.add(1);
                 }
@@ -352,6 +354,7 @@ impl Judge {
                     true => "",
                     false => ", and the same command goes on from there",
                 };
+                warn_of_losses(app, &ledger);
                 app.info(format_args!(
                     "{} items judged; {} new answers are kept{goes_on}",
                     counts.written, ledger.asked
@@ -361,10 +364,12 @@ impl Judge {
         }
         out.finish()?;
         app.count(counts);
+        let usage = ledger.usage();
         let bill = json!({
             "usage": usage,
             "requests": ledger.asked,
             "cost_usd": ledger.spent_usd(),
+            "unanswered": {"attempts": ledger.unanswered, "cost_usd": ledger.unanswered_usd},
             "prices_as_of": claude.settings.prices_as_of,
         });
         app.info(format_args!(
@@ -375,6 +380,7 @@ impl Judge {
             ledger.spent_usd(),
             claude.settings.prices_as_of
         ));
+        warn_of_losses(app, &ledger);
         if ledger.estimated > 0 {
             app.warn(format_args!(
                 "{} of {} answers do not say what they cost: reckoned at the most that they may have",
@@ -420,6 +426,25 @@ impl Judge {
             jsonl::write_atomically(path, format!("{summary}\n").as_bytes())?;
         }
         Ok(())
+    }
+}
+
+/// Tells what was paid for, or may have been, and brought nothing.
+fn warn_of_losses(app: &App, ledger: &Ledger) {
+    if ledger.unanswered > 0 {
+        app.warn(format_args!(
+            "of the attempts {} came to no answer after they were sent: they may be billed, and count with the \
+             most that they may have cost, about ${:.2} (`unanswered` in {})",
+            ledger.unanswered,
+            ledger.unanswered_usd,
+            ledger.path().display()
+        ));
+    }
+    if ledger.unkept > 0 {
+        app.warn(format_args!(
+            "of the answers {} were paid for and could not be kept: the next run asks for them again",
+            ledger.unkept
+        ));
     }
 }
 

@@ -122,8 +122,20 @@ impl Error {
         }
     }
 
+    /// Whether the server may have done what was asked, and may bill it: the request went
+    /// out, and no refusal came back.
+    #[must_use]
+    pub fn may_be_done(&self) -> bool {
+        match self {
+            Self::Status { .. } => false,
+            Self::Network { sent, .. } => *sent,
+            Self::TooLarge { .. } | Self::Json { .. } => true,
+        }
+    }
+
     /// Request and cause, without the remedies that are for the end.
-    pub(crate) fn brief(&self) -> String {
+    #[must_use]
+    pub fn brief(&self) -> String {
         match self {
             Self::Status {
                 request,

@@ -218,7 +218,12 @@ impl Request<'_> {
         }
     }
 
-    async fn attempt(&self, attempt: u32) -> Result<Response, Failure> {
+    /// Sends it once, as attempt number `attempt` (from 1). For whoever decides on each
+    /// attempt, since each may cost something: between two, [`Client::waits`].
+    ///
+    /// # Errors
+    /// [`Failure`], with what [`Client::waits`] needs to know.
+    pub async fn attempt(&self, attempt: u32) -> Result<Response, Failure> {
         let client = self.client;
         let name = self.name();
         let mut request = client
@@ -247,10 +252,7 @@ impl Request<'_> {
                     request: name,
                     limit,
                 };
-                return Err(Failure {
-                    retry: Retry::Never,
-                    error,
-                });
+                return Err(error.into());
             }
             body.extend_from_slice(&chunk);
         }
@@ -382,9 +384,21 @@ impl Response {
 }
 
 /// A failed attempt and what may be done about it.
-struct Failure {
+#[derive(Debug)]
+pub struct Failure {
     retry: Retry,
-    error: Error,
+    /// What went wrong.
+    pub error: Error,
+}
+
+impl From<Error> for Failure {
+    /// One that is not to be repeated, such as a success that cannot be read.
+    fn from(error: Error) -> Self {
+        Self {
+            retry: Retry::Never,
+            error,
+        }
+    }
 }
 
 impl Failure {
@@ -401,6 +415,7 @@ impl Failure {
     }
 }
 
+#[derive(Debug)]
 enum Retry {
     Never,
     Backoff,

@@ -35,8 +35,8 @@ impl fmt::Display for Retrying {
 }
 
 impl Client {
-    /// Waits for the next attempt; false where there is to be none.
-    pub(crate) async fn waits(&self, failure: &Failure, attempt: u32) -> bool {
+    /// Waits after attempt number `attempt` for the next one; false where there is to be none.
+    pub async fn waits(&self, failure: &Failure, attempt: u32) -> bool {
         let mut given_up = self.given_up.subscribe();
         let Some(wait) = failure.wait(&self.policy, attempt) else {
             return false;

@@ -166,6 +166,52 @@ fn what_costs_money_is_repeated_only_when_nothing_happened() {
     }
 }
 
+/// Of what may be billed, whoever pays wants to know.
+#[test]
+fn a_failure_tells_whether_the_server_may_have_done_it() {
+    let quick = || Policy {
+        attempts: 1,
+        timeout: Duration::from_millis(300),
+        max_body: 100,
+        ..policy()
+    };
+    for (fault, done) in [
+        (fine().cut_after(2), true),
+        (Reply::hang_up(), true),
+        (fine().after(Duration::from_secs(2)), true),
+        (Reply::text(200, &"x".repeat(200)), true),
+        (Reply::text(307, "").header("location", "/x"), false),
+        (Reply::text(400, ""), false),
+        (Reply::text(429, ""), false),
+        (Reply::text(529, ""), false),
+    ] {
+        let error = ask(&always(fault.clone()), quick(), false).unwrap_err();
+        assert_eq!(error.may_be_done(), done, "{fault:?}: {error}");
+    }
+    let odd = ask(&always(Reply::text(200, "<h1>")), quick(), false).unwrap();
+    assert!(odd.json::<Value>().unwrap_err().may_be_done());
+    let nobody = always(fine()).url();
+    let client = Client::new(&nobody, quick()).unwrap();
+    let error = block_on(client.post("x").unwrap().send()).unwrap_err();
+    assert!(!error.may_be_done(), "{error}");
+}
+
+#[test]
+fn attempts_can_be_made_one_by_one() {
+    let server = first(Reply::text(503, ""));
+    let client = Client::new(&server.url(), policy()).unwrap();
+    let request = client.get("x").unwrap();
+    block_on(async {
+        let failure = request.attempt(1).await.unwrap_err();
+        assert_eq!(server.requests().len(), 1, "it is not repeated by itself");
+        assert!(client.waits(&failure, 1).await);
+        assert!(!client.waits(&failure, 3).await, "after the last of three");
+        assert_eq!(request.attempt(2).await.unwrap().attempts(), 2);
+        let unreadable = request.attempt(3).await.unwrap().json::<u8>().unwrap_err();
+        assert!(!client.waits(&unreadable.into(), 1).await);
+    });
+}
+
 #[test]
 fn nobody_listening_is_a_network_error_that_was_not_sent() {
     let server = always(fine());
