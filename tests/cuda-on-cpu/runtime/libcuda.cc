@@ -3,8 +3,8 @@
 // talks to NVIDIA's libraries is executed in CI as well, against what their manuals
 // say; what they do beyond that only a GPU shows.
 //
-// CUDA_STAND_IN makes it unfit: `old` (driver), `none` (no GPU), `ancient` (GPU), `full` (memory),
-// `crowded` (no page-locked memory that the GPU sees), `swamped` (none at all), and for graphs
+// CUDA_STAND_IN makes it unfit: `old` (driver), `none` (no GPU), `old, none`, `ancient` (GPU),
+// `full` (memory), `stumbling` (refuses to launch add_noise), `crowded` (no page-locked memory that the GPU sees), `swamped` (none at all), `another` (by its name), and for graphs
 // `uncaptured`, `uninstantiated`, `not uploaded`; `tallied` says at the end how often its stream
 // was waited for. `hollow` is one of another kind: it has an H200's memory, which is never
 // touched, and looks at what it is asked for, but does none of it and reads as zeros. So the
@@ -108,10 +108,10 @@ void settle() {
   if (current_context != &the_context) return 201
 
 EXPORTED int cuDriverGetVersion(int *version) {
-  *version = unfit("old") ? 12020 : 12040;
+  *version = unfit("old") || unfit("old, none") ? 12020 : 12040;
   return Success;
 }
-EXPORTED int cuInit(unsigned) { return unfit("none") ? NoDevice : Success; }
+EXPORTED int cuInit(unsigned) { return unfit("none") || unfit("old, none") ? NoDevice : Success; }
 EXPORTED int cuGetErrorName(int code, const char **text) {
   *text = code == LaunchFailed ? "CUDA_ERROR_LAUNCH_FAILED" : "CUDA_ERROR";
   return Success;
@@ -122,7 +122,9 @@ EXPORTED int cuGetErrorString(int code, const char **text) {
 }
 EXPORTED int cuDeviceGetCount(int *count) { return *count = 1, Success; }
 EXPORTED int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, ordinal ? Invalid : Success; }
-EXPORTED int cuDeviceGetName(char *name, int size, int) { return snprintf(name, size, "stand-in"), Success; }
+EXPORTED int cuDeviceGetName(char *name, int size, int) {
+  return snprintf(name, size, unfit("another") ? "another stand-in" : "stand-in"), Success;
+}
 EXPORTED int cuDeviceGetAttribute(int *value, int attribute, int) {
   *value = attribute == 75 ? (unfit("ancient") ? 7 : 8) : attribute == 76 ? 5 : 0;
   return attribute == 75 || attribute == 76 ? Success : Invalid;
@@ -264,6 +266,7 @@ EXPORTED int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned g
       &copy);
   const bool fits = gx && gx <= 0x7fffffff && gy && gy <= 0xffff && gz && gz <= 0xffff && bx && bx <= 1024;
   if (!fits || by != 1 || bz != 1) return Invalid;
+  if (unfit("stumbling") && !strcmp(name, "add_noise")) return LaunchFailed;
   if (hollow) return give(stream, [] { return Success; });
   return give(stream, [=]() mutable {
     settle();
@@ -357,6 +360,7 @@ struct Descriptor {
   int transposed[2];
 };
 
+EXPORTED size_t cublasLtGetVersion() { return 120400; }
 EXPORTED int cublasLtCreate(void **handle) { return *handle = &the_context, 0; }
 EXPORTED int cublasLtDestroy(void *) { return 0; }
 EXPORTED int cublasLtMatrixLayoutCreate(void **layout, int type, uint64_t rows, uint64_t cols, int64_t ld) {

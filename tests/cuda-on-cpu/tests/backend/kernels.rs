@@ -1472,9 +1472,9 @@ fn adamw_with_moments_in_8_bits() {
 
 #[test]
 fn noise_on_embeddings_is_the_same() {
-    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+    fn run<B: Machine>(b: &B, sizes: &[(usize, [usize; 3])]) -> Vec<Vec<f32>> {
         let mut results = Vec::new();
-        for (width, lengths) in [(72, [13, 1, 6]), (8 * 270, [2, 3, 1])] {
+        for &(width, lengths) in sizes {
             let numbers = [5, 1 << 30, 0];
             let rows: Vec<_> = numbers.into_iter().zip(lengths).collect();
             let rows = Ragged::new(b, &rows).unwrap();
@@ -1492,9 +1492,20 @@ fn noise_on_embeddings_is_the_same() {
         }
         results
     }
-    let reference = run(&Rounded);
+    let sizes = [(72, [13, 1, 6]), (8 * 270, [2, 3, 1])];
+    let reference = run(&Rounded, &sizes);
     assert!(reference[0].iter().all(|&x| x != 0.0));
-    compare("add_noise", &[0.0], reference, run);
+    compare("add_noise", &[0.0], reference, |b| run(b, &sizes));
+    // More tokens than a grid has blocks in one dimension.
+    let long = [(8, [1, 65_539, 2])];
+    let reference = run(&Rounded, &long);
+    compare_over(
+        &Order::ALL[..1],
+        "add_noise, a long row",
+        &[0.0],
+        reference,
+        |b| run(b, &long),
+    );
 }
 
 /// Other contents, then another size, then something in between that cannot be gathered.

@@ -3,7 +3,7 @@
 use std::process::{Command, Output};
 
 use cuda_on_cpu::STAND_IN;
-use engine::{Backend, Choice, Device, HostMatrix};
+use engine::{Backend, Choice, Device, HostMatrix, Neftune, Ragged, Reading};
 use half::bf16;
 
 use crate::support::{ONLY_GPU, UNFIT, UNRECORDING, gpu, only_gpu};
@@ -106,6 +106,46 @@ fn replies_are_the_same_where_nothing_can_be_recorded() {
     }
 }
 
+/// In a child whose GPU refuses a launch: what was asked for before comes all the same. A
+/// checkpoint is on its way to the disk while the next step is queued.
+#[test]
+fn what_was_asked_for_before_a_failure_is_read() {
+    if std::env::var(UNFIT).as_deref() != Ok("stumbling") {
+        if only_gpu() {
+            return;
+        }
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        let name = "nvidia::what_was_asked_for_before_a_failure_is_read";
+        child.args(["--exact", name, "--nocapture"]);
+        let output = with(child, &STAND_IN, "stumbling");
+        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        assert!(
+            output.status.success() && text.contains("1 passed"),
+            "{text}"
+        );
+        return;
+    }
+    let cuda = gpu().unwrap();
+    let (rows, width) = (Ragged::new(&cuda, &[(0, 4)]).unwrap(), 8);
+    let figures = cuda.upload_f32(&[1.5, -2.0]).unwrap();
+    let before = cuda.read_f32(&figures, 0..2);
+    let mut x = cuda.alloc_act(4 * width).unwrap();
+    cuda.add_noise(
+        &Neftune {
+            seed: 1,
+            step: 1,
+            alpha: 5.0,
+        },
+        &rows,
+        width,
+        &mut x,
+    );
+    let after = cuda.read_f32(&figures, 0..2);
+    assert_eq!(before.wait().unwrap(), [1.5, -2.0]);
+    let problem = after.wait().unwrap_err().to_string();
+    assert!(problem.contains("add_noise"), "{problem}");
+}
+
 #[test]
 fn what_is_missing_or_too_old_is_said_with_its_remedy() {
     let [driver, cublas] = STAND_IN;
@@ -124,13 +164,17 @@ fn what_is_missing_or_too_old_is_said_with_its_remedy() {
         fine && words.contains("cuda:0 stand-in") && words.contains("first GPU"),
         "{words}"
     );
-    let (fine, words) = open("auto", &[driver, cublas], "none");
-    assert!(fine && words.contains("no NVIDIA GPU was found"), "{words}");
+    // An old driver is nobody's trouble where it has no GPU.
+    for unfit in ["none", "old, none"] {
+        let (fine, words) = open("auto", &[driver, cublas], unfit);
+        assert!(fine && words.contains("no NVIDIA GPU was found"), "{words}");
+    }
     for (choice, unfit, says) in [
         ("auto", "old", "driver to version 550"),
         ("cuda:0", "old", "supports CUDA 12.2"),
         ("cuda:1", "", "there is no GPU 1: 1 found"),
         ("cuda:0", "none", "there is no GPU 0: 0 found"),
+        ("cuda:0", "old, none", "there is no GPU 0: 0 found"),
         ("auto", "ancient", "compute capability 7.5"),
         ("cuda", "full", "out of memory"),
         // Not on the device instead: nobody has planned it there.

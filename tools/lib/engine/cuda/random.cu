@@ -24,19 +24,20 @@ KERNEL(256)
 add_noise(const u32 *__restrict__ bounds, const u32 *__restrict__ rows, u32 width, u64 seed,
           u32 step, u32 stream, float alpha, bf16 *__restrict__ x) {
   const u32 start = bounds[blockIdx.x], length = bounds[blockIdx.x + 1] - start;
-  const u32 position = blockIdx.y;
-  if (position >= length) return;
   const float bound = alpha / sqrtf((float)(length * width));
-  bf16 *row = x + (size_t)(start + position) * width;
-  for (u32 block = threadIdx.x; block < width / 8; block += blockDim.x) {
-    const Bits bits = philox(seed, rows[start], step, position, stream | block);
-    Eight v = load8(row + block * 8);
-    for (int e = 0; e < 8; e++) {
-      const int draw = bits.word[e / 2] >> 16 * (e % 2) & 0xffff;
-      const float unit = (float)(2 * draw - 65535) * (1.0f / 65536);
-      v.x[e] = add_rn(v.x[e], mul_rn(unit, bound));
+  // A row may have more tokens than a grid has blocks that way.
+  for (u32 position = blockIdx.y; position < length; position += gridDim.y) {
+    bf16 *row = x + (size_t)(start + position) * width;
+    for (u32 block = threadIdx.x; block < width / 8; block += blockDim.x) {
+      const Bits bits = philox(seed, rows[start], step, position, stream | block);
+      Eight v = load8(row + block * 8);
+      for (int e = 0; e < 8; e++) {
+        const int draw = bits.word[e / 2] >> 16 * (e % 2) & 0xffff;
+        const float unit = (float)(2 * draw - 65535) * (1.0f / 65536);
+        v.x[e] = add_rn(v.x[e], mul_rn(unit, bound));
+      }
+      store8(row + block * 8, v);
     }
-    store8(row + block * 8, v);
   }
 }
 EXPORT(add_noise)

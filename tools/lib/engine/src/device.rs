@@ -10,7 +10,7 @@ use std::str::FromStr;
 
 use crate::cuda::{Cuda, Nvidia};
 use crate::nf4::Nf4Tensor;
-use crate::{Backend, Cpu, Error, HostMatrix, Result};
+use crate::{Backend, Cpu, HostMatrix, Result};
 
 /// What was asked for: `auto`, `cpu`, `cuda` or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -82,6 +82,15 @@ impl Device {
         Ok((Self::Cuda(cuda), words))
     }
 
+    /// What the last bits of a result hang on beside the backend: a GPU's chip, driver and
+    /// cuBLAS. On the processor nothing.
+    pub fn hardware(&self) -> Option<String> {
+        match self {
+            Self::Cpu(_) => None,
+            Self::Cuda(cuda) => Some(cuda.hardware()),
+        }
+    }
+
     /// A weight in NF4, computed here: [`Backend::quantize`].
     ///
     /// # Errors
@@ -95,19 +104,6 @@ impl Device {
 
     fn cpu(why: &str) -> (Self, String) {
         (Self::Cpu(Cpu), format!("{} ({why})", Cpu.describe()))
-    }
-}
-
-impl Error {
-    /// What may help, beside the message.
-    pub fn remedy(&self) -> &'static str {
-        match self {
-            Self::OutOfMemory { .. } => {
-                "use smaller batches, recompute layers, or a device with more memory"
-            }
-            Self::Unfit(_) => "the weights are damaged: fetch the model again",
-            Self::Device { remedy, .. } => remedy,
-        }
     }
 }
 

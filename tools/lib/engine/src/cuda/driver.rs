@@ -175,6 +175,11 @@ pub trait Driver: Send + Sync {
     /// The device in words.
     fn describe(&self) -> String;
 
+    /// What the last bits of a result hang on: the chip and its libraries.
+    fn hardware(&self) -> String {
+        self.describe()
+    }
+
     /// Bytes that are free on the device, for anyone; waits for what is queued.
     ///
     /// # Errors

@@ -49,6 +49,9 @@ pub(crate) const PTX: &str = include_str!("../../cuda/kernels.ptx");
 /// Blocks of the first pass of the global norm: the shape of its sum.
 const NORM_BLOCKS: usize = 256;
 
+/// Most blocks that a grid has in its second dimension.
+const GRID_Y: usize = 65_535;
+
 /// Blocks of 256 threads that a large GPU runs at once, two a multiprocessor.
 const AT_ONCE: usize = 264;
 
@@ -171,6 +174,11 @@ impl Cuda {
             tickets: Buffer::zeroed(&queue, "tables", few::TICKETS)?,
             queue,
         })
+    }
+
+    /// What the last bits of a result hang on: the chip and its libraries.
+    pub fn hardware(&self) -> String {
+        self.queue.hardware()
     }
 
     /// How often [repeated](Backend::repeat) work was queued as a whole; for tests.
@@ -561,7 +569,9 @@ impl Backend for Cuda {
             noise.alpha,
             x.first(tokens * width),
         ];
-        self.launch_shaped("add_noise", [count, rows.longest(), 1], 256, 0, args);
+        let blocks = [count, rows.longest().min(GRID_Y), 1];
+        let threads = (width / 8).next_multiple_of(32).min(256) as u32;
+        self.launch_shaped("add_noise", blocks, threads, 0, args);
     }
 
     fn gather(

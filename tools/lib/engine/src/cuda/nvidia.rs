@@ -279,6 +279,11 @@ pub struct Nvidia {
     plans: Mutex<HashMap<Shape, Arc<Plan>>>,
 }
 
+/// A version of CUDA as people write it.
+fn dotted(version: i32) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
+}
+
 /// A kernel, and how much dynamic shared memory it may be started with.
 #[derive(Clone, Copy)]
 struct Function(sys::CUfunction, u32);
@@ -292,22 +297,11 @@ impl Nvidia {
     /// How many GPUs there are: none without a driver.
     ///
     /// # Errors
-    /// If there is a driver that does not work, or is too old.
+    /// If there is a GPU whose driver does not work, or is too old.
     pub fn count() -> Result<usize> {
         // SAFETY: opening the library runs its initialisers, nothing else.
         if !unsafe { sys::is_culib_present() } {
             return Ok(0);
-        }
-        let version = driver_version()?;
-        if version < CUDA_VERSION {
-            return Err(unusable(
-                format!(
-                    "the NVIDIA driver supports CUDA {}.{}, and 12.4 is needed",
-                    version / 1000,
-                    version % 1000 / 10
-                ),
-                "update the driver to version 550 or later; or use --device cpu",
-            ));
         }
         match cuda::init() {
             Ok(()) => {}
@@ -315,6 +309,19 @@ impl Nvidia {
             Err(e) => return Err(failed("the NVIDIA driver does not start", e)),
         }
         let count = cuda::device::get_count().map_err(|e| failed("counting GPUs", e))?;
+        if count == 0 {
+            return Ok(0); // whatever its age
+        }
+        let version = driver_version()?;
+        if version < CUDA_VERSION {
+            return Err(unusable(
+                format!(
+                    "the NVIDIA driver supports CUDA {}, and 12.4 is needed",
+                    dotted(version)
+                ),
+                "update the driver to version 550 or later; or use --device cpu",
+            ));
+        }
         Ok(count as usize)
     }
 
@@ -707,6 +714,16 @@ impl Drop for Copying {
 impl Driver for Nvidia {
     fn describe(&self) -> String {
         format!("cuda:{} {}, bf16", self.context.ordinal, self.context.name)
+    }
+
+    fn hardware(&self) -> String {
+        let driver = driver_version().map_or("?".into(), dotted);
+        // SAFETY: it only returns a number.
+        let blas = unsafe { blas_sys::cublasLtGetVersion() };
+        format!(
+            "{}, driver of CUDA {driver}, cuBLAS {blas}",
+            self.context.name
+        )
     }
 
     fn free(&self) -> Result<usize> {

@@ -129,6 +129,10 @@ impl Queue {
         self.driver.describe()
     }
 
+    pub fn hardware(&self) -> String {
+        self.driver.hardware()
+    }
+
     /// How often what was repeated was queued as a whole.
     pub fn played(&self) -> usize {
         self.played.load(Relaxed)
@@ -140,7 +144,7 @@ impl Queue {
             None => Ok(()),
             Some(problem) => Err(Error::Device {
                 problem: problem.clone(),
-                remedy: "start again; finished steps are in the checkpoint",
+                remedy: "start again",
             }),
         }
     }
