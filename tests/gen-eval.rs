@@ -364,6 +364,7 @@ fn likelihoods_and_greedy_replies_are_those_of_an_independent_model() {
         "|data:",
         "|model:",
         "|lora:",
+        "|scored:normalized|",
         "|quantization:none|",
         "|lm_head:as_stored|",
     ] {
@@ -375,7 +376,7 @@ fn likelihoods_and_greedy_replies_are_those_of_an_independent_model() {
 #[test]
 fn both_modes_score_alike() {
     let fixture = Fixture::new();
-    let lines = fixture.run(&[]).exits(0).records();
+    let lines = fixture.run(&["--text=raw"]).exits(0).records();
     let (corpus, items) = lines.split_last().unwrap();
     let flat: String = items
         .iter()
@@ -618,6 +619,8 @@ fn conversations_are_replied_to() {
     };
     assert_eq!(field("id"), ["line 1", "7", "line 4"]);
     assert_eq!(field("conversation_id"), ["line 1", "c", "line 4"]);
+    let groups = field("split_group");
+    assert!(groups[1] == "c" && groups[0] != groups[2], "{groups:?}");
     let references = field("reference");
     assert_eq!(references[..2], [reply, reply]);
     assert!(
@@ -667,6 +670,134 @@ fn conversations_are_replied_to() {
             .exits(3)
             .says(said);
     }
+}
+
+/// Rows that are no independent evidence say so, whatever they are.
+#[test]
+fn rows_of_one_group_name_it() {
+    let fixture = Fixture::new();
+    let rows = [
+        json!({"id": "a", "conversation_id": "1", "split_group": "g", "tweet": "t", "reply": "r"}),
+        json!({"id": "b", "conversation_id": "1", "tweet": "t", "reply": "s"}),
+        json!({"id": "c", "tweet": "Bread?", "reply": "r"}),
+        json!({"prompt": "Bread?", "completion": "And toast"}),
+        json!({"prompt": "Bread?", "completion": "No"}),
+        json!({"messages": [{"role": "user", "content": "Bread?"}, {"role": "assistant", "content": "No"}]}),
+        json!({"prompt": "Toast?", "completion": "No"}),
+    ];
+    let rows: String = rows.iter().map(|row| format!("{row}\n")).collect();
+    let groups = |system: &str| -> Vec<String> {
+        let config = format!("generation: {{text: raw, system_prompt: '{system}'}}\n");
+        let config = fixture.tool.file("eval.yaml", &config);
+        let arguments = ["--model=model", "--max-new-tokens=2", "--config", &config];
+        let lines = fixture.tool.run(&arguments, &rows).exits(0).records();
+        let groups = lines[..7].iter().map(|line| line["split_group"].as_str());
+        groups.map(|group| group.unwrap().to_owned()).collect()
+    };
+    let plain = groups("");
+    assert_eq!(plain[..2], ["g", "1"]);
+    assert!(
+        plain[3..6].iter().all(|group| *group == plain[2]),
+        "{plain:?}"
+    );
+    assert_ne!(plain[6], plain[2]);
+    assert_eq!(groups("Be brief."), plain, "the settings decide");
+}
+
+/// How a reply was typed says nothing where the reference was normalised: an adapter learns
+/// that way of typing, and would win by it. What was generated before is scored anew.
+#[test]
+fn replies_are_scored_in_the_form_of_their_reference() {
+    let fixture = Fixture::new();
+    let (typed, normal) = (
+        "@ann “Sooooo” good… it’s a #GreatDay!!!!!",
+        "\"Soo\" good... it's a Great Day!!!",
+    );
+    let pair = json!({
+        "id": "p", "tweet": "Hm", "tweet_normalized": "Hm", "reply": typed, "reply_normalized": normal
+    });
+    let prompt = json!({"prompt": "Hm", "completion": normal});
+    // The model says `typed`, by a journal of what it said.
+    let figures = |rows: &[&Value], text: &str| -> (Vec<Value>, Value) {
+        let rows: String = rows.iter().map(|row| format!("{row}\n")).collect();
+        let arguments = [
+            "--model=model",
+            "--quantization=none",
+            "--max-new-tokens=60",
+            "--state=state",
+            text,
+        ];
+        let _ = std::fs::remove_dir_all(fixture.folder("state"));
+        fixture.tool.run(&arguments, &rows).exits(0);
+        let kept = fixture.tool.read("state/answers.jsonl");
+        let mut kept: Vec<Value> = (kept.lines())
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        let ids = fixture.chat().encode(typed).unwrap();
+        for answer in kept[1]["answers"].as_array_mut().unwrap() {
+            answer["ids"] = json!(ids);
+        }
+        let said: String = kept.iter().map(|line| format!("{line}\n")).collect();
+        fixture.tool.file("state/answers.jsonl", &said);
+        let mut lines = fixture.tool.run(&arguments, &rows).exits(0).records();
+        let corpus = lines.pop().unwrap()["corpus"].take();
+        for line in &lines {
+            assert_eq!(line["systems"]["base"]["prediction"], typed);
+        }
+        (lines, corpus)
+    };
+    let bleu = |line: &Value| line["systems"]["base"]["bleu"].as_f64().unwrap();
+    let is_whole = |line: &Value| {
+        let of = &line["systems"]["base"];
+        [
+            ("rouge1", 1.0),
+            ("rougeL", 1.0),
+            ("bleu", 100.0),
+            ("chrf", 100.0),
+        ]
+        .iter()
+        .all(|(figure, most)| (of[figure].as_f64().unwrap() - most).abs() < 1e-9)
+    };
+
+    let (lines, corpus) = figures(&[&pair], "--text=normalized");
+    assert_eq!(lines[0]["reference"], normal);
+    assert!(
+        is_whole(&lines[0]) && is_whole(&corpus),
+        "{} {corpus}",
+        lines[0]
+    );
+    assert!(
+        corpus["signature"]
+            .as_str()
+            .unwrap()
+            .contains("|scored:normalized|")
+    );
+
+    // As it was collected, and as nobody normalised it.
+    let (lines, corpus) = figures(&[&pair], "--text=raw");
+    assert!(is_whole(&lines[0]), "{}", lines[0]);
+    assert!(
+        corpus["signature"]
+            .as_str()
+            .unwrap()
+            .contains("|scored:raw|")
+    );
+    let (lines, corpus) = figures(&[&prompt, &pair], "--text=normalized");
+    assert!(bleu(&lines[0]) < 50.0 && is_whole(&lines[1]), "{lines:?}");
+    assert!(
+        corpus["signature"]
+            .as_str()
+            .unwrap()
+            .contains("|scored:normalized+raw|")
+    );
+
+    let flat = format!("{}\n", json!({"prediction": typed, "reference": normal}));
+    let flat = fixture
+        .tool
+        .run(&["--score-only"], &flat)
+        .exits(0)
+        .records();
+    assert_eq!(flat[0]["bleu"], bleu(&lines[0]));
 }
 
 /// Training notes its base as it was given, the adapter as it is found from everywhere.
@@ -1228,19 +1359,65 @@ fn rows_that_were_trained_on_are_left_out() {
     let held_out = run(&both, &unsplit).exits(0);
     assert_eq!(ids(&held_out), ["p5"]);
 
-    // Sides in the rows hold; that one of them is wrong is said.
-    let sided = unsplit.replace("\"v\":1", "\"split\":\"eval\",\"v\":1");
-    let sided = run(&["--adapter=run1"], &sided).exits(0);
-    assert_eq!(ids(&sided).len(), 7);
-    sided.says(
-        "adapter lora was trained on 4 of the 7 rows of `split: eval`: its figures are too good",
-    );
+    // What an adapter says of its training holds, whatever the rows say of themselves.
+    let sided = |split: &str| unsplit.replace("\"v\":1", &format!("\"split\":\"{split}\",\"v\":1"));
+    let eval = sided("eval");
+    let left_out = run(&both, &eval)
+        .exits(0)
+        .says("warning: adapter a was trained on 4 of the 7 rows of `split: eval`, by rows.jsonl beside it: left out")
+        .says("warning: adapter b was trained on 2 of the 7 rows of `split: eval`")
+        .says("left out for (a row may have several): trained_on 6; --rejects FILE keeps the rows")
+        .says("in 7, out 1, rejected 6");
+    assert_eq!(ids(&left_out), ["p5"]);
+
+    // Each goes where it was asked for, with the reason, and everything else is there.
+    let train = sided("train");
+    let mut mixed: Vec<&str> = eval.lines().take(3).collect();
+    mixed.extend(train.lines().skip(3).take(3));
+    mixed.extend(unsplit.lines().skip(6));
+    let rejects = ["--adapter=a=run1", "--adapter=b=run2", "--rejects=rejects"];
+    saw("run2", &[1], &[]);
+    saw("run1", &[1, 2, 3], &[]);
+    let kept = run(&rejects, &mixed.join("\n"))
+        .exits(0)
+        .says("in 7, out 1, rejected 3")
+        .never_says("--rejects");
+    assert_eq!(ids(&kept), ["p0"]);
+    let rejected = fixture.tool.read("rejects");
+    let rejected: Vec<Value> = (rejected.lines())
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let was = |id: &str| rejected.iter().find(|row| row["id"] == id).unwrap();
+    let why = |id: &str| -> Vec<(String, String)> {
+        assert_eq!(was(id)["rejected"]["by"], "gen-eval");
+        let reasons = was(id)["rejected"]["reasons"].as_array().unwrap();
+        let text = |reason: &Value, key: &str| reason[key].as_str().unwrap().to_owned();
+        let why = reasons
+            .iter()
+            .map(|r| (text(r, "filter"), text(r, "detail")));
+        why.collect()
+    };
+    let by = |name: &str| {
+        let detail = format!("adapter {name} was, by its texts in rows.jsonl");
+        ("trained_on".to_owned(), detail)
+    };
+    assert_eq!(rejected.len(), 3);
+    assert_eq!(why("p1"), [by("a"), by("b")]);
+    assert_eq!(why("p2"), [by("a")]);
+    assert_eq!(why("p6")[0].0, "no_split");
+    let mut whole = was("p1").clone();
+    whole.as_object_mut().unwrap().remove("rejected");
+    assert_eq!(whole, serde_json::from_str::<Value>(mixed[1]).unwrap());
 
     saw("run1", &[0, 1, 2, 3, 4, 5, 6], &[]);
     let none = run(&["--adapter=run1"], &unsplit).exits(0);
     assert_eq!(none.stdout, "");
     none.says("each of the 7 rows was trained on")
-        .says("data.eval_fraction");
+        .says("data.eval_fraction")
+        .says("trained_on 7; --rejects FILE");
+    let none = run(&["--adapter=run1"], &eval).exits(0);
+    assert_eq!(none.stdout, "");
+    none.says("each of the 7 rows of `split: eval` was trained on, so nothing is generated");
 
     fixture.tool.file("run1/rows.jsonl", "");
     let other = run(&["--adapter=run1"], &unsplit).exits(0);

@@ -235,8 +235,12 @@ fn kept_and_dropped_together_are_the_input_and_every_keeper_stays() {
     let mut all: BTreeMap<&str, Value> = BTreeMap::new();
     for record in kept.iter().chain(&dropped) {
         let mut bare = record.clone();
-        for key in ["tweet_normalized", "reply_normalized", "split", "dropped"] {
+        for key in ["tweet_normalized", "reply_normalized", "dropped"] {
             bare.as_object_mut().unwrap().remove(key);
+        }
+        for key in ["split", "split_group"] {
+            let is_there = bare.as_object_mut().unwrap().remove(key).is_some();
+            assert_eq!(is_there, record["dropped"].is_null(), "{key}: {record}");
         }
         assert!(all.insert(id(record), bare).is_none(), "twice: {record}");
     }
@@ -311,8 +315,11 @@ fn a_second_run_follows_the_new_settings_without_a_trace_of_the_old() {
     let both = run(&tool, &strict, &(kept + &dropped)).stdout;
     assert!(lines(&both).iter().all(|r| r.get("dropped").is_none()));
     assert_eq!(lines(&both).len(), 2);
-    run(&tool, &[], &both);
-    assert!(lines(&tool.read("dropped.jsonl"))[0].get("split").is_none());
+    let both = both.replace(r#""split_group":""#, r#""split_group":"old "#);
+    let kept = run(&tool, &[], &both).records();
+    assert_eq!(kept[0]["split_group"], "1");
+    let dropped = &lines(&tool.read("dropped.jsonl"))[0];
+    assert!(dropped.get("split").is_none() && dropped.get("split_group").is_none());
 }
 
 #[test]
@@ -374,88 +381,58 @@ fn a_keeper_that_goes_itself_is_followed() {
     );
 }
 
-/// Threads, the same tweet elsewhere, near tweets, and a reply that is the next
-/// tweet all stay on one side, whatever the seed.
+/// Threads, the same tweet elsewhere, near tweets, a reply that is the next tweet, and the
+/// same reply elsewhere all stay on one side, whatever the seed, and say that they are one
+/// group.
 #[test]
 fn nothing_leaks_across_the_cut() {
     let tool = tool();
+    // Tweets that join none of the threads that they stand in.
+    let mut fillers = [
+        "Well, who painted that door?",
+        "My knee knows when rain comes.",
+        "Tax forms in verse, please.",
+        "Owls again.",
+        "Is there a word for half a spoon?",
+        "Seven keys and none of them fits.",
+        "The radio plays only drums today.",
+    ]
+    .into_iter();
     let mut input = Vec::new();
     for (i, (tweet, reply)) in TOPICS.into_iter().enumerate() {
-        // A reply that is nobody's tweet here.
-        let other = TOPICS[(i + [1, 1, 2, 1][i % 4]) % 16].1;
-        input.push(pair(
-            &format!("{i:02}a"),
-            &format!("{i:02}x"),
-            tweet,
-            reply,
-            9,
-        ));
-        match i % 4 {
-            0 => input.push(pair(
-                &format!("{i:02}b"),
-                &format!("{i:02}x"),
-                "Well, that is one way to see it.",
-                other,
-                8,
-            )),
-            1 => input.push(pair(
-                &format!("{i:02}b"),
-                &format!("{i:02}y"),
-                tweet,
-                other,
-                8,
-            )),
-            2 => input.push(pair(
-                &format!("{i:02}b"),
-                &format!("{i:02}y"),
-                &tweet.replace('.', "!!"),
-                other,
-                8,
-            )),
-            _ => input.push(pair(
-                &format!("{i:02}b"),
-                &format!("{i:02}y"),
-                reply,
-                other,
-                8,
-            )),
+        // Nobody else's reply, and nobody's tweet.
+        let other = format!("{} So they said on day {i}.", TOPICS[(i + 1) % 16].1);
+        let mut add = |kind: &str, thread: &str, tweet: &str, reply: &str| {
+            let (id, thread) = (format!("{i:02}{kind}"), format!("{i:02}{thread}"));
+            input.push(pair(&id, &thread, tweet, reply, 9));
+        };
+        add("a", "x", tweet, reply);
+        match i % 5 {
+            0 => add("b", "x", fillers.next().unwrap(), &other),
+            1 => add("b", "y", tweet, &other),
+            2 => add("b", "y", &tweet.replace('.', "!!"), &other),
+            3 => add("b", "y", reply, &other),
+            // However it was typed.
+            _ => add("b", "y", fillers.next().unwrap(), &format!("@a  {reply}")),
         }
-    }
-    // The filler tweet must not join the threads that it stands in.
-    for (n, pair) in input
-        .iter_mut()
-        .filter(|p| p["tweet"].as_str().unwrap().starts_with("Well, "))
-        .enumerate()
-    {
-        let fillers = [
-            "Who painted that door?",
-            "My knee knows when rain comes.",
-            "Tax forms in verse, please.",
-            "Owls again.",
-        ];
-        pair["tweet"] = json!(fillers[n]);
     }
     let mut choices = BTreeSet::new();
     for seed in ["1", "2", "3", "4"] {
-        let kept = run(
-            &tool,
-            &["--seed", seed, "--eval-fraction", "0.25"],
-            &text(&input),
-        )
-        .records();
+        let arguments = ["--seed", seed, "--eval-fraction", "0.25"];
+        let kept = run(&tool, &arguments, &text(&input)).records();
         assert_eq!(kept.len(), 32);
-        let sides: BTreeMap<&str, &str> = kept
-            .iter()
-            .map(|r| (id(r), r["split"].as_str().unwrap()))
-            .collect();
+        let field = |key: &str| -> BTreeMap<String, String> {
+            let of = |row: &Value| (id(row).to_owned(), row[key].as_str().unwrap().to_owned());
+            kept.iter().map(of).collect()
+        };
+        let (sides, groups) = (field("split"), field("split_group"));
         for i in 0..16 {
-            assert_eq!(
-                sides[format!("{i:02}a").as_str()],
-                sides[format!("{i:02}b").as_str()],
-                "topic {i}, seed {seed}"
-            );
+            let [a, b] = ["a", "b"].map(|kind| format!("{i:02}{kind}"));
+            assert_eq!(sides[&a], sides[&b], "topic {i}, seed {seed}");
+            // The least of its threads, so that no two groups have one name.
+            assert_eq!([&groups[&a], &groups[&b]], [&format!("{i:02}x"); 2]);
         }
-        assert_eq!(sides.values().filter(|&&side| side == "eval").count(), 8);
+        assert_eq!(sides.values().filter(|&side| side == "eval").count(), 8);
         choices.insert(format!("{sides:?}"));
     }
     assert_eq!(choices.len(), 4, "the seed decides nothing");
@@ -542,7 +519,7 @@ fn a_folder_of_another_model_is_refused_as_such() {
         tool.run(model, &input)
             .exits(4)
             .says("config.json: sha256")
-            .says("remove the file and run `make models`");
+            .says("`make models` fetches it again");
     }
 }
 

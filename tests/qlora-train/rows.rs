@@ -138,7 +138,7 @@ fn rows_that_teach_nothing_are_refused_by_line() {
     train(&tool, "held-out", &[]).exits(3).says("held out");
 }
 
-/// The sides of rows that have none: by their conversation or texts, told to whoever
+/// The sides of rows that have none: by their group, or by what they ask, told to whoever
 /// evaluates.
 #[test]
 fn a_drawn_side_is_the_rows_own() {
@@ -167,7 +167,7 @@ fn a_drawn_side_is_the_rows_own() {
     assert_eq!(one.len(), 40);
     assert!((4..=16).contains(&held_out), "{held_out}");
 
-    // Neither order nor neighbours matter, and rows of the same texts stay together.
+    // Neither order nor neighbours matter, and rows that ask the same stay together.
     let mut lines: Vec<&str> = unsplit.lines().rev().collect();
     lines.extend(unsplit.lines());
     tool.file("pairs.jsonl", &lines.join("\n"));
@@ -209,6 +209,57 @@ fn a_drawn_side_is_the_rows_own() {
             ))
             .never_says("`split: eval`");
     }
+}
+
+/// Ten answers to one question are ten rows: one that is held out would be known by the
+/// others. What decides is what was asked, not the words that settings put around it.
+#[test]
+fn a_question_is_on_one_side_however_often_it_was_answered() {
+    let tool = tool();
+    let mut runs = 0;
+    let mut sides = |rows: &str, seed: u64, system: &str| -> Vec<String> {
+        runs += 1;
+        let data = format!("data: {{eval_fraction: 0.5, system_prompt: '{system}'}}");
+        let config = CONFIG.replace("training: {", &format!("training: {{seed: {seed}, "));
+        tool.file("train.yaml", &format!("{config}{data}\n"));
+        tool.file("pairs.jsonl", rows);
+        let out = format!("out{runs}");
+        train(&tool, &out, &["--steps", "1"]).exits(0);
+        let rows = tool.read(&format!("{out}/rows.jsonl"));
+        rows.lines().map(str::to_owned).collect()
+    };
+    let held_out = |rows: &[String]| rows.iter().filter(|row| row.contains("eval")).count();
+    let answers = |line: &dyn Fn(usize, usize) -> String| -> String {
+        let both = (0..8).flat_map(|q| (0..10).map(move |a| (q, a)));
+        both.map(|(q, a)| line(q, a) + "\n").collect()
+    };
+    let prompts =
+        |q, a| format!(r#"{{"prompt":"What is {q}?","completion":"It is {q}, I said {a}."}}"#);
+    let turns = |q, a| {
+        format!(
+            r#"{{"messages":[{{"role":"user","content":"What is {q}?"}},{{"role":"assistant","content":"It is {q}, I said {a}."}}]}}"#
+        )
+    };
+    // Questions of their own, of one group by name.
+    let named = |q, a| {
+        format!(
+            r#"{{"split_group":"g{q}","conversation_id":"{q}-{a}","prompt":"What is {q} of {a}?","completion":"It is {q}."}}"#
+        )
+    };
+    let mut counts = Vec::new();
+    for seed in 1..4 {
+        for rows in [answers(&prompts), answers(&turns), answers(&named)] {
+            let sides = sides(&rows, seed, "");
+            assert_eq!(sides.len(), 80);
+            counts.push(held_out(&sides));
+        }
+    }
+    // A question in ten would be whole by luck; not nine times.
+    assert!(counts.iter().all(|n| n % 10 == 0), "{counts:?}");
+    assert!(counts.iter().any(|n| (1..80).contains(n)), "{counts:?}");
+    assert_eq!(counts[0], counts[1], "one question in two forms");
+    let plain = sides(&answers(&prompts), 1, "");
+    assert_eq!(plain, sides(&answers(&prompts), 1, "Be brief."));
 }
 
 /// What an adapter was trained on counts for those that begin from it, and so does what is

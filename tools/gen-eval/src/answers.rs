@@ -35,7 +35,7 @@ impl Tally {
     fn add(&mut self, item: &Item, answer: &Answer, chat: &Chat) -> Result<SystemLine> {
         // A model may begin or end with a line break; no reader would see it.
         let prediction = chat.decode(&answer.completion.ids)?.trim().to_owned();
-        let scores = self.corpus.add(&prediction, &item.reference);
+        let scores = self.corpus.add(&item.scored(&prediction), &item.reference);
         let tokens = item.reference_tokens();
         self.nll += answer.nll;
         self.tokens += tokens as u64;
@@ -207,6 +207,7 @@ pub fn write_items<'a, B: Backend>(
                 v: record::VERSION,
                 id: &item.id,
                 conversation_id: &item.conversation_id,
+                split_group: &item.split_group,
                 tweet: &item.tweet,
                 reference: &item.reference,
                 reference_tokens: item.reference_tokens(),

@@ -1,9 +1,11 @@
 //! The rows to reply to, as the model reads them.
 
+use std::borrow::Cow;
+
 use anyhow::Result;
 use cli::{App, Failure};
 use jsonl::Position;
-use qwen3::{Chat, Config, Conversation, Form, LossOn, Seen, Wording};
+use qwen3::{Chat, Config, Conversation, Form, LossOn, Message, Wording};
 use record::{Record, Split};
 
 /// A row as it was read: what is asked, and how it was answered.
@@ -11,13 +13,20 @@ pub struct Source {
     conversation: Conversation,
     /// The turns before the reply.
     asked: usize,
+    /// What it is not independent of, see [`Record::group`].
+    group: String,
+    /// Whether the reply is pair-dedup's normalised one.
+    normalized: bool,
     pub split: Option<Split>,
+    /// As it came, for where it goes if it is left out.
+    pub record: Record,
 }
 
 impl Source {
     /// The row in a record; the reply is the last assistant turn.
-    pub fn new(record: &Record, wording: &Wording) -> Result<Self, record::Error> {
-        let mut conversation = wording.read(record)?;
+    pub fn new(record: Record, wording: &Wording) -> Result<Self, record::Error> {
+        let mut conversation = wording.read(&record)?;
+        let group = record.group(&own_turns(&conversation), &conversation.tools)?;
         let messages = &mut conversation.messages;
         let asked = messages.iter().rposition(|m| m.role == "assistant");
         let split = record.split()?;
@@ -30,9 +39,12 @@ impl Source {
                 let asked = asked.unwrap_or(0);
                 messages.truncate(asked + 1);
                 return Ok(Self {
+                    normalized: wording.normalized && conversation.form == Form::Pair,
                     conversation,
                     asked,
+                    group,
                     split,
+                    record,
                 });
             }
         };
@@ -42,6 +54,11 @@ impl Source {
             key: key.unwrap_or("messages").into(),
             cause: cause.into(),
         })
+    }
+
+    /// Which row it is, by its texts.
+    pub fn name(&self) -> &str {
+        &self.conversation.row
     }
 
     /// Whether the words of the prompt template are around it.
@@ -65,14 +82,29 @@ impl Source {
     }
 }
 
+/// The turns that a row came with: a tweet as it was before the template worded it, and
+/// no system prompt of the settings, which is the same for all.
+fn own_turns(conversation: &Conversation) -> Vec<Message> {
+    let turns = conversation.messages.iter();
+    match (&conversation.tweet, conversation.form) {
+        (Some(tweet), _) => vec![Message::user(tweet)],
+        (None, Form::Prompt) => turns.skip_while(|m| m.role == "system").cloned().collect(),
+        (None, _) => turns.cloned().collect(),
+    }
+}
+
 /// A row in tokens.
 pub struct Item {
     /// Its own name, else `line N`.
     pub id: String,
     pub conversation_id: String,
+    /// Rows with the same one are no independent evidence.
+    pub split_group: String,
     /// What is replied to, as text.
     pub tweet: String,
     pub reference: String,
+    /// Whether the reference is pair-dedup's normalised text.
+    pub normalized: bool,
     /// What the model is to answer.
     pub prompt: Vec<u32>,
     /// Prompt and reference, and which tokens are the reference's.
@@ -121,13 +153,25 @@ impl Item {
         Ok(Self {
             conversation_id: row.thread.unwrap_or_else(|| id.clone()),
             id,
+            split_group: source.group,
             tweet,
             reference,
+            normalized: source.normalized,
             prompt,
             ids: whole.ids,
             labelled: whole.labelled,
             special: special.map(str::to_owned),
         })
+    }
+
+    /// What of a reply is held against the reference: where that was normalised, so is
+    /// the reply. An adapter has learnt the normalised way of typing and the base has not;
+    /// without this, straight quotes would count as a better answer.
+    pub fn scored<'a>(&self, prediction: &'a str) -> Cow<'a, str> {
+        match self.normalized {
+            true => text::normalize(prediction).into(),
+            false => prediction.into(),
+        }
     }
 
     /// Tokens of the reference, its end included.
@@ -138,149 +182,6 @@ impl Item {
             .filter(|&&labelled| labelled)
             .count()
     }
-}
-
-/// What an adapter tells of the rows that it was trained on, if it does.
-pub type SeenBy<'a> = (&'a str, Option<Seen>);
-
-/// Of the rows read, those held out: of `split: eval`, or, where none says which side it
-/// is on, those that no adapter was trained on.
-pub fn held_out(
-    app: &App,
-    sources: Vec<(Position, Source)>,
-    seen: &[SeenBy],
-) -> Vec<(Position, Source)> {
-    let read = sources.len();
-    if read == 0 {
-        app.warn("no rows on standard input: nothing is generated, and there are no figures");
-        return sources;
-    }
-    if sources.iter().all(|(_, source)| source.split.is_none()) {
-        return untrained(app, sources, seen);
-    }
-    let unsplit = sources
-        .iter()
-        .filter(|(_, source)| source.split.is_none())
-        .count();
-    if unsplit > 0 {
-        app.warn(format_args!(
-            "{} without `split` left out, since others have one",
-            cli::counted(unsplit, "row")
-        ));
-    }
-    let kept: Vec<_> = sources
-        .into_iter()
-        .filter(|(_, source)| source.split == Some(Split::Eval))
-        .collect();
-    let trained_on = read - unsplit - kept.len();
-    match kept.len() {
-        0 => app.warn(format_args!(
-            "no row is held out, so nothing is generated and there are no figures: of {read} read, \
-             {trained_on} have `split: train` and none `split: eval`. pair-dedup holds rows out \
-             (deduplication.eval_fraction above 0); rows without `split` are all taken"
-        )),
-        kept => app.info(format_args!(
-            "{} of `split: eval` kept, {trained_on} of `split: train` left out",
-            cli::counted(kept, "row")
-        )),
-    }
-    for (name, seen) in seen {
-        let known = count_trained_on(&kept, seen.as_ref());
-        if known > 0 {
-            app.warn(format_args!(
-                "adapter {name} was trained on {known} of the {} of `split: eval`: its figures are too good",
-                cli::counted(kept.len(), "row")
-            ));
-        }
-    }
-    kept
-}
-
-/// How many of the rows an adapter was trained on, as far as it tells.
-fn count_trained_on(sources: &[(Position, Source)], seen: Option<&Seen>) -> usize {
-    let was = |(_, source): &&(Position, Source)| {
-        seen.is_some_and(|seen| seen.side(&source.conversation.row) == Some(Split::Train))
-    };
-    sources.iter().filter(was).count()
-}
-
-/// Of rows that say no side, those that no adapter was trained on; with what is not known.
-fn untrained(
-    app: &App,
-    sources: Vec<(Position, Source)>,
-    adapters: &[SeenBy],
-) -> Vec<(Position, Source)> {
-    let read = cli::counted(sources.len(), "row");
-    let mut known = Vec::new();
-    for (name, seen) in adapters {
-        let Some(seen) = seen else {
-            app.warn(format_args!(
-                "no row has `split`, and adapter {name} has no {} beside it: whether it was trained on some of \
-                 the {read} is not known",
-                qwen3::ROWS
-            ));
-            continue;
-        };
-        if seen.has_gap() {
-            app.warn(format_args!(
-                "no row has `split`, and {} beside adapter {name} has a gap, for it began from an adapter without \
-                 one: whether it was trained on others of the {read} is not known",
-                qwen3::ROWS
-            ));
-        }
-        if !sources
-            .iter()
-            .any(|(_, source)| seen.side(&source.conversation.row).is_some())
-        {
-            app.info(format_args!(
-                "by its texts none of the {read} is in {} beside adapter {name}",
-                qwen3::ROWS
-            ));
-            continue;
-        }
-        known.push(seen);
-    }
-    let all = sources.len();
-    let side = |source: &Source| {
-        let mut sides = known
-            .iter()
-            .filter_map(|seen| seen.side(&source.conversation.row));
-        sides.try_fold(None, |_, side| match side {
-            Split::Train => Err(Split::Train),
-            Split::Eval => Ok(Some(side)),
-        })
-    };
-    let mut unknown = 0;
-    let kept: Vec<_> = sources
-        .into_iter()
-        .filter(|(_, source)| match side(source) {
-            Err(_) => false,
-            Ok(None) => {
-                unknown += 1;
-                true
-            }
-            Ok(Some(_)) => true,
-        })
-        .collect();
-    if known.is_empty() {
-        app.info(format_args!("no row has `split`: all {all} are taken"));
-        return kept;
-    }
-    let left_out = all - kept.len();
-    let new = match unknown {
-        0 => String::new(),
-        new => format!(" ({new} of them, by their texts, not in {})", qwen3::ROWS),
-    };
-    match kept.len() {
-        0 => app.warn(format_args!(
-            "no row has `split`, and each of the {read} was trained on, so nothing is generated and there are no \
-             figures: hold rows out in training (data.eval_fraction above 0, or `split: eval`)"
-        )),
-        kept => app.info(format_args!(
-            "no row has `split`: of {read}, {left_out} that were trained on are left out and {kept} taken{new}"
-        )),
-    }
-    kept
 }
 
 /// ROUGE, BLEU and chrF of any reply against nothing are 0, whoever wrote it.

@@ -10,6 +10,8 @@ pub struct ItemLine<'a> {
     pub v: u64,
     pub id: &'a str,
     pub conversation_id: &'a str,
+    /// Rows with the same one are no independent evidence: `sigtest --cluster split_group`.
+    pub split_group: &'a str,
     pub tweet: &'a str,
     pub reference: &'a str,
     /// Tokens that `nll` is the mean of, the reply's end included.
@@ -20,6 +22,7 @@ pub struct ItemLine<'a> {
 /// What one system makes of a pair.
 #[derive(Serialize)]
 pub struct SystemLine {
+    /// As it was generated, whatever the scores are of.
     pub prediction: String,
     #[serde(flatten)]
     pub scores: Scores,

@@ -6,6 +6,7 @@
 //! other and mostly measure luck; they are here because readers expect them.
 
 mod answers;
+mod held_out;
 mod items;
 mod journal;
 mod lines;
@@ -17,16 +18,16 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use clap::Parser;
 use clap::builder::{OsStringValueParser, TypedValueParser};
-use clap::{Parser, ValueEnum};
 use cli::{App, Common, Counts, Flags, Resolved, Tool};
 use engine::{Choice, Device};
-use jsonl::{Lines, Output, Position};
+use jsonl::{Lines, Output, Position, Rejects};
 use qwen3::Model;
 use record::Record;
-use serde::Serialize;
-use settings::EvalSettings;
+use settings::{EvalSettings, LmHead, Quantization, TextChoice};
 
+use crate::held_out::HeldOut;
 use crate::items::{Item, Source};
 use crate::journal::Journal;
 use crate::lines::{CorpusLine, CorpusOnly, Ordered, Systems};
@@ -37,12 +38,15 @@ use crate::systems::Named;
 /// Generate replies to held-out tweets and score them
 ///
 /// Reads pairs, or rows with `messages` or `prompt` and `completion`, on standard input,
-/// keeps those of `split: eval` (where no row has `split`: those that the adapters were not
-/// trained on, by the rows.jsonl beside them), and for the base model and the base with each adapter
+/// keeps those of `split: eval` (where no row has `split`: all) that no adapter was trained
+/// on, by the rows.jsonl beside it, and for the base model and the base with each adapter
 /// writes a reply (to what is before the last assistant turn), its ROUGE, BLEU and chrF against
 /// the reply that people liked, and that reply's negative log-likelihood (`nll`, per
-/// token). A last line has the figures of each system over all pairs. With
-/// --score-only nothing is generated: lines {"prediction","reference"} get the scores.
+/// token). Where the liked reply is the one that pair-dedup normalised, the scores are of the
+/// reply normalised likewise, and `prediction` is as it was generated. `split_group` says
+/// which lines are no independent evidence (sigtest --cluster split_group). A last line has
+/// the figures of each system over all pairs. With --score-only nothing is generated: lines
+/// {"prediction","reference"} get the scores, of the texts as they are.
 #[derive(Parser)]
 #[command(version, after_long_help = cli::after_help(EXAMPLES))]
 struct GenEval {
@@ -81,53 +85,26 @@ struct GenEval {
     seed: Option<u64>,
     /// Which text of a pair [default: what the adapter was trained on]
     #[arg(long, value_name = "KIND")]
-    text: Option<TextFlag>,
+    text: Option<TextChoice>,
     /// Where to compute: auto (the first GPU, else the processor), cpu or cuda:N
     #[arg(long, value_name = "DEVICE", default_value_t)]
     device: Choice,
     /// How the base's weights are held [default: as the adapter was trained]
     #[arg(long, value_name = "KIND")]
-    quantization: Option<QuantizationFlag>,
+    quantization: Option<Quantization>,
     /// How the base's output projection is held [default: as the adapter was trained]
     #[arg(long, value_name = "KIND")]
-    lm_head: Option<LmHeadFlag>,
+    lm_head: Option<LmHead>,
     /// Keep finished replies in this folder: after an interruption the same command goes on
     /// from them
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
-    /// Where malformed lines go (see --max-bad-lines)
+    /// Where rows go that are left out for more than their `split: train`, with the reasons,
+    /// and malformed lines (see --max-bad-lines)
     #[arg(long, value_name = "FILE")]
     rejects: Option<PathBuf>,
     #[command(flatten)]
     common: Common,
-}
-
-#[derive(Clone, Copy, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-enum TextFlag {
-    /// As pair-dedup normalised them
-    Normalized,
-    /// As they were collected
-    Raw,
-}
-
-#[derive(Clone, Copy, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-enum QuantizationFlag {
-    /// 4-bit NormalFloat, scales quantised again
-    Nf4,
-    /// As in the checkpoint
-    None,
-}
-
-#[derive(Clone, Copy, ValueEnum, Serialize)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
-enum LmHeadFlag {
-    /// As in the checkpoint
-    AsStored,
-    /// 4-bit NormalFloat, scales quantised again
-    Nf4,
 }
 
 const EXAMPLES: &str = "
@@ -177,8 +154,10 @@ impl GenEval {
     fn score(&self, app: &App) -> Result<()> {
         let mut out = Output::stdout();
         let mut corpus = Corpus::new();
+        let mut rejects = app.rejects("--rejects", self.rejects.as_deref())?;
         let counts = self.each_record(
             app,
+            &mut rejects,
             |mut record| {
                 let prediction: String = record.require("prediction")?;
                 let reference: String = record.require("reference")?;
@@ -192,6 +171,7 @@ impl GenEval {
             },
             |_, record| Ok(out.record(&record)?),
         )?;
+        rejects.commit()?;
         if counts.written > 0 {
             out.json(&CorpusOnly {
                 corpus: corpus.scores(),
@@ -202,23 +182,21 @@ impl GenEval {
         Ok(())
     }
 
-    /// Hands every record that `check` accepts to `take`; malformed lines go to the
-    /// rejects file.
+    /// Hands every record that `check` accepts to `take`; malformed lines go to `rejects`.
     fn each_record<T>(
         &self,
         app: &App,
+        rejects: &mut Rejects,
         mut check: impl FnMut(Record) -> Result<T, record::Error>,
         mut take: impl FnMut(Position, T) -> Result<()>,
     ) -> Result<Counts> {
-        let mut rejects = app.rejects("--rejects", self.rejects.as_deref())?;
         let mut records = app.records(Lines::open(Path::new("-"))?);
         let mut written = 0;
-        while let Some((position, value)) = records.next_with(&mut rejects, &mut check)? {
+        while let Some((position, value)) = records.next_with(rejects, &mut check)? {
             take(position, value)?;
             written += 1;
         }
         let rejected = records.bad();
-        rejects.commit()?;
         Ok(Counts {
             read: written + rejected,
             written,
@@ -234,16 +212,22 @@ impl GenEval {
         app.detail(format_args!("computing on {which}"));
 
         let mut sources = Vec::new();
+        let mut rejects = app.rejects("--rejects", self.rejects.as_deref())?;
         let mut counts = self.each_record(
             app,
-            |record| Source::new(&record, &setup.wording),
+            &mut rejects,
+            |record| Source::new(record, &setup.wording),
             |position, source| {
                 sources.push((position, source));
                 Ok(())
             },
         )?;
+        let seen = setup.seen(&self.adapters)?;
+        let held_out = HeldOut::of(app, sources, &seen, &mut rejects)?;
+        rejects.commit()?;
+        counts.rejected += held_out.left_out;
         let (mut items, mut unworded) = (Vec::new(), 0);
-        for (position, source) in items::held_out(app, sources, &setup.seen(&self.adapters)?) {
+        for (position, source) in held_out.rows {
             unworded += usize::from(!source.is_pair());
             let config = setup.checkpoint.config();
             items.push(Item::new(source, &position, &setup.chat, config)?);

@@ -5,12 +5,11 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use cli::{App, Failure, PrintConfig, Resolved, Signature};
-use qwen3::{
-    Adapter, Chat, Checkpoint, GenerationConfig, Held, PromptTemplate, Seen, Storage, Wording,
-};
+use qwen3::{Adapter, Chat, Checkpoint, Held, PromptTemplate, Seen, Storage, Wording};
 use settings::{EvalSettings, Generation, LmHead, Quantization, TextChoice, TrainSettings};
 
-use crate::items::{Item, SeenBy};
+use crate::held_out::SeenBy;
+use crate::items::Item;
 use crate::journal::Identity;
 use crate::systems::Named;
 
@@ -171,9 +170,9 @@ impl Setup {
             app.warn(other);
         }
         let config = checkpoint.config();
-        let generation = GenerationConfig::load(&folder)?;
+        let stop_ids = qwen3::stop_ids(&folder)?;
         let chat = Chat::load(&folder)?;
-        chat.check(config, &generation)?;
+        chat.check(config, &stop_ids)?;
         let adapters = named
             .iter()
             .map(|n| Ok((n.name.clone(), n.load(&folder, config)?)))
@@ -189,7 +188,7 @@ impl Setup {
             },
         };
         Ok(Self {
-            stop_ids: generation.stop_ids,
+            stop_ids,
             checkpoint,
             fingerprint,
             chat,
@@ -265,6 +264,7 @@ impl Setup {
             .with("seed", resolved.settings.generation.seed)
             .with_hash("config", &cli::sha256_hex(config.as_bytes()))
             .with_hash("data", &hash(items))
+            .with("scored", scored(items))
             .with_hash("model", &self.fingerprint)
             .with("quantization", self.quantization())
             .with("lm_head", self.lm_head())
@@ -273,6 +273,15 @@ impl Setup {
             signature = signature.with_hash(name, &adapter.fingerprint());
         }
         signature.to_string()
+    }
+}
+
+/// In what form replies are held against their references.
+fn scored(items: &[Item]) -> &'static str {
+    match items.iter().filter(|item| item.normalized).count() {
+        0 => "raw",
+        n if n == items.len() => "normalized",
+        _ => "normalized+raw",
     }
 }
 

@@ -5,9 +5,15 @@
 //! again changes nothing: rows are taken best first and dropped when near a row
 //! that was *kept*, so no two kept rows are near, and the cut looks at kept rows
 //! alone.
+//!
+//! The cut goes between groups of rows from which one could learn another's answer, and
+//! each row tells its group: rows of one group are no independent evidence either, which
+//! who tests the figures must know. Two things are left to cross the cut. The same people
+//! may write on both sides, for records do not say who wrote them; and replies that are
+//! near but not equal, since through what everybody says (`Thank you so much!`) most rows
+//! would end up in one group.
 
 mod near;
-mod normalize;
 mod split;
 mod union;
 
@@ -23,18 +29,20 @@ use embed::{DEFAULT_DIR, DIM, Embedder};
 use jsonl::{Lines, Output, Rejects, write_atomically};
 use record::{Dropped, Duplicate, Pair, Record, Split, Summary, Validation, quality};
 use settings::DataSettings;
+use text::{fold, normalize};
 
 use crate::near::{Near, Vectors, drop_near, join_near};
-use crate::normalize::{fold, normalize};
 use crate::split::{Group, split};
 use crate::union::Union;
 
 /// Deduplicate tweet→reply pairs, and cut off the held-out part
 ///
-/// Reads pairs on standard input; adds `tweet_normalized`, `reply_normalized` and
-/// `split`; of pairs whose texts are the same once normalised, or whose tweets and
-/// whose replies are both near by sentence vectors, keeps the one of best quality.
-/// Writes what is left, best first. Needs the sentence model (`make models`).
+/// Reads pairs on standard input; adds `tweet_normalized`, `reply_normalized`, `split`
+/// and `split_group`; of pairs whose texts are the same once normalised, or whose tweets
+/// and whose replies are both near by sentence vectors, keeps the one of best quality.
+/// Pairs of one thread, of near tweets, of equal replies, or where one's reply is the
+/// other's tweet are one `split_group` and on one side of the cut. Writes what is left,
+/// best first. Needs the sentence model (`make models`).
 #[derive(Parser)]
 #[command(version, after_long_help = cli::after_help(EXAMPLES))]
 struct PairDedup {
@@ -153,12 +161,18 @@ impl Tool for PairDedup {
         let groups = groups(&rows, &numbers, &vectors, threshold);
         let sides = split(&groups, rows.len(), settings.eval_fraction, settings.seed);
 
+        let mut names = vec![""; rows.len()];
+        for group in &groups {
+            group.rows.iter().for_each(|&row| names[row] = &group.name);
+        }
+
         let mut out = Output::stdout();
-        for (mut row, side) in rows.into_iter().zip(&sides) {
+        for (mut row, (side, name)) in rows.into_iter().zip(sides.iter().zip(names)) {
             add_texts(&mut row)?;
             // A record may have been here before, under other settings.
             row.record.remove("dropped");
             row.record.set("split", side)?;
+            row.record.set("split_group", name)?;
             out.record(&row.record)?;
         }
         out.finish()?;
@@ -171,6 +185,7 @@ impl Tool for PairDedup {
             for (mut row, why) in gone.drain(..) {
                 add_texts(&mut row)?;
                 row.record.remove("split");
+                row.record.remove("split_group");
                 row.record.set("dropped", &why)?;
                 dropped.record(&row.record)?;
             }
@@ -409,7 +424,8 @@ fn drop_semantic(
 }
 
 /// The rows in groups that must stay on one side of the cut: the same thread, the
-/// same tweet, tweets that are near, and a tweet that is another row's reply.
+/// same tweet, tweets that are near, the same reply, and a tweet that is another row's
+/// reply.
 fn groups(
     rows: &[Row],
     numbers: &[(usize, usize)],
@@ -429,15 +445,16 @@ fn groups(
             }
         }
     }
-    let mut by_tweet = BTreeMap::new();
-    for (i, &(tweet, _)) in numbers.iter().enumerate() {
-        union.join(i, *by_tweet.entry(tweet).or_insert(i));
-    }
-    for (i, (_, reply)) in numbers.iter().enumerate() {
-        if let Some(&other) = by_tweet.get(reply) {
-            union.join(i, other);
+    // A text that two rows have, whether as tweet or as reply.
+    let mut first_saying = HashMap::new();
+    for (i, &(tweet, reply)) in numbers.iter().enumerate() {
+        for text in [tweet, reply] {
+            union.join(i, *first_saying.entry(text).or_insert(i));
         }
     }
+    let by_tweet: BTreeMap<usize, usize> = (numbers.iter().zip(0..))
+        .map(|(&(tweet, _), i)| (tweet, i))
+        .collect();
     let (tweets, elements): (Vec<usize>, Vec<usize>) = by_tweet.into_iter().unzip();
     join_near(vectors, &tweets, &elements, threshold, &mut union);
 

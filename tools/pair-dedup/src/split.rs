@@ -1,7 +1,7 @@
 //! Which rows are held out: whole groups, chosen by a seeded hash of their name.
 //!
-//! A group is what a model could have learnt the answer from: rows of one thread,
-//! and rows whose tweets are near. The hash hangs on the group alone, so new rows
+//! A group is what a model could have learnt the answer from: rows of one thread, rows
+//! whose tweets are near, and rows with the same reply. The hash hangs on the group alone, so new rows
 //! move only few old ones from one side to the other.
 
 use record::Split;

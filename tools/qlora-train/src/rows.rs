@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use cli::{App, Failure, Resolved};
 use engine::rng::{Purpose, Stream};
 use jsonl::{Lines, Position, Rejects};
-use qwen3::{Chat, Form, Message, PromptTemplate, Seen, Wording};
+use qwen3::{Chat, Conversation, Form, Message, PromptTemplate, Seen, Wording};
 use record::{Reason, Record, Split};
 use settings::{LongRows, LossOn, TextChoice, TrainSettings};
 
@@ -180,7 +180,7 @@ pub fn wording(resolved: &Resolved<TrainSettings>) -> Result<Wording, Failure> {
 fn source(record: Record, wording: &Wording) -> Result<Unplaced, record::Error> {
     let conversation = wording.read(&record)?;
     Ok(Unplaced {
-        group: conversation.thread,
+        group: record.group(&own_turns(&conversation), &conversation.tools)?,
         source: Source {
             position: String::new(),
             name: conversation.row,
@@ -194,19 +194,32 @@ fn source(record: Record, wording: &Wording) -> Result<Unplaced, record::Error> 
     })
 }
 
+/// The turns that a row came with: a tweet as it was before the template worded it, and
+/// no system prompt of the settings, which must not decide what is held out.
+fn own_turns(conversation: &Conversation) -> Vec<Message> {
+    let turns = conversation.messages.iter();
+    match (&conversation.tweet, conversation.form) {
+        (Some(tweet), _) => vec![Message::user(tweet)],
+        (None, Form::Prompt) => turns.skip_while(|m| m.role == "system").cloned().collect(),
+        (None, _) => turns.cloned().collect(),
+    }
+}
+
 /// A source that does not know yet on which line it stands.
 struct Unplaced {
-    /// The conversation that stays on one side; without one, rows of the same texts do.
-    group: Option<String>,
+    /// The group that stays on one side, see [`Record::group`].
+    group: String,
     source: Source,
 }
 
 impl Unplaced {
     /// Draws the side that it is on if no row says one: all are trained on, unless
-    /// `eval_fraction` asks for a part. Neither the order nor the other rows matter.
+    /// `eval_fraction` asks for a part. A group is on one side whole, so that no question
+    /// is held out whose answers were trained on. Neither the order nor the other rows
+    /// matter.
     fn at(self, position: &Position, settings: &TrainSettings) -> Source {
-        let group = self.group.as_ref().unwrap_or(&self.source.name);
-        let hash = cli::sha256_hex(format!("{}:{group}", settings.training.seed).as_bytes());
+        let group = format!("{}:{}", settings.training.seed, self.group);
+        let hash = cli::sha256_hex(group.as_bytes());
         let draw = u64::from_str_radix(&hash[..13], 16).unwrap_or(0) as f64 / (1u64 << 52) as f64;
         Source {
             position: position.to_string(),
@@ -368,8 +381,9 @@ impl<'a> Encoder<'a> {
                 (0, 0) => "no rows".into(),
                 (0, _) => "every row is longer than training.max_seq_length".into(),
                 _ if drawn => format!(
-                    "data.eval_fraction {fraction} happens to hold out {all} (rows of one `conversation_id`, or of \
-                     the same texts, stay together; give rows a `split`, or take another training.seed)"
+                    "data.eval_fraction {fraction} happens to hold out {all} (rows of one `split_group` or \
+                     `conversation_id`, or that ask the same, stay together; give rows a `split`, or take another \
+                     training.seed)"
                 ),
                 _ => "every row is held out (`split: eval`)".into(),
             };

@@ -69,7 +69,7 @@ pub enum Error {
         cause: std::io::Error,
     },
     /// A model file is not the one these vectors are defined by.
-    #[error("{}: sha256 is {found}, expected {expected}; remove the file and run `make models`", path.display())]
+    #[error("{}: sha256 is {found}, expected {expected}; `make models` fetches it again", path.display())]
     Hash {
         /// The file.
         path: PathBuf,

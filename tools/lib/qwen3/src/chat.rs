@@ -13,7 +13,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
-use crate::config::{Config, GenerationConfig, Keys};
+use crate::config::{Config, Keys};
 use crate::error::{Error, Result, read, read_text_if_there};
 use crate::template::{Message, RenderOptions, Template};
 
@@ -123,7 +123,7 @@ impl Chat {
     /// at `<|im_end|>`: a base model has never seen that token, and with its
     /// lm_head frozen an adapter cannot learn it. Or if a question and its reply do
     /// not go through the template, or not all of them comes out.
-    pub fn check(&self, model: &Config, generation: &GenerationConfig) -> Result<()> {
+    pub fn check(&self, model: &Config, stop_ids: &[u32]) -> Result<()> {
         let (tokens, rows) = (self.tokens(), model.vocab_size);
         if tokens > rows {
             let largest = tokens - 1;
@@ -132,11 +132,11 @@ impl Chat {
             );
             return Err(Error::file(&self.path, reason));
         }
-        if !generation.stop_ids.contains(&self.turn_end) {
+        if !stop_ids.contains(&self.turn_end) {
             let reason = format!(
                 "has {TURN_END} as id {}, which is not among the model's `eos_token_id`s {:?}: a base model, which \
                  does not know where a turn ends and cannot learn it in an adapter; use the instruct model",
-                self.turn_end, generation.stop_ids
+                self.turn_end, stop_ids
             );
             return Err(Error::file(&self.path, reason));
         }

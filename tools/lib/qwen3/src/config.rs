@@ -199,55 +199,32 @@ fn rope_theta(keys: &Keys) -> Result<f64> {
     }
 }
 
-/// How the model's authors mean it to be sampled, and where a reply ends.
-#[derive(Debug, Clone, PartialEq)]
-pub struct GenerationConfig {
-    /// Any of these ids ends a reply.
-    pub stop_ids: Vec<u32>,
-    /// Sample; else take the likeliest token.
-    pub do_sample: bool,
-    /// Logits are divided by it.
-    pub temperature: Option<f32>,
-    /// Only so many likeliest tokens are sampled from.
-    pub top_k: Option<usize>,
-    /// Only the likeliest tokens that together have this probability.
-    pub top_p: Option<f32>,
-}
-
-impl GenerationConfig {
-    /// Reads `generation_config.json` in `folder`; `config.json` where the
-    /// former is missing or names no end.
-    ///
-    /// # Errors
-    /// If neither names a stop id, or a value has the wrong type.
-    pub fn load(folder: &Path) -> Result<Self> {
-        let model = Keys::read(folder.join("config.json"))?;
-        let path = folder.join("generation_config.json");
-        let keys = match read_text_if_there(&path)? {
-            Some(_) => Keys::read(path)?,
-            None => Keys {
-                path,
-                map: Map::new(),
-            },
-        };
-        let mut stop_ids = keys.ids("eos_token_id")?;
-        if stop_ids.is_empty() {
-            stop_ids = model.ids("eos_token_id")?;
-        }
-        if stop_ids.is_empty() {
-            return Err(keys.wrong(
-                "eos_token_id",
-                "is missing here and in config.json: no reply would ever end",
-            ));
-        }
-        Ok(Self {
-            stop_ids,
-            do_sample: keys.optional("do_sample")?.unwrap_or(false),
-            temperature: keys.optional("temperature")?,
-            top_k: keys.optional("top_k")?,
-            top_p: keys.optional("top_p")?,
-        })
+/// The ids of which any ends a reply: `eos_token_id` of `generation_config.json` in `folder`,
+/// or of `config.json` where the former is missing or names none.
+///
+/// # Errors
+/// If neither names one, or the value has the wrong type.
+pub fn stop_ids(folder: &Path) -> Result<Vec<u32>> {
+    let model = Keys::read(folder.join("config.json"))?;
+    let path = folder.join("generation_config.json");
+    let keys = match read_text_if_there(&path)? {
+        Some(_) => Keys::read(path)?,
+        None => Keys {
+            path,
+            map: Map::new(),
+        },
+    };
+    let mut stop_ids = keys.ids("eos_token_id")?;
+    if stop_ids.is_empty() {
+        stop_ids = model.ids("eos_token_id")?;
     }
+    if stop_ids.is_empty() {
+        return Err(keys.wrong(
+            "eos_token_id",
+            "is missing here and in config.json: no reply would ever end",
+        ));
+    }
+    Ok(stop_ids)
 }
 
 /// A JSON object from a file, read key by key so that an error can name both.

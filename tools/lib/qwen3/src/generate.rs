@@ -203,7 +203,8 @@ impl<B: Backend> Slots<B> {
         let Cache { slots, capacity } = self.cache.shape;
         assert!(slots > 0, "generation needs a slot");
         assert!(
-            (prompts.iter()).all(|p| limit.min(p.ids.len() + how.max_new_tokens) <= capacity),
+            (prompts.iter())
+                .all(|p| limit.min(p.ids.len().saturating_add(how.max_new_tokens)) <= capacity),
             "a prompt that was not announced"
         );
         let Slots {

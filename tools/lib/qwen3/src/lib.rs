@@ -39,7 +39,7 @@ pub use adapter::{
 };
 pub use batch::{Batch, Row};
 pub use chat::{Chat, Encoded, LossOn};
-pub use config::{Config, GenerationConfig, Module, UnknownModule};
+pub use config::{Config, Module, UnknownModule, stop_ids};
 pub use conversation::{Conversation, Form, Wording};
 pub use error::{Error, Result, read};
 pub use generate::{Completion, Finish, Generation, Prompt, Slots, generate};

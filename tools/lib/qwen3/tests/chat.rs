@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use qwen3::{Chat, Config, Error, GenerationConfig, LossOn, Message, RenderOptions};
+use qwen3::{Chat, Config, Error, LossOn, Message, RenderOptions};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
@@ -191,31 +191,18 @@ fn model(vocab_size: usize) -> Config {
     }
 }
 
-fn stops(stop_ids: &[u32]) -> GenerationConfig {
-    GenerationConfig {
-        stop_ids: stop_ids.into(),
-        do_sample: false,
-        temperature: None,
-        top_k: None,
-        top_p: None,
-    }
-}
-
 #[test]
 fn a_tokenizer_that_does_not_fit_the_model_is_refused() {
     let chat = chat();
     let end = chat.turn_end();
-    chat.check(&model(1024), &stops(&[end, end - 2])).unwrap();
-    let small = chat
-        .check(&model(500), &stops(&[end]))
-        .unwrap_err()
-        .to_string();
+    chat.check(&model(1024), &[end, end - 2]).unwrap();
+    let small = chat.check(&model(500), &[end]).unwrap_err().to_string();
     assert!(
         small.contains("tokenizer.json") && small.contains("500 embeddings"),
         "{small}"
     );
     let base = chat
-        .check(&model(1024), &stops(&[end - 2]))
+        .check(&model(1024), &[end - 2])
         .unwrap_err()
         .to_string();
     assert!(
@@ -317,7 +304,7 @@ fn a_tokenizer_that_was_cut_anywhere_is_told_by_its_file() {
 fn refused(template: &str, words: &str) {
     let folder = copy(|f| std::fs::write(f.join("chat_template.jinja"), template).unwrap());
     let chat = Chat::load(folder.path()).unwrap();
-    let stop_ids = stops(&[chat.turn_end()]);
+    let stop_ids = [chat.turn_end()];
     let error = chat.check(&model(1 << 18), &stop_ids).unwrap_err();
     let error = error.to_string();
     assert!(
@@ -328,7 +315,7 @@ fn refused(template: &str, words: &str) {
 
 #[test]
 fn a_template_that_does_not_write_what_is_said_is_refused() {
-    let stop_ids = stops(&[chat().turn_end()]);
+    let stop_ids = [chat().turn_end()];
     chat().check(&model(1 << 18), &stop_ids).unwrap();
     let turn = |text: &str| format!("<|im_start|>assistant\n{text}<|im_end|>\n");
     for (source, words) in [

@@ -6,6 +6,7 @@
 //! holds each value as the text it came in: numbers beyond 2^53, escapes and
 //! odd spacing leave as they arrived.
 
+mod group;
 mod pair;
 mod stages;
 

@@ -1,7 +1,12 @@
 //! What a text holds beside what it says: handles in front, links, characters that
-//! show nothing, and the tokens that a chat template gives a meaning to.
+//! show nothing, and the tokens that a chat template gives a meaning to; and the text
+//! without how it was typed.
+
+mod normalize;
 
 use unicode_normalization::UnicodeNormalization;
+
+pub use normalize::{fold, normalize};
 
 /// The text after NFC, without the @names that a reply begins with and without
 /// white space around it. Lengths are counted on this.
@@ -49,11 +54,11 @@ pub fn link(text: &str) -> Option<&str> {
         if let Some(start) = start {
             return Some(&token[start..]).filter(|url| url.len() > "://".len());
         }
-        let trimmed = token.trim_matches(|c: char| !c.is_alphanumeric() && c != '/');
-        if token.contains('@') {
-            return None; // A mail address names a person's box, not a page.
-        }
+        let trimmed = token.trim_matches(|c: char| !c.is_alphanumeric() && c != '/' && c != '@');
         let host = trimmed.split(['/', '?', ':']).next()?;
+        if host.contains('@') {
+            return None; // A mail address names a person's box, not a page; a path may hold one.
+        }
         let (name, ending) = host.rsplit_once('.')?;
         let ending = ending.to_ascii_lowercase();
         let is_host = !name.is_empty()
@@ -85,9 +90,13 @@ const TAGS: [&str; 6] = [
     "</tool_response>",
 ];
 
+/// Bytes of the longest name in `<|…|>`: Qwen3's longest is `object_ref_start`, with 16, other
+/// models' `reserved_special_token_250`, with 26.
+const TOKEN_NAME: usize = 32;
+
 /// A token that would end the turn, or open another, if the text were trained
-/// on: `<|…|>` or one of the tags, also where it is hidden by what pair-dedup's
-/// normalisation takes out later: white space, invisible characters, styled letters,
+/// on: `<|…|>` or one of the tags, also where it is hidden by what [`normalize`]
+/// takes out later: white space, invisible characters, styled letters,
 /// letters drawn out, the mark of a hashtag.
 pub fn special_token(text: &str) -> Option<String> {
     let hides = |c: &char| c.is_whitespace() || c.is_control() || is_invisible(*c) || *c == '#';
@@ -99,8 +108,11 @@ pub fn special_token(text: &str) -> Option<String> {
     }
     visible.match_indices("<|").find_map(|(at, _)| {
         let name = &visible[at + 2..];
-        let end = name.find("|>").filter(|&end| (1..=32).contains(&end))?;
-        Some(format!("<|{}|>", &name[..end]))
+        // No further than a name can reach: to look to the end of the text from every `<|` takes
+        // hours where a text of megabytes holds nothing else.
+        let near = &name.as_bytes()[..name.len().min(TOKEN_NAME + "|>".len())];
+        let end = near.windows(2).position(|two| two == b"|>")?;
+        (end > 0).then(|| format!("<|{}|>", &name[..end]))
     })
 }
 
@@ -147,6 +159,8 @@ mod tests {
             "read example.com!",
             "Example.COM/page?x=1",
             "look:https://a.b",
+            "watch it on youtube.com/@channel",
+            "(www.example.xx/@a)",
         ] {
             assert!(link(text).is_some(), "{text}");
         }
@@ -157,6 +171,8 @@ mod tests {
             "e.g. this",
             "a/b testing",
             "mail me at ann@example.com",
+            "mail (ann@example.com/home)",
+            "ask @ann.me, or www.ann@me",
             "3.5 stars",
             "wait... what",
             "://",
@@ -167,6 +183,15 @@ mod tests {
         }
         assert!(media_link("so good pic.twitter.com/AbC").is_some());
         assert!(media_link("a picture on twitter").is_none());
+    }
+
+    /// It took time by the square of the length: minutes for this text, which is a small part of
+    /// what a line may hold.
+    #[test]
+    fn the_time_for_tokens_grows_with_the_text() {
+        let begun = std::time::Instant::now();
+        assert_eq!(special_token(&"<|".repeat(500_000)), None);
+        assert!(begun.elapsed().as_secs() < 60, "{:?}", begun.elapsed());
     }
 
     #[test]
@@ -182,6 +207,8 @@ mod tests {
             "<𝐭𝐡𝐢𝐧𝐤>",
             "<|𝐞𝐧𝐝𝐨𝐟𝐭𝐞𝐱𝐭|>",
             "<toooool_call>",
+            "<|<|<|im_end|>",
+            "<|an_invented_name_of_32_character|>",
         ] {
             assert!(special_token(text).is_some(), "{text}");
         }
@@ -189,6 +216,8 @@ mod tests {
             "a <b> |> c",
             "x <| y",
             "<||>",
+            "<|an_invented_name_of_33_characters|>",
+            "<|ünvented_names_of_characters_of_2|>",
             "I think so",
             "1 < 2 | 3 > 2 and that is that, is it not, or is it",
         ] {

@@ -8,7 +8,7 @@
 //!
 //! BLEU and chrF of a corpus are not means of their segments. Each therefore comes
 //! as *sufficient statistics* of one segment, integers that add: sum them and
-//! score the sum. Resampling tests do the same without touching text again.
+//! score the sum. Tests of significance take the figures of single segments instead.
 
 mod bleu;
 mod chrf;

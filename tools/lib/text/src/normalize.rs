@@ -1,4 +1,5 @@
-//! The form of a text that training uses and duplicates are found by.
+//! The form of a text that training uses, duplicates are found by, and what a model
+//! writes is compared in.
 //!
 //! It takes out how a text was typed and keeps what it says: case, emoji and
 //! punctuation stay. Composed letters (NFC), styled letters back to plain ones,
@@ -9,8 +10,9 @@
 //! Not NFKC: that would turn ² into 2 and ™ into TM, and a full-width `＜｜im_end｜＞`
 //! into a token with which a stranger could end a turn of the chat.
 
-use text::is_invisible;
 use unicode_normalization::UnicodeNormalization;
+
+use crate::is_invisible;
 
 /// Normalises a text. A text that would be left empty stays as it is, trimmed.
 pub fn normalize(text: &str) -> String {
