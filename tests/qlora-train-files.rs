@@ -7,6 +7,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use half::bf16;
 use harness::{Run, Tool};
@@ -148,11 +149,14 @@ fn train(tool: &Tool, out: &str, more: &[&str]) -> Run {
         "rows.jsonl",
         &(0..4).map(|i| format!("{}\n", row(i))).collect::<String>(),
     );
-    let model = model();
-    let mut arguments = vec!["--model", &model, "--data", "rows.jsonl", "--out", out];
-    arguments.extend(["--config", "train.yaml"]);
-    arguments.extend(more);
-    tool.run(&arguments, "").exits(0)
+    tool.run(&arguments(&model(), out, more), "").exits(0)
+}
+
+fn arguments<'a>(model: &'a str, out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let mut all = vec!["--model", model, "--data", "rows.jsonl", "--out", out];
+    all.extend(["--config", "train.yaml"]);
+    all.extend(more);
+    all
 }
 
 /// peft, merge and inspect find the base from any folder, not only from that of the training.
@@ -215,6 +219,71 @@ fn a_base_in_4_bits_is_kept_and_changes_nothing() {
             adapter(out).unwrap() == adapter("without").unwrap(),
             "{out}"
         );
+    }
+}
+
+/// Who waits for another run, which may take minutes, is told.
+#[test]
+fn waiting_for_another_run_at_the_base_is_told() {
+    let tool = tool();
+    tool.file("train.yaml", TRAIN);
+    train(&tool, "first", &[]);
+    let cache = fs::read_dir(tool.folder().join("data/cache/quantized")).unwrap();
+    let lock = cache
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.extension().is_some_and(|kind| kind == "lock"))
+        .unwrap();
+    let lock = fs::File::open(lock).unwrap();
+    lock.lock().unwrap();
+    let said = tool.folder().join("said");
+    let mut child = tool
+        .command(&arguments(&model(), "second", &[]))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(fs::File::create(&said).unwrap())
+        .spawn()
+        .unwrap();
+    let started = Instant::now();
+    let told = || fs::read_to_string(&said).unwrap();
+    while !told().contains("another run is at the base in 4 bits in data/cache/quantized/") {
+        let running = child.try_wait().unwrap().is_none();
+        let late = started.elapsed() > Duration::from_secs(60);
+        if late || !running {
+            let _ = child.kill();
+            panic!("{}", told());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    lock.unlock().unwrap();
+    assert!(child.wait().unwrap().success(), "{}", told());
+    assert!(told().contains("comes from data/cache/quantized/"));
+}
+
+/// As a shell completes a folder's name: it is made beside it all the same, and then there.
+#[test]
+fn a_slash_behind_a_folder_changes_nothing() {
+    let tool = tool();
+    adapter(&tool, "adapter", 0.02);
+    for [plain, slash] in [["merged", "merged-2/"], ["four", "four-2/"]] {
+        for out in [plain, slash] {
+            let model = model();
+            let mut all = match plain {
+                "four" => vec!["--save-quantized", out],
+                _ => vec!["merge", "--adapter", "adapter", "--no-check", "--out", out],
+            };
+            all.extend(["--model", &model]);
+            tool.run(&all, "").exits(0);
+        }
+        let names = |folder: &str| -> Vec<_> {
+            let names = fs::read_dir(tool.folder().join(folder)).unwrap();
+            let mut names: Vec<_> = names.map(|entry| entry.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names(plain), names(slash));
+        let [a, b] = [plain, slash]
+            .map(|folder| fs::read(tool.folder().join(folder).join("model.safetensors")).unwrap());
+        assert!(a == b, "{slash}");
     }
 }
 
@@ -1692,6 +1761,32 @@ fn most_memory(command: &mut Command) -> [u64; 2] {
     };
     assert!(status.success(), "{status}");
     most
+}
+
+/// The most threads that a command had at once.
+fn most_threads(command: &mut Command) -> usize {
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let tasks = format!("/proc/{}/task", child.id());
+    let mut most = 0;
+    while child.try_wait().unwrap().is_none() {
+        most = most.max(fs::read_dir(&tasks).map_or(0, Iterator::count));
+    }
+    most
+}
+
+/// On a machine that others use as well, as many threads as were asked for.
+#[test]
+fn inspecting_takes_the_threads_that_it_is_given() {
+    let tool = tool();
+    made_model(&tool.folder().join("of-44"), 44);
+    let [one, many] = ["1", "16"].map(|threads| {
+        let inspect = ["inspect", "of-44", "--threads", threads];
+        most_threads(&mut tool.command(&inspect))
+    });
+    println!("with one thread {one} at most, with 16 {many}");
+    // Each is there twice: in the pool, and reading.
+    assert!((25..=35).contains(&(many - one)), "{one} and {many}");
 }
 
 /// A base is quantised layer by layer, and never in memory as a whole: neither as it is

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use harness::Run;
 use serde_json::Value;
 
-use crate::{pairs, same, signal_after, tool, train};
+use crate::{MODEL, pairs, same, signal_after, tool, train};
 
 #[test]
 fn a_dry_run_shows_the_plan_and_writes_nothing() {
@@ -31,6 +31,55 @@ fn a_dry_run_shows_the_plan_and_writes_nothing() {
     ];
     train(&tool, "out", &more).exits(0).says("1 malformed");
     assert!(!tool.folder().join("bad.jsonl").exists());
+}
+
+#[test]
+fn a_dry_run_saves_no_base() {
+    let tool = tool();
+    let save = ["--dry-run", "--save-quantized", "four"];
+    let alone = [&["--model", MODEL][..], &save].concat();
+    tool.run(&alone, "")
+        .exits(0)
+        .says("the base in 4 bits would take ")
+        .says(" in four; --dry-run writes nothing");
+    train(&tool, "out", &save).exits(0);
+    let written: Vec<_> = fs::read_dir(tool.folder())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .filter(|name| !["train.yaml", "pairs.jsonl"].contains(&name.to_str().unwrap()))
+        .collect();
+    assert!(written.is_empty(), "{written:?}");
+}
+
+/// The one would come into the other, and is not there whole or not at all then.
+#[test]
+fn a_base_is_not_saved_where_the_run_is() {
+    let tool = tool();
+    std::os::unix::fs::symlink(".", tool.folder().join("here")).unwrap();
+    for (out, saved) in [
+        ("both", "both"),
+        ("both", "here/./both/"),
+        ("above/out", "above"),
+        ("above", "above/four"),
+        ("new/../out", "out/four"),
+    ] {
+        for more in [&[][..], &["--resume"], &["--dry-run"]] {
+            train(&tool, out, &[&["--save-quantized", saved], more].concat())
+                .exits(2)
+                .says(&format!(
+                    "--save-quantized {saved} and --out {out} lie one in"
+                ));
+        }
+        for folder in ["both", "above", "out"] {
+            assert!(!tool.folder().join(folder).exists(), "{folder}");
+        }
+    }
+    let beside = ["--save-quantized", "out-4", "--steps", "1"];
+    train(&tool, "out", &beside).exits(0);
+    assert!(tool.folder().join("out-4/model.safetensors").exists());
+    train(&tool, "out", &[&beside[..], &["--resume"]].concat())
+        .exits(0)
+        .says("the base in 4 bits is in out-4 already");
 }
 
 /// A size in a line of the plan, in bytes: `memory: 12.3 MB in all` under `memory:`.

@@ -204,6 +204,43 @@ fn another_pattern_is_another_run() {
         .says(r#"data.system_prompt = "a = c", was "a = b";"#);
 }
 
+/// Nor is memory the reason where the run is another one: what would help is not less of it.
+#[test]
+fn another_run_is_refused_as_such_whatever_its_memory() {
+    let tool = tool();
+    train(&tool, "out", &["--steps", "3"]).exits(0);
+    fs::remove_file(tool.folder().join("out/adapter_model.safetensors")).unwrap();
+    let again = ["--steps", "3", "--resume", "--max-memory", "1MB"];
+    train(&tool, "out", &again).exits(2).says("MB");
+    for more in [&["--seed", "7"][..], &["--seed", "7", "--dry-run"]] {
+        train(&tool, "out", &[&again, more].concat())
+            .exits(2)
+            .says("training.seed = 7, was 42")
+            .never_says("max_memory");
+    }
+}
+
+/// A save that was killed is not the one of a later step, and would lie there for ever.
+#[test]
+fn what_a_killed_save_left_is_removed() {
+    let tool = tool();
+    train(&tool, "whole", &["--steps", "3"]).exits(0);
+    train(&tool, "out", &["--steps", "3"]).exits(0);
+    fs::remove_file(tool.folder().join("out/adapter_model.safetensors")).unwrap();
+    for name in ["step-2.tmp", "step-x.tmp", "step-9"] {
+        tool.file(&format!("out/checkpoints/{name}/state.safetensors"), "half");
+    }
+    fs::remove_dir_all(tool.folder().join("out/checkpoints/step-9")).unwrap();
+    // Of another run nothing is touched.
+    let other = ["--steps", "3", "--resume", "--seed", "7"];
+    train(&tool, "out", &other).exits(2);
+    let there = |name: &str| tool.folder().join("out/checkpoints").join(name).exists();
+    assert!(there("step-2.tmp"));
+    train(&tool, "out", &["--steps", "3", "--resume"]).exits(0);
+    assert!(!there("step-2.tmp") && there("step-x.tmp") && there("step-3"));
+    same(&tool, "whole", "out");
+}
+
 #[test]
 fn what_is_finished_needs_neither_memory_nor_room() {
     let tool = tool();

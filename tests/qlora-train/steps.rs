@@ -290,6 +290,10 @@ fn it_stops_early_and_finishes_with_the_best() {
         weights("short") == weights("early"),
         "not the best adapter\n{run}"
     );
+    // Those who chose it are no judges of it, and the card says so.
+    let chose = "The held-out rows chose which step's adapter this is: what is measured on them";
+    assert!(tool.read("early/README.md").contains(chose));
+    assert!(!tool.read("short/README.md").contains("held-out rows chose"));
 
     // Killed on the way, it gives up at the same step with the same adapter.
     tool.file(
@@ -399,10 +403,16 @@ fn the_cuda_backend_resumes_noise_and_moments_in_8_bits_to_the_byte() {
     let out = tool.folder().join("out");
     fs::remove_dir_all(out.join("checkpoints/step-2")).unwrap();
     fs::remove_file(out.join("adapter_model.safetensors")).unwrap();
+    let again = train(&tool, "out", &[&few[..], &["--resume"]].concat());
+    again.exits(0).says("step 1").never_says("last bits");
+    assert!(result(&tool, "out") == whole, "other bytes");
+    // On another chip, which need not sum alike, it goes on as well, and says so.
+    fs::remove_dir_all(out.join("checkpoints/step-2")).unwrap();
+    fs::remove_file(out.join("adapter_model.safetensors")).unwrap();
+    let tool = tool.env("CUDA_STAND_IN", "another");
     train(&tool, "out", &[&few[..], &["--resume"]].concat())
         .exits(0)
-        .says("step 1");
-    assert!(result(&tool, "out") == whole, "other bytes");
+        .says("the run began on stand-in, driver of CUDA 12.4, cuBLAS 120400 and goes on with another stand-in,");
 }
 
 #[test]
@@ -427,7 +437,7 @@ fn a_run_that_leaves_for_good_is_stopped_and_loses_nothing() {
         .exits(4)
         .says("in the steps before")
         .says("far above")
-        .says("for 20 steps")
+        .says(" steps, and is not falling")
         .says("lower training.learning_rate (50)");
     let warnings = run.stderr.matches("in the steps before").count();
     let losses = figures(&tool, "whole", "loss");
@@ -460,13 +470,73 @@ fn a_run_that_leaves_for_good_is_stopped_and_loses_nothing() {
         tool.read("killed/metrics.jsonl")
     );
     // It is the user's to go on all the same.
-    train(&tool, "whole", &again).exits(4).says("for 20 steps");
+    train(&tool, "whole", &again)
+        .exits(4)
+        .says("is not falling");
     tool.file(
         "train.yaml",
         &config.replace("save_steps: 3", "save_steps: 3, spike_factor: 0"),
     );
     train(&tool, "whole", &again).exits(0);
     assert_eq!(figures(&tool, "whole", "loss").len(), 40);
+}
+
+/// Easy rows are learnt by heart, and then harder ones come, in the order that was asked for.
+#[test]
+fn harder_rows_behind_easy_ones_end_no_run() {
+    let tool = tool();
+    let one = pairs(1);
+    let easy = (0..160).map(|i| one.replace("\"p0\"", &format!("\"e{i}\"")));
+    let hard = pairs(200).replace("\"split\":\"eval\"", "\"split\":\"train\"");
+    let hard = hard.lines().skip(40).map(|line| format!("{line}\n"));
+    tool.file("pairs.jsonl", &easy.chain(hard).collect::<String>());
+    let config = CONFIG
+        .replace("max_steps: 12", "max_steps: 80, shuffle: false")
+        .replace("learning_rate: 2.0e-3", "learning_rate: 1.0e-2")
+        .replace(
+            "batch_size: 3, gradient_accumulation_steps: 2",
+            "batch_size: 4, gradient_accumulation_steps: 1",
+        )
+        .replace("save_steps: 3", "save_steps: 0");
+    tool.file("train.yaml", &config);
+    train(&tool, "out", &[])
+        .exits(0)
+        .says("warning: step 41: loss ");
+    let losses = figures(&tool, "out", "loss");
+    let (before, after) = (losses[39], &losses[40..60]);
+    println!("{before}, then {after:?}");
+    assert!(after.iter().all(|&loss| loss > 10.0 * before), "{losses:?}");
+}
+
+/// What there was before is no result of a run, however much better it was.
+#[test]
+fn the_best_is_one_that_was_trained() {
+    let tool = tool();
+    train(&tool, "learnt", &["--steps", "40"]).exits(0);
+    let config = overshooting(", load_best_model_at_end: true, spike_factor: 0");
+    tool.file(
+        "train.yaml",
+        &config.replace("learning_rate: 3.0e-2", "learning_rate: 5.0"),
+    );
+    let from = ["--init-adapter", "learnt", "--steps", "6"];
+    let run = train(&tool, "out", &from).exits(0);
+    let losses = figures(&tool, "out", "eval_loss");
+    let best = (1..losses.len())
+        .min_by(|&a, &b| losses[a].total_cmp(&losses[b]))
+        .unwrap();
+    assert!(losses[best] > losses[0], "{losses:?}");
+    let run = run
+        .says(&format!("the adapter is that of step {},", 2 * best))
+        .says(&format!(
+            "warning: the adapter is worse than what it began from: held-out loss {:.4} after step {}, {:.4} \
+             before the first; lower training.learning_rate (5)",
+            losses[best],
+            2 * best,
+            losses[0]
+        ));
+    let [before, after] = ["learnt", "out"]
+        .map(|out| fs::read(tool.folder().join(out).join("adapter_model.safetensors")).unwrap());
+    assert!(before != after, "{run}");
 }
 
 /// README's rows and command, with the demo's model for Qwen3-8B.

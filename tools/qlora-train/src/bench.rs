@@ -22,8 +22,8 @@ use qwen3::{
     Optimiser, OptimiserKind, Pass, Prompt, Row, Slots, Storage, Update,
 };
 use serde::Serialize;
+use settings::LmHead;
 
-use crate::LmHeadFlag;
 use crate::commands::Messages;
 use crate::memory::Size;
 
@@ -94,7 +94,7 @@ pub struct Bench {
     dense: bool,
     /// How the output projection is held
     #[arg(long, value_name = "KIND", default_value = "as_stored")]
-    lm_head: LmHeadFlag,
+    lm_head: LmHead,
     /// Rank of the adapter
     #[arg(long, default_value_t = 16, value_name = "N", value_parser = positive)]
     rank: usize,
@@ -224,7 +224,7 @@ struct Figure<'a> {
     /// Parameters of the products in the layers.
     parameters: usize,
     /// How the output projection is held.
-    lm_head: LmHeadFlag,
+    lm_head: LmHead,
     /// Whether quantised weights are decoded once and for all.
     keep_decoded: bool,
     #[serde(flatten)]
@@ -402,7 +402,7 @@ impl Bench {
         };
         let held = Held {
             products: storage(self.dense),
-            head: storage(self.lm_head == LmHeadFlag::AsStored),
+            head: storage(self.lm_head == LmHead::AsStored),
         };
         // A processor's memory is handed out before it is there.
         let room = |backend: &B| match OF_ITS_OWN {

@@ -62,7 +62,7 @@ impl Need {
     }
 
     /// Refuses a folder whose disk has no room for it. What is in there already is
-    /// not needed again.
+    /// not needed again: checkpoints are replaced, and what killed saves left is removed.
     ///
     /// # Errors
     /// If there is none, or the disk does not tell.

@@ -9,21 +9,21 @@
 //!     SHA256SUMS                   of the adapter's files, for `sha256sum --check`
 //!     adapter_model.safetensors    last: with it the run is finished
 //!
-//! A checkpoint appears whole: written as `step-N.tmp`, synced, renamed. On
-//! resuming, the figures are cut back to what the checkpoint knew, so that an
-//! interrupted run leaves the same bytes as one that was not.
+//! A checkpoint appears whole: written as `step-N.tmp`, synced, renamed; what a killed
+//! save left of one is removed. On resuming, the figures are cut back to what the
+//! checkpoint knew, so that an interrupted run leaves the same bytes as one that was not.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::fs::{self, File, TryLockError};
+use std::io::{BufWriter, Read, Write};
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result};
 use cli::Failure;
 use qwen3::{CodedMoment, Moments};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 use serde::{Deserialize, Serialize};
 
 /// What a run is: on one kind of processor, or GPU, two runs with the same identity
@@ -45,6 +45,9 @@ pub struct Identity {
     pub model: String,
     /// `cpu` or `cuda`: their last bits differ.
     pub device: String,
+    /// The GPU and its libraries. Not compared: on others a run goes on, to other last bits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hardware: Option<String>,
     /// SHA-256 over the adapter that the run started from, if any.
     pub init_adapter: Option<String>,
 }
@@ -128,7 +131,7 @@ fn check_adapter(path: &Path) -> Result<()> {
 ///
 /// # Errors
 /// If another is there, with what differs, or something that is no run.
-fn check_same(path: &Path, identity: &Identity) -> Result<bool> {
+pub fn check_same(path: &Path, identity: &Identity) -> Result<bool> {
     let usage = |text: String| anyhow::Error::from(Failure::Usage(text));
     let (name, run) = (path.display(), path.join(RUN));
     if !run.exists() {
@@ -168,11 +171,12 @@ pub fn trained_on(path: &Path) -> Result<Option<String>> {
     Ok(Some(identity.model))
 }
 
-/// Most tokens of a pass in the run that is in `path`, if there is one that can be read.
-pub fn pass_tokens(path: &Path) -> Option<usize> {
+/// What the run that is in `path` took over without being compared, if there is one that can
+/// be read: most tokens of a pass, and its GPU.
+pub fn began_with(path: &Path) -> Option<(usize, Option<String>)> {
     let run = qwen3::read(&path.join(RUN)).ok()?;
     let run: Identity = serde_json::from_slice(&run).ok()?;
-    Some(run.pass_tokens)
+    Some((run.pass_tokens, run.hardware))
 }
 
 /// The trainable state after some step.
@@ -336,6 +340,37 @@ fn checkpoints(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
+/// Removes what killed saves left. With the lock held nobody is writing there.
+fn remove_unfinished(folder: &Path) -> Result<()> {
+    let folder = folder.join(CHECKPOINTS);
+    if !folder.exists() {
+        return Ok(());
+    }
+    for entry in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
+        let path = entry.with_context(|| folder.display().to_string())?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        let step = name.and_then(|name| name.strip_prefix("step-")?.strip_suffix(".tmp"));
+        if step.is_some_and(|step| step.parse::<u64>().is_ok()) && path.is_dir() {
+            fs::remove_dir_all(&path).with_context(|| path.display().to_string())?;
+        }
+    }
+    Ok(())
+}
+
+/// What to tell where a folder's lock is not to be had.
+fn not_locked(folder: &Path, error: TryLockError) -> Failure {
+    let name = folder.display();
+    match error {
+        TryLockError::WouldBlock => {
+            Failure::Usage(format!("--out {name} is in use by another qlora-train"))
+        }
+        TryLockError::Error(cause) => Failure::World(format!(
+            "locking {}: {cause}; without a lock two runs could write there: name a folder on another disk",
+            folder.join(LOCK).display()
+        )),
+    }
+}
+
 /// A line of metrics.jsonl, of an update or of an evaluation.
 #[derive(Deserialize)]
 pub struct Figures {
@@ -382,11 +417,7 @@ impl Folder {
         let lock_path = path.join(LOCK);
         refuse_pipe(&lock_path)?;
         let lock = File::create(&lock_path).with_context(|| lock_path.display().to_string())?;
-        if lock.try_lock().is_err() {
-            return Err(usage(format!(
-                "--out {name} is in use by another qlora-train"
-            )));
-        }
+        lock.try_lock().map_err(|error| not_locked(path, error))?;
         let run = path.join(RUN);
         if !check_same(path, identity)? {
             let text = serde_json::to_string_pretty(identity)? + "\n";
@@ -396,6 +427,7 @@ impl Folder {
             check_adapter(path)?;
             return Ok(Found::Finished);
         }
+        remove_unfinished(path)?;
         let open = |file: &str| -> Result<File> {
             let path = path.join(file);
             refuse_pipe(&path)?;
@@ -443,11 +475,17 @@ impl Folder {
 
     /// Keeps the parameters with the best held-out loss so far.
     pub fn save_best(&self, step: u64, params: &[f32]) -> Result<()> {
-        let bytes = bytes(params);
-        let view = TensorView::new(Dtype::F32, vec![params.len()], &bytes)?;
+        let path = self.best();
         let step = HashMap::from([("step".to_owned(), step.to_string())]);
-        let file = safetensors::serialize([("params", view)], Some(step))?;
-        Ok(jsonl::write_atomically(&self.best(), &file)?)
+        let mut file = jsonl::AtomicFile::create(&path)?;
+        write_tensors(
+            &mut file,
+            &mut [("params", Values::F32(params))],
+            Some(step),
+        )
+        .with_context(|| path.display().to_string())?;
+        // Its name is synced with the checkpoint's, which lies beside it.
+        Ok(file.commit()?)
     }
 
     /// The parameters that [`save_best`](Self::save_best) kept at that step.
@@ -581,9 +619,13 @@ impl Folder {
             }
             Ok(())
         };
+        let no_thread = || format!("saving {}: no thread for it", target.display());
+        let writing = thread::Builder::new()
+            .spawn(write)
+            .with_context(no_thread)?;
         Ok(Saving {
             step,
-            writing: Some(std::thread::spawn(write)),
+            writing: Some(writing),
         })
     }
 }
@@ -634,39 +676,109 @@ fn write_checkpoint(folder: &Path, state: &State, mut cut: Cut, figures: [File; 
         fs::remove_dir_all(&part)?;
     }
     fs::create_dir_all(&part)?;
-    let tensors = serialized(state)?;
-    synced(&part.join("state.safetensors"), &tensors)?;
+    let tensors = part.join("state.safetensors");
+    let mut file = BufWriter::with_capacity(PIECE, File::create(&tensors)?);
+    write_tensors(&mut file, &mut tensors_of(state), None)?;
+    file.flush()?;
+    file.get_ref().sync_all()?;
     for file in figures {
         file.sync_all()?;
     }
-    cut.state = cli::sha256_hex(&tensors);
+    cut.state = cli::sha256_file(&tensors)?;
     cut.sum = cut.sum();
     synced(&part.join("state.json"), &serde_json::to_vec(&cut)?)?;
+    sync_names(&part)?;
     fs::rename(&part, &target)?;
-    Ok(File::open(all)?.sync_all()?)
+    sync_names(&all)?;
+    // The first one's folder has just come into it.
+    Ok(sync_names(folder)?)
 }
+
+/// Waits until the names of what is in a folder are on the disk, as a file's own sync does
+/// not.
+pub fn sync_names(folder: &Path) -> std::io::Result<()> {
+    File::open(folder)?.sync_all()
+}
+
+/// Values of a tensor.
+#[derive(Clone, Copy)]
+enum Values<'a> {
+    F32(&'a [f32]),
+    U8(&'a [u8]),
+}
+
+impl Values<'_> {
+    fn info(self, at: usize) -> TensorInfo {
+        let (dtype, len, bytes) = match self {
+            Self::F32(values) => (Dtype::F32, values.len(), size_of_val(values)),
+            Self::U8(values) => (Dtype::U8, values.len(), values.len()),
+        };
+        TensorInfo {
+            dtype,
+            shape: vec![len],
+            data_offsets: (at, at + bytes),
+        }
+    }
+}
+
+/// Bytes that are made of values at a time.
+const PIECE: usize = 1 << 18;
 
 /// A checkpoint's tensors: `params`, and `m` and `v`, or, in 8 bits, the codes and
 /// scales of each.
-fn serialized(state: &State) -> Result<Vec<u8>> {
-    let mut tensors = vec![("params", Dtype::F32, bytes(&state.params))];
+fn tensors_of(state: &State) -> Vec<(&'static str, Values<'_>)> {
+    let mut tensors = vec![("params", Values::F32(&state.params))];
     match &state.moments {
         Moments::F32 { m, v } => {
-            tensors.extend([("m", Dtype::F32, bytes(m)), ("v", Dtype::F32, bytes(v))]);
+            tensors.extend([("m", Values::F32(m)), ("v", Values::F32(v))]);
         }
         Moments::EightBit { m, v } => tensors.extend([
-            ("m.codes", Dtype::U8, m.codes.clone()),
-            ("m.absmax", Dtype::F32, bytes(&m.absmax)),
-            ("v.codes", Dtype::U8, v.codes.clone()),
-            ("v.absmax", Dtype::F32, bytes(&v.absmax)),
+            ("m.codes", Values::U8(&m.codes)),
+            ("m.absmax", Values::F32(&m.absmax)),
+            ("v.codes", Values::U8(&v.codes)),
+            ("v.absmax", Values::F32(&v.absmax)),
         ]),
     }
-    let views = tensors.iter().map(|(name, dtype, bytes)| {
-        let shape = vec![bytes.len() / (dtype.bitsize() / 8)];
-        TensorView::new(*dtype, shape, bytes).map(|view| (*name, view))
+    tensors
+}
+
+/// Writes the file that [`safetensors::serialize`] makes of these tensors, header first and
+/// then values a piece at a time: an adapter of a high rank with its moments is gigabytes,
+/// which would be in memory three times over.
+fn write_tensors(
+    out: &mut impl Write,
+    tensors: &mut [(&str, Values<'_>)],
+    metadata: Option<HashMap<String, String>>,
+) -> Result<()> {
+    // Their order: the widest type first, for alignment, then by name.
+    tensors.sort_by_key(|&(name, values)| {
+        let narrow = matches!(values, Values::U8(_));
+        (narrow, name.to_owned())
     });
-    let views = views.collect::<Result<Vec<_>, _>>()?;
-    Ok(safetensors::serialize(views, None)?)
+    let mut at = 0;
+    let infos = tensors.iter().map(|(name, values)| {
+        let info = values.info(at);
+        at = info.data_offsets.1;
+        ((*name).to_owned(), info)
+    });
+    let mut header = serde_json::to_vec(&Metadata::new(metadata, infos.collect())?)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    let mut piece = Vec::with_capacity(PIECE);
+    for (_, values) in tensors {
+        match values {
+            Values::U8(values) => out.write_all(values)?,
+            Values::F32(values) => {
+                for values in values.chunks(PIECE / size_of::<f32>()) {
+                    piece.clear();
+                    piece.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+                    out.write_all(&piece)?;
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 fn synced(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -738,10 +850,6 @@ fn read_checkpoint(path: &Path, run: &Path) -> Result<(State, Cut)> {
     Ok((state, cut))
 }
 
-fn bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|v| v.to_le_bytes()).collect()
-}
-
 /// A tensor's bytes, if it is of that type.
 fn data<'a>(tensors: &SafeTensors<'a>, name: &str, dtype: Dtype) -> Result<&'a [u8]> {
     let tensor = tensors.tensor(name)?;
@@ -759,11 +867,85 @@ fn floats(tensors: &SafeTensors, name: &str) -> Result<Vec<f32>> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
     use std::time::Duration;
 
+    use safetensors::tensor::TensorView;
+
     use super::*;
+
+    /// Values that follow from their places.
+    fn floats_of(len: usize) -> Vec<f32> {
+        (0..len).map(|i| (i as f32 * 0.37).sin()).collect()
+    }
+
+    /// The library's own function says what the file is.
+    #[test]
+    fn tensors_are_written_as_safetensors_writes_them() {
+        // More than a piece, and none at all.
+        let long = floats_of(PIECE / 4 + 3);
+        let (short, codes) = (floats_of(5), vec![3_u8; 777]);
+        let coded = |len| CodedMoment {
+            codes: codes[..len].to_vec(),
+            absmax: short.clone(),
+        };
+        let of = |params: &[f32], moments| State {
+            step: 3,
+            params: params.to_vec(),
+            moments,
+        };
+        let in_f32 = Moments::F32 {
+            m: short.clone(),
+            v: long.clone(),
+        };
+        let in_8_bits = Moments::EightBit {
+            m: coded(777),
+            v: coded(0),
+        };
+        let step = HashMap::from([("step".to_owned(), "3".to_owned())]);
+        for (state, metadata) in [
+            (of(&long, in_f32), None),
+            (of(&short, in_8_bits), Some(step)),
+        ] {
+            let mut tensors = tensors_of(&state);
+            let mut written = Vec::new();
+            write_tensors(&mut written, &mut tensors, metadata.clone()).unwrap();
+            let bytes = tensors.iter().map(|&(name, values)| match values {
+                Values::F32(values) => {
+                    let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+                    (name, Dtype::F32, bytes)
+                }
+                Values::U8(values) => (name, Dtype::U8, values.to_vec()),
+            });
+            let bytes: Vec<(&str, Dtype, Vec<u8>)> = bytes.collect();
+            let views = bytes.iter().map(|(name, dtype, bytes)| {
+                let shape = vec![bytes.len() * 8 / dtype.bitsize()];
+                (*name, TensorView::new(*dtype, shape, bytes).unwrap())
+            });
+            assert!(written == safetensors::serialize(views, metadata).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_lock_that_fails_is_no_other_run() {
+        let folder = Path::new("out");
+        let told = |error| match not_locked(folder, error) {
+            Failure::Usage(text) => (2, text),
+            Failure::World(text) => (4, text),
+            _ => panic!("another kind"),
+        };
+        let (code, text) = told(TryLockError::WouldBlock);
+        assert!(code == 2 && text.contains("in use by another"), "{text}");
+        let cause = std::io::Error::other("no locks available");
+        let (code, text) = told(TryLockError::Error(cause));
+        assert!(code == 4 && !text.contains("another qlora-train"), "{text}");
+        assert!(
+            text.starts_with("locking out/.lock: no locks available; "),
+            "{text}"
+        );
+    }
 
     #[test]
     fn who_lets_go_of_a_checkpoint_waits_for_it() {

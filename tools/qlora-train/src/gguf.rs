@@ -12,7 +12,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use half::{bf16, f16};
-use qwen3::{Chat, GenerationConfig, Merged, Module, Weight};
+use qwen3::{Chat, Merged, Module, Weight};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -257,7 +257,7 @@ fn describe(
     let chat = Chat::load(source)?;
     meta.u32("tokenizer.ggml.eos_token_id", chat.turn_end() as usize)?;
     // llama.cpp ends a reply at any of them; the second stop id is also what Qwen pads with.
-    let stops = GenerationConfig::load(source)?.stop_ids;
+    let stops = qwen3::stop_ids(source)?;
     if let Some(&pad) = stops.iter().find(|&&id| id != chat.turn_end()) {
         meta.u32("tokenizer.ggml.padding_token_id", pad as usize)?;
         meta.u32("tokenizer.ggml.bos_token_id", pad as usize)?;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use cli::{App, Failure, PrintConfig, Resolved};
 use engine::Device;
-use qwen3::{Adapter, Chat, Checkpoint, GenerationConfig, Held, Seen, Storage};
+use qwen3::{Adapter, Chat, Checkpoint, Held, Seen, Storage};
 use settings::{LmHead, Quantization, TrainSettings};
 
 use crate::disk::Need;
@@ -52,7 +52,7 @@ impl<'a> Inputs<'a> {
         let (settings, config) = (&resolved.settings, checkpoint.config());
         lora::layout(resolved, config)?;
         let chat = Chat::load(&base)?;
-        chat.check(config, &GenerationConfig::load(&base)?)?;
+        chat.check(config, &qwen3::stop_ids(&base)?)?;
         let origin = Origin::read(&base, provenance)?;
         let (initial, before) = initial.unzip();
         let rows = rows::load(app, data, rejects, resolved, &chat, before.as_ref())?;
@@ -75,8 +75,8 @@ impl<'a> Inputs<'a> {
         })
     }
 
-    /// What the run is, on that device, in passes of so many tokens.
-    pub fn identity(&self, device: &Device, pass_tokens: usize) -> Result<Identity> {
+    /// What the run is, on that device; how long its passes are is found out later.
+    pub fn identity(&self, device: &Device) -> Result<Identity> {
         (self.app).detail(format_args!(
             "hashing the base model {}",
             self.base.display()
@@ -85,13 +85,14 @@ impl<'a> Inputs<'a> {
             v: 1,
             version: env!("CARGO_PKG_VERSION").into(),
             settings: that_decide(self.resolved),
-            pass_tokens,
+            pass_tokens: 0,
             data: self.rows.sha256.clone(),
             model: self.checkpoint.fingerprint()?,
             device: match device {
                 Device::Cpu(_) => "cpu".into(),
                 Device::Cuda(_) => "cuda".into(),
             },
+            hardware: device.hardware(),
             init_adapter: self.initial.as_ref().map(Adapter::fingerprint),
         })
     }

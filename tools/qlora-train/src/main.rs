@@ -28,15 +28,15 @@ mod train;
 mod verify;
 mod watch;
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use cli::{App, Common, Failure, Flags, Resolved, Tool, shown};
 use engine::{Choice, Device};
 use qwen3::{Adapter, Checkpoint, Config, Model, Seen};
-use settings::TrainSettings;
+use settings::{LmHead, Quantization, TrainSettings};
 
 use crate::folder::{Folder, Found};
 use crate::inputs::Inputs;
@@ -87,10 +87,10 @@ struct QloraTrain {
     device: Choice,
     /// How the layers' weights are held
     #[arg(long, value_name = "KIND")]
-    quantization: Option<QuantizationFlag>,
+    quantization: Option<Quantization>,
     /// How the output projection is held
     #[arg(long, value_name = "KIND")]
-    lm_head: Option<LmHeadFlag>,
+    lm_head: Option<LmHead>,
     /// Write the base in 4 bits to this folder too, as bitsandbytes does; alone, do
     /// only that
     #[arg(long, value_name = "DIR")]
@@ -123,25 +123,6 @@ struct QloraTrain {
     rejects: Option<PathBuf>,
     #[command(flatten)]
     common: Common,
-}
-
-#[derive(Clone, Copy, ValueEnum, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
-enum QuantizationFlag {
-    /// 4-bit NormalFloat, scales quantised again
-    Nf4,
-    /// As in the checkpoint
-    None,
-}
-
-#[derive(Clone, Copy, PartialEq, ValueEnum, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
-enum LmHeadFlag {
-    /// As in the checkpoint
-    AsStored,
-    /// 4-bit NormalFloat, scales quantised again
-    Nf4,
 }
 
 const EXAMPLES: &str = "
@@ -180,14 +161,26 @@ impl Tool for QloraTrain {
         // The first call takes SIGUSR1 over, which would end the process while it loads.
         app.asked_to_save()?;
         let to_train = self.to_train()?;
+        // Of a run that goes on it may be there already.
         let to_save = self.save_quantized.as_deref();
+        let (to_save, there) = match to_save {
+            Some(folder) if folder.exists() => (None, Some(folder)),
+            other => (other, None),
+        };
+        if let Some(folder) = there {
+            app.info(format_args!(
+                "the base in 4 bits is in {} already",
+                folder.display()
+            ));
+        }
 
         let (device, which) = Device::open(self.device)?;
         let base = self.base(app, &settings.model.path)?;
         let checkpoint = Checkpoint::open(&base)?;
         let Some((data, out)) = to_train else {
-            return to_save.map_or(Ok(()), |folder| {
-                quantized::save(app, &checkpoint, folder, &device, 0)
+            return to_save.map_or(Ok(()), |folder| match self.dry_run {
+                true => quantized::preview(app, &checkpoint, folder),
+                false => quantized::save(app, &checkpoint, folder, &device, 0),
             });
         };
         check_fits(&resolved, checkpoint.config())?;
@@ -203,14 +196,28 @@ impl Tool for QloraTrain {
             app.info(format_args!("{} is finished; nothing to do", out.display()));
             Ok(())
         };
-        // What is finished needs neither memory nor room on the disk.
-        if self.resume && !self.dry_run && folder::is_finished(out) {
-            folder::check_finished(out, &inputs.identity(&device, 0)?)?;
-            Seen::read(out)?;
-            return finished();
+        // Another run is refused as such, not for the memory that its passes would take here;
+        // and what is finished needs neither memory nor room on the disk.
+        let mut identity = None;
+        if self.resume {
+            let found = inputs.identity(&device)?;
+            folder::check_same(out, &found)?;
+            if !self.dry_run && folder::is_finished(out) {
+                folder::check_finished(out, &found)?;
+                Seen::read(out)?;
+                return finished();
+            }
+            identity = Some(found);
         }
-        let began_with = self.resume.then(|| folder::pass_tokens(out)).flatten();
-        let fit = inputs.fit(&device, began_with)?;
+        let began_with = self.resume.then(|| folder::began_with(out)).flatten();
+        if let (Some((_, Some(before))), Some(now)) = (&began_with, device.hardware())
+            && *before != now
+        {
+            app.warn(format_args!(
+                "the run began on {before} and goes on with {now}: its last bits will be others"
+            ));
+        }
+        let fit = inputs.fit(&device, began_with.map(|(tokens, _)| tokens))?;
         inputs.describe(&which, &fit);
         let room = inputs.room();
         room.check(out)?;
@@ -218,7 +225,8 @@ impl Tool for QloraTrain {
             return inputs.preview(device, &fit);
         }
 
-        let identity = inputs.identity(&device, fit.pass_tokens)?;
+        let mut identity = identity.map_or_else(|| inputs.identity(&device), Ok)?;
+        identity.pass_tokens = fit.pass_tokens;
         let (folder, state) = match Folder::open(out, self.resume, &identity)? {
             Found::Finished => return finished(),
             Found::Fresh(folder) => (folder, None),
@@ -228,7 +236,6 @@ impl Tool for QloraTrain {
                 (folder, Some(*state))
             }
         };
-        let to_save = to_save.filter(|folder| !folder.exists());
         inputs.quantize(to_save, &identity.model, &device, room.total())?;
         let job = train::Job {
             app,
@@ -286,7 +293,8 @@ impl QloraTrain {
     }
 
     /// The data and the folder of a run; none where only a base is saved. Refuses folders
-    /// that are there already.
+    /// that are there already, and two of which one would be in the other: --out is there
+    /// before the base is, which appears whole.
     fn to_train(&self) -> Result<Option<(&Path, &Path)>, Failure> {
         let to_train = match (&self.data, &self.out) {
             (Some(data), Some(out)) => Some((data.as_path(), out.as_path())),
@@ -313,6 +321,16 @@ impl QloraTrain {
             };
             return Err(Failure::Usage(cause));
         }
+        if let (Some(saved), Some(out)) = (saved, out) {
+            let [at, of] = [saved, out].map(place);
+            if at.starts_with(&of) || of.starts_with(&at) {
+                let (saved, out) = (saved.display(), out.display());
+                let cause = format!(
+                    "--save-quantized {saved} and --out {out} lie one in the other: name a folder beside it"
+                );
+                return Err(Failure::Usage(cause));
+            }
+        }
         Ok(to_train)
     }
 
@@ -330,6 +348,22 @@ impl QloraTrain {
         let adapter = Adapter::load(folder, config)?;
         Ok(Some((adapter, seen.unwrap_or_else(Seen::unknown))))
     }
+}
+
+/// Where a path leads, as far as it is there: links are followed, and `..` is gone.
+fn place(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let mut place = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::ParentDir => {
+                place.pop();
+            }
+            _ => place.push(part),
+        }
+        place = place.canonicalize().unwrap_or(place);
+    }
+    place
 }
 
 /// Settings that parse and cannot work.

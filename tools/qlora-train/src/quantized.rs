@@ -1,7 +1,7 @@
 //! The base in 4 bits, kept on the disk: quantising an 8B model takes minutes,
 //! loading the result seconds, and every run on the same base uses the same.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -24,6 +24,20 @@ pub fn save(
     write(app, base, folder, device, beside)?;
     app.info(format_args!(
         "the base in 4 bits is in {}",
+        folder.display()
+    ));
+    Ok(())
+}
+
+/// Says what [`save`] would write, and whether there is room for it.
+///
+/// # Errors
+/// If there is none.
+pub fn preview(app: &App, base: &Checkpoint, folder: &Path) -> Result<()> {
+    let bytes = room(base, folder, 0)?;
+    app.info(format_args!(
+        "the base in 4 bits would take {} in {}; --dry-run writes nothing",
+        Size(bytes as usize),
         folder.display()
     ));
     Ok(())
@@ -63,8 +77,18 @@ fn find_or_make(
     // A second run that starts meanwhile waits for the first, and finds it done.
     let lock_path = cache.join(format!("{fingerprint}.lock"));
     let lock = File::create(&lock_path).with_context(|| lock_path.display().to_string())?;
-    lock.lock()
-        .with_context(|| lock_path.display().to_string())?;
+    let locked = match lock.try_lock() {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => {
+            app.info(format_args!(
+                "another run is at the base in 4 bits in {}: waiting for it",
+                folder.display()
+            ));
+            lock.lock()
+        }
+        Err(TryLockError::Error(error)) => Err(error),
+    };
+    locked.with_context(|| format!("locking {}", lock_path.display()))?;
     // What the folder held when it was made: a flipped bit would train on, unseen.
     let sum_path = cache.join(format!("{fingerprint}.sum"));
     if folder.exists() {
@@ -103,7 +127,8 @@ fn find_or_make(
     Ok(kept)
 }
 
-fn write(app: &App, base: &Checkpoint, folder: &Path, device: &Device, beside: u64) -> Result<()> {
+/// Bytes to be written, with those `beside`; refuses a disk that has no room for them.
+fn room(base: &Checkpoint, folder: &Path, beside: u64) -> Result<u64> {
     let (needed, free) = (base.quantized_bytes()? + beside, disk::free(folder)?);
     if needed > free {
         let (needed, free) = (Size(needed as usize), Size(free as usize));
@@ -112,6 +137,11 @@ fn write(app: &App, base: &Checkpoint, folder: &Path, device: &Device, beside: u
             format!("{folder}: the disk has {free} free, and {needed} are needed: make room there");
         return Err(Failure::World(cause).into());
     }
+    Ok(needed)
+}
+
+fn write(app: &App, base: &Checkpoint, folder: &Path, device: &Device, beside: u64) -> Result<()> {
+    room(base, folder, beside)?;
     let layers = base.config().layers as u64;
     let progress = app.progress("quantising layers", Some(layers));
     let quantize = |matrix: &HostMatrix| device.quantize(matrix);

@@ -22,7 +22,7 @@ use settings::{Optim, TrainSettings};
 
 use crate::card::Card;
 use crate::figures::{EvalLine, Lines, StepLine, TimeLine};
-use crate::folder::{Folder, Identity, Saving, State, write_sums};
+use crate::folder::{Folder, Identity, Saving, State, sync_names, write_sums};
 use crate::memory::Fit;
 use crate::origin::Origin;
 use crate::plan::Plan;
@@ -383,9 +383,9 @@ impl<'a, B: Backend> Trainer<'a, B> {
         self.settle()?;
         let step = self.step;
         Err(Failure::World(format!(
-            "step {step}: the loss has been far above the {median:.4} before for {steps} steps and will hardly \
-             come back: lower training.learning_rate ({}) and train in another folder (make: RUN=new); step {step} \
-             is saved, training.spike_factor 0 with --resume goes on all the same",
+            "step {step}: the loss has been far above the {median:.4} before for {steps} steps, and is not falling: \
+             lower training.learning_rate ({}) and train in another folder (make: RUN=new); step {step} is saved, \
+             and training.spike_factor 0 with --resume goes on all the same, where harder rows are behind it",
             self.job.settings.training.learning_rate
         ))
         .into())
@@ -589,6 +589,16 @@ impl<'a, B: Backend> Trainer<'a, B> {
                 (self.values()?, loss)
             }
         };
+        if let (Some(before), Some(loss)) = (self.watch.before, eval_loss)
+            && loss > before
+        {
+            let at = best.map_or(self.step, |(step, _)| step);
+            app.warn(format_args!(
+                "the adapter is worse than what it began from: held-out loss {loss:.4} after step {at}, {before:.4} \
+                 before the first; lower training.learning_rate ({}), or take fewer steps",
+                t.learning_rate
+            ));
+        }
         let adapter = Adapter {
             config: plan.adapter.clone(),
             pairs: plan.layout.split(&values),
@@ -658,6 +668,8 @@ fn put_into(
     for name in ["adapter_config.json", "adapter_model.safetensors"] {
         std::fs::rename(part.join(name), folder.join(name))
             .with_context(|| folder.join(name).display().to_string())?;
+        // What came before the weights is not to be lost where their name is not.
+        sync_names(folder).with_context(|| folder.display().to_string())?;
     }
     std::fs::remove_dir(&part).with_context(|| part.display().to_string())
 }

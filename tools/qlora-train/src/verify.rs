@@ -12,8 +12,8 @@ use anyhow::{Context, Result};
 use cli::{App, Failure};
 use engine::{Cpu, Sampling};
 use qwen3::{
-    Adapter, Batch, Chat, Checkpoint, Generation, GenerationConfig, Keep, LossOn, Message, Model,
-    OwnedLora, Pass, Prompt, Row, Storage, Weight, generate,
+    Adapter, Batch, Chat, Checkpoint, Generation, Keep, LossOn, Message, Model, OwnedLora, Pass,
+    Prompt, Row, Storage, Weight, generate,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -149,7 +149,7 @@ pub fn run(
         } => (dtype, versions, rows),
     };
     app.info("computing the same here");
-    let stop_ids = GenerationConfig::load(base)?.stop_ids;
+    let stop_ids = qwen3::stop_ids(base)?;
     let ours = compute(&checkpoint, adapter, &stop_ids)?;
     anyhow::ensure!(
         ours.len() == theirs.len(),

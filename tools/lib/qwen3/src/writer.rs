@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -239,9 +239,14 @@ fn sync_folder(folder: &Path) -> Result<()> {
 /// # Errors
 /// Those of `fill`, or of the disk.
 pub(crate) fn whole_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let mut name = folder.as_os_str().to_owned();
+    // Of `model/` the name is `model`: put behind the slash, `.tmp` would be inside.
+    let Some(name) = folder.file_name() else {
+        return Err(unwritable(folder, ErrorKind::InvalidInput.into()));
+    };
+    let folder = &folder.with_file_name(name);
+    let mut name = name.to_owned();
     name.push(".tmp");
-    let part = PathBuf::from(name);
+    let part = folder.with_file_name(name);
     if part.exists() {
         fs::remove_dir_all(&part).map_err(|source| unwritable(&part, source))?;
     }
@@ -341,11 +346,25 @@ mod tests {
             Ok(())
         })
         .unwrap();
-        let names: Vec<_> = fs::read_dir(&folder)
-            .unwrap()
-            .map(|e| e.unwrap().file_name())
-            .collect();
-        assert_eq!(names, ["whole"]);
+        let names = |folder: &Path| -> Vec<_> {
+            let names = fs::read_dir(folder).unwrap();
+            let mut names: Vec<_> = names.map(|e| e.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names(&folder), ["whole"]);
+        // A shell's completion puts a slash behind a folder's name.
+        for name in ["slash/", "dot/."] {
+            whole_folder(&above.path().join(name), |part| {
+                fs::write(part.join("whole"), "").unwrap();
+                Ok(())
+            })
+            .unwrap();
+        }
+        assert_eq!(names(above.path()), ["dot", "model", "slash"]);
+        assert_eq!(names(&above.path().join("slash")), ["whole"]);
+        let nowhere = whole_folder(&above.path().join("new/.."), |_| Ok(()));
+        assert!(nowhere.is_err());
     }
 
     #[test]

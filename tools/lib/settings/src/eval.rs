@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::{LmHead, Quantization, TextChoice};
@@ -69,10 +70,10 @@ impl Default for Generation {
 }
 
 /// Who compares the replies.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum JudgeProvider {
-    /// Claude, asked in both orders.
+    /// Claude, asked in both orders (needs ANTHROPIC_API_KEY).
     #[default]
     Anthropic,
     /// Offline: prefers the reply nearer (chrF) to the one that people liked.

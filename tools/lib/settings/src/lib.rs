@@ -3,7 +3,8 @@
 //!
 //! A tool reads a whole file and uses its own sections. So it accepts the
 //! sections of its neighbours and still refuses a key that none of them knows.
-//! Every key has a default here, which is the value the shipped YAML shows.
+//! Every key has a default here, which is the value the shipped YAML shows. What a flag
+//! can say as well takes the same words there (`clap::ValueEnum`), with the same help.
 
 mod data;
 mod eval;
@@ -14,7 +15,17 @@ pub use eval::*;
 pub use train::*;
 
 /// Which text of a pair training and evaluation use.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    serde::Serialize,
+    serde::Deserialize,
+    clap::ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum TextChoice {
     /// `tweet_normalized` and `reply_normalized`, as pair-dedup writes them.

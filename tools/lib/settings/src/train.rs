@@ -3,6 +3,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
+use clap::ValueEnum;
 use indexmap::IndexMap;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
@@ -25,7 +26,7 @@ pub struct TrainSettings {
 }
 
 /// How the frozen weights of the layers are held.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Quantization {
     /// 4-bit NormalFloat in blocks of 64, the scales quantised again.
@@ -36,14 +37,15 @@ pub enum Quantization {
 }
 
 /// How the frozen output projection, lm_head, is held.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
 pub enum LmHead {
     /// As it is in the checkpoint.
     #[default]
     AsStored,
-    /// As [`Quantization::Nf4`]. Where it is tied to the embeddings, those stay as
-    /// they are.
+    /// 4-bit NormalFloat in blocks of 64, the scales quantised again. Embeddings that it is
+    /// tied to stay as they are.
     Nf4,
 }
 
@@ -322,8 +324,9 @@ pub struct Training {
     /// a row's length times the width (NEFTune, arXiv 2310.05914).
     pub neftune_noise_alpha: Option<f64>,
     /// A step whose loss or gradient norm is so many deviations above the median of
-    /// the steps before is a spike, of which is warned; when the loss stays there, the
-    /// run stops. 0 watches for none.
+    /// the steps before is a spike, of which is warned. After 20 of the loss in a row the
+    /// run stops, saved, unless the loss is falling or below what it began with. 0 watches
+    /// for none.
     pub spike_factor: f64,
     /// Memory of the device that the run may take, such as `8GB`; none: what is free.
     #[serde(deserialize_with = "size")]
@@ -336,11 +339,13 @@ pub struct Training {
     pub save_steps: u64,
     /// Checkpoints kept, the newest; 0 keeps all.
     pub save_total_limit: usize,
-    /// An evaluation every so many steps; 0 evaluates at the end only.
+    /// An evaluation every so many steps, beside those before the first and after the
+    /// last; 0: these two alone.
     pub eval_steps: u64,
     /// Stop after so many evaluations in a row without a better held-out loss; 0 never does.
     pub early_stopping_patience: u64,
-    /// Finish with the adapter of the best held-out loss instead of the last.
+    /// Finish with the adapter of the best held-out loss instead of the last; that before
+    /// the first step is no candidate.
     pub load_best_model_at_end: bool,
     /// Decides the initial adapter, the order of rows and dropout.
     pub seed: u64,

@@ -7,7 +7,7 @@ use std::sync::mpsc;
 use std::thread;
 
 use cli::App;
-use qwen3::{Chat, Checkpoint, Config, GenerationConfig, Weight};
+use qwen3::{Chat, Checkpoint, Config, Weight};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -131,14 +131,14 @@ pub fn inspect(app: &App, folder: &Path, problems: &mut Vec<Problem>) -> Model {
         }
     }
     let no_chat = "this tool neither trains nor generates with it";
-    let generation = GenerationConfig::load(folder)
+    let stop_ids = qwen3::stop_ids(folder)
         .map_err(|error| say(&error, no_chat))
         .ok();
     let chat = Chat::load(folder)
         .map_err(|error| say(&error, no_chat))
         .ok();
-    if let Some(generation) = &generation {
-        model.stop_ids.clone_from(&generation.stop_ids);
+    if let Some(stop_ids) = &stop_ids {
+        model.stop_ids.clone_from(stop_ids);
     }
     if let Some(chat) = &chat {
         model.tokens = Some(chat.tokens());
@@ -148,8 +148,8 @@ pub fn inspect(app: &App, folder: &Path, problems: &mut Vec<Problem>) -> Model {
     } else {
         model.stop_tokens = model.stop_ids.iter().map(|_| "unknown".into()).collect();
     }
-    if let (Some(chat), Some(generation), Some(config)) = (&chat, &generation, &config)
-        && let Err(error) = chat.check(config, generation)
+    if let (Some(chat), Some(stop_ids), Some(config)) = (&chat, &stop_ids, &config)
+        && let Err(error) = chat.check(config, stop_ids)
     {
         say(&error, no_chat);
     }
@@ -187,10 +187,14 @@ fn no_numbers(app: &App, checkpoint: &Checkpoint) -> (Vec<String>, Option<qwen3:
         }))
     };
     let progress = app.progress("reading weights", Some(weights.len() as u64));
+    let threads = match app.common().threads {
+        Some(given) => given.into(),
+        None => thread::available_parallelism().map_or(1, |threads| threads.get()),
+    };
     let (next, (found, told)) = (AtomicUsize::new(0), mpsc::channel());
     let (mut damaged, mut unread) = (Vec::new(), None);
     thread::scope(|scope| {
-        for _ in 0..thread::available_parallelism().map_or(1, |threads| threads.get()) {
+        for _ in 0..threads {
             let (found, weights, next, is_damaged) = (found.clone(), &weights, &next, &is_damaged);
             scope.spawn(move || {
                 let mut buffer = Vec::new();
