@@ -489,6 +489,10 @@ fn apify(
                 });
                 Reply::json(201, &run(sets.len() - 1, "READY"))
             }
+            ("GET", ["acts", "apidojo~tweet-scraper"]) => Reply::json(
+                200,
+                &json!({"data": {"id": "act", "name": "tweet-scraper"}}),
+            ),
             ("GET", ["actor-runs", id]) => Reply::json(200, &run(number(id), "SUCCEEDED")),
             ("POST", ["actor-runs", id, "abort"]) => Reply::json(200, &run(number(id), "ABORTING")),
             ("POST", ["actor-runs", id, "resurrect"]) => {
@@ -769,8 +773,14 @@ fn a_page_that_is_no_json_is_not_kept() {
 /// that is on record is started again.
 #[test]
 fn a_collection_killed_at_any_moment_goes_on() {
-    let (tool, server) = (with_token(), apify(3, nothing));
-    let whole = fetch(&tool, &server, &["--target", "6"]).exits(0);
+    killed_at_any_moment(&apify(3, nothing), "6");
+    killed_at_any_moment(&failing(3, ""), "100");
+}
+
+fn killed_at_any_moment(server: &Server, target: &str) {
+    let tool = with_token();
+    let whole = fetch(&tool, server, &["--target", target]).exits(0);
+    let runs = starts(server).len();
     let journal = tool.read("state/journal.jsonl");
     let events: Vec<&str> = journal.split_inclusive('\n').collect();
     assert!(events.len() >= 12, "{journal}");
@@ -781,20 +791,20 @@ fn a_collection_killed_at_any_moment_goes_on() {
                 text.push_str(&events[kept][..events[kept].len() / 2]);
             }
             tool.file("state/journal.jsonl", &text);
-            let before = starts(&server).len();
+            let before = starts(server).len();
             let begun = events[..kept]
                 .iter()
                 .filter(|e| e.contains("\"started\""))
                 .count();
-            let run = fetch(&tool, &server, &["--target", "6"]);
+            let run = fetch(&tool, server, &["--target", target]);
             if kept > 0 && events[kept - 1].contains("\"starting\"") {
                 run.exits(4).says("--adopt-run");
                 continue;
             }
             assert_eq!(run.exits(0).stdout, whole.stdout, "killed after {text}");
             assert_eq!(
-                starts(&server).len() - before,
-                3 - begun,
+                starts(server).len() - before,
+                runs - begun,
                 "killed after {text}"
             );
         }
@@ -866,6 +876,262 @@ fn a_failed_run_is_reported_and_its_items_taken() {
     fetch(&with_token(), &server, &[])
         .exits(4)
         .says("ended as TIMED-OUT (Too slow) and left nothing");
+}
+
+/// A service whose runs of several conversations fail after the first of them, and where
+/// none gets past the conversation `never`.
+fn failing(conversations: usize, never: &'static str) -> Server {
+    let batches: Mutex<Vec<Vec<String>>> = Mutex::default();
+    apify(conversations, move |request, _| {
+        let mut batches = batches.lock().unwrap();
+        if request.method == "POST" && request.path.ends_with("/runs") {
+            batches.push(batch(request));
+            return None;
+        }
+        let part = |i: usize| request.path.trim_matches('/').split('/').nth(i);
+        let n = part(1)?.trim_start_matches(char::is_alphabetic).to_owned();
+        let asked = batches.get(n.parse::<usize>().ok()?)?;
+        if asked.len() < 2 && asked.first().is_none_or(|id| id != never) {
+            return None;
+        }
+        let run = json!({"data": {"id": format!("run{n}"), "status": "FAILED", "defaultDatasetId": format!("set{n}"), "usageTotalUsd": 0.01}});
+        let brought = asked.first().filter(|id| *id != never);
+        let brought = brought.map(|id| found_replies(id)).unwrap_or_default();
+        Some(match part(0)? {
+            "actor-runs" => Reply::json(200, &run),
+            _ => Reply::text(200, &lines(&brought))
+                .header("x-apify-pagination-total", &brought.len().to_string()),
+        })
+    })
+}
+
+/// The conversations that a run is asked for.
+fn batch(start: &Request) -> Vec<String> {
+    let input = start.json();
+    let ids = input["conversationIds"].as_array().into_iter().flatten();
+    ids.map(|id| id.as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn what_a_failed_run_left_out_is_asked_for_once_more_in_half_the_batch() {
+    let collect = |never: &'static str, apify: &str| {
+        let (tool, server) = (with_token(), failing(5, never));
+        let config = CONFIG.replace("conversations_per_run: 2", apify);
+        let config = tool.file("data.yaml", &config);
+        let mut arguments = collecting(&server, &config);
+        arguments.extend(["--target".into(), "100".into()]);
+        let run = tool.run(&arguments, "").exits(0);
+        let asked: Vec<_> = starts(&server).iter().map(batch).collect();
+        let again = tool.run(&arguments, "").exits(0);
+        assert_eq!(again.stdout, run.stdout);
+        assert_eq!(starts(&server).len(), asked.len(), "nothing is paid again");
+        (run.records().len(), asked)
+    };
+    // Three replies of each but 5002, which is left out twice and then for good.
+    let (pairs, asked) = collect("", "conversations_per_run: 4");
+    let expected: [&[&str]; 5] = [
+        &[],
+        &["5004", "5003", "5002", "5001"],
+        &["5003", "5002"],
+        &["5001"],
+        &["5000"],
+    ];
+    assert_eq!(asked, expected);
+    assert_eq!(pairs, 12);
+    // A second run that brings nothing at all bars the way to nobody.
+    let (pairs, asked) = collect("5003", "conversations_per_run: 4");
+    assert_eq!(asked, expected);
+    assert_eq!(pairs, 9);
+    let (_, asked) = collect("", "conversations_per_run: 4, max_cost_usd: 0.02");
+    assert_eq!(asked, expected[..2], "no money is left for more");
+}
+
+#[test]
+fn a_run_is_adopted_once_apify_has_been_asked_about_it() {
+    let service = || {
+        apify(2, |request, before| {
+            let run = |id: &str, of: &str| {
+                Reply::json(
+                    200,
+                    &json!({"data": {"id": id, "actId": of, "status": "SUCCEEDED", "defaultDatasetId": "found", "usageTotalUsd": 0.25}}),
+                )
+            };
+            let unknown = json!({"error": {"type": "record-not-found", "message": "Actor run was not found"}});
+            match request.path.as_str() {
+                path if path.ends_with("/runs") && before == 0 => {
+                    Some(Reply::json(201, &json!({"data": {"id": "right"}})).cut_after(3))
+                }
+                "/actor-runs/right" => Some(run("right", "act")),
+                "/actor-runs/elsewhere" => Some(run("elsewhere", "another")),
+                "/actor-runs/mistyped" => Some(Reply::json(404, &unknown)),
+                "/datasets/found/items" => Some(
+                    Reply::text(200, &lines(&[found_tweet(0)]))
+                        .header("x-apify-pagination-total", "1"),
+                ),
+                _ => None,
+            }
+        })
+    };
+    let adopt = |tool: &Tool, server: &Server, run: &str| {
+        fetch(tool, server, &["--target", "1", "--adopt-run", run])
+    };
+    let (tool, server) = (with_token(), service());
+    fetch(&tool, &server, &[]).exits(4).says("--adopt-run");
+    let journal = tool.read("state/journal.jsonl");
+    adopt(&tool, &server, "mistyped")
+        .exits(2)
+        .says("--adopt-run mistyped: Apify shows no such run")
+        .says("Actor run was not found");
+    adopt(&tool, &server, "elsewhere")
+        .exits(2)
+        .says("a run of another actor than apidojo~tweet-scraper");
+    assert_eq!(tool.read("state/journal.jsonl"), journal);
+    assert_eq!(adopt(&tool, &server, "right").exits(0).records().len(), 3);
+    assert_eq!(starts(&server).len(), 2, "the lost one, and the replies");
+    adopt(&tool, &server, "right")
+        .exits(2)
+        .says("knows of no run");
+    // The same run cannot be two steps.
+    let whole = tool.read("state/journal.jsonl");
+    let end = whole.find("{\"event\":\"started\",\"step\":1").unwrap();
+    tool.file("state/journal.jsonl", &whole[..end]);
+    adopt(&tool, &server, "right")
+        .exits(2)
+        .says("--adopt-run right: this is run 1 of the collection already");
+
+    // A wrong id that is on record already is put right, or taken back.
+    let started = |run: &str| {
+        format!(
+            "{journal}{{\"event\":\"started\",\"step\":0,\"run\":\"{run}\",\"dataset\":null,\"at\":null}}\n"
+        )
+    };
+    for (on_record, word, spent) in [
+        ("mistyped", "right", "$0.26"),
+        ("mistyped", "none", "$0.02"),
+        ("elsewhere", "right", "$0.26"),
+        ("elsewhere", "none", "$0.02"),
+        // It is there, and costs money: that counts.
+        ("right", "none", "$0.27"),
+    ] {
+        let (tool, server) = (with_token(), service());
+        fetch(&tool, &server, &[]).exits(4);
+        tool.file("state/journal.jsonl", &started(on_record));
+        if on_record == "mistyped" {
+            fetch(&tool, &server, &[]).exits(4).says("--adopt-run");
+        }
+        let run = adopt(&tool, &server, word).exits(0);
+        let run = run.says(&format!("2 runs, about {spent}"));
+        assert_eq!(run.stderr.contains("is given up"), on_record == "right");
+        let lost_and_replies = if word == "none" { 3 } else { 2 };
+        assert_eq!(
+            starts(&server).len(),
+            lost_and_replies,
+            "{on_record} {word}"
+        );
+    }
+}
+
+/// The answer to the request got lost; asked again, the service refuses it.
+#[test]
+fn a_run_that_goes_on_unheard_is_waited_for() {
+    #[derive(Clone, Copy, PartialEq)]
+    enum Is {
+        Unmeddled,
+        Aborted,
+        Running,
+        Over,
+    }
+    let now = std::sync::Arc::new(Mutex::new(Is::Unmeddled));
+    let seen = now.clone();
+    let server = apify(5, move |request, _| {
+        let mut now = seen.lock().unwrap();
+        let run = |status: &str| {
+            let run = json!({"data": {"id": "run0", "status": status, "defaultDatasetId": "set0"}});
+            Some(Reply::json(200, &run))
+        };
+        match (request.method.as_str(), request.path.as_str(), *now) {
+            (_, _, Is::Unmeddled) => None,
+            ("POST", "/actor-runs/run0/resurrect", Is::Aborted) => {
+                *now = Is::Running;
+                Some(Reply::hang_up())
+            }
+            ("POST", "/actor-runs/run0/resurrect", _) => {
+                let refused =
+                    json!({"error": {"type": "run-not-finished", "message": "The run is running"}});
+                Some(Reply::json(400, &refused))
+            }
+            ("GET", "/actor-runs/run0", Is::Aborted) => run("ABORTED"),
+            ("GET", "/actor-runs/run0", Is::Running) => {
+                if request.query("waitForFinish").is_some() {
+                    *now = Is::Over;
+                }
+                run("RUNNING")
+            }
+            ("GET", "/actor-runs/run0", Is::Over) => run("SUCCEEDED"),
+            // What it had found when it was stopped.
+            ("GET", "/datasets/set0/items", Is::Aborted | Is::Running) => {
+                let page = Reply::text(200, &lines(&[found_tweet(0)]));
+                Some(page.header("x-apify-pagination-total", "1"))
+            }
+            _ => None,
+        }
+    });
+    let tool = with_token();
+    let whole = fetch(&tool, &server, &["--target", "100"]).exits(0);
+    let journal = tool.read("state/journal.jsonl");
+    let page = journal.find("{\"event\":\"page\"").unwrap();
+    let stopped = "{\"event\":\"interrupted\",\"step\":0}\n";
+    tool.file(
+        "state/journal.jsonl",
+        &format!("{}{stopped}", &journal[..page]),
+    );
+    *now.lock().unwrap() = Is::Aborted;
+    let run = fetch(&tool, &server, &["--target", "100"]).exits(0);
+    let run = run.never_says("cannot go on");
+    assert_eq!(run.stdout, whole.stdout, "{run}");
+}
+
+#[test]
+fn a_refused_start_holds_nobody_to_its_settings() {
+    let (tool, server) = (with_token(), apify(2, nothing));
+    let wrong = CONFIG.replace("apify: {", "apify: {actor: apidojo~tweet-scrapper, ");
+    let wrong = tool.file("wrong.yaml", &wrong);
+    tool.run(&collecting(&server, &wrong), "")
+        .exits(4)
+        .says("404");
+    fetch(&tool, &server, &["--target", "1"]).exits(0);
+    // Now there is something that another actor would spoil.
+    tool.run(&collecting(&server, &wrong), "")
+        .exits(2)
+        .says("actor was \"apidojo~tweet-scraper\"")
+        .says("RUN=new");
+    assert_eq!(starts(&server).len(), 3);
+
+    // A run that left nothing but its costs is part of a collection as well.
+    let server = apify(0, |request, _| {
+        let run = json!({"data": {"id": "run0", "status": "FAILED", "defaultDatasetId": "set0", "usageTotalUsd": 0.01}});
+        (request.path == "/actor-runs/run0").then(|| Reply::json(200, &run))
+    });
+    let tool = with_token();
+    fetch(&tool, &server, &[]).exits(4).says("left nothing");
+    fetch(&tool, &server, &["--query", "bread"])
+        .exits(2)
+        .says("search_queries was");
+}
+
+/// Each run's items are read once: after each run all of them would be a matter of hours.
+#[test]
+fn what_was_read_is_not_read_again() {
+    let tool = with_token();
+    let search = tool.folder().join("state/items-0000.jsonl");
+    let server = apify(5, move |request, before| {
+        if request.path.ends_with("/runs") && before == 1 {
+            std::fs::remove_file(&search).unwrap();
+        }
+        None
+    });
+    let run = fetch(&tool, &server, &["--target", "100"]).exits(0);
+    assert_eq!(run.records().len(), 15);
 }
 
 #[test]
@@ -1172,6 +1438,52 @@ fn what_is_not_utf8_is_kept_to_the_byte() {
             (&bad[1]["line"], &bad[1]["raw"]),
             (&json!(5), &json!("3,x,y"))
         );
+    }
+}
+
+/// A list that Python wrote into a cell is media as well, and its words for nothing are not.
+#[test]
+fn lists_in_cells_are_media() {
+    let media = |table: &str| {
+        let pairs = tool().run::<&str>(&[], table).exits(0).records();
+        pairs[0]["reply_media"].as_u64().unwrap()
+    };
+    for (cell, expected) in [
+        (
+            "\"['https://pbs.example/1.jpg', 'https://pbs.example/2.jpg']\"",
+            1,
+        ),
+        ("\"[{'type': 'photo'}]\"", 1),
+        ("https://pbs.example/1.jpg", 1),
+        ("True", 1),
+        ("", 0),
+        ("[]", 0),
+        ("{}", 0),
+        ("0", 0),
+        ("0.0", 0),
+        ("False", 0),
+        ("None", 0),
+        ("null", 0),
+        ("nan", 0),
+    ] {
+        let apify = format!("id,text,inReplyToId,media\n1,a,,[]\n2,b,1,{cell}\n");
+        assert_eq!(media(&apify), expected, "{cell}");
+        let photos =
+            format!("id,rawContent,inReplyToTweetId,media.photos\n1,a,,[]\n2,b,1,{cell}\n");
+        assert_eq!(media(&photos), expected, "{cell}");
+    }
+    for (cell, expected) in [
+        (
+            "\"{'photos': [], 'videos': [{'url': 'u'}], 'animated': []}\"",
+            1,
+        ),
+        ("\"{'photos': [], 'videos': [], 'animated': []}\"", 0),
+        ("", 0),
+    ] {
+        let whole = format!("id,rawContent,inReplyToTweetId,media\n1,a,,\n2,b,1,{cell}\n");
+        assert_eq!(media(&whole), expected, "{cell}");
+        let whole = format!("id,text,inReplyToId,extendedEntities\n1,a,,\n2,b,1,{cell}\n");
+        assert_eq!(media(&whole), expected, "{cell}");
     }
 }
 

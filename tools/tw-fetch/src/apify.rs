@@ -23,6 +23,8 @@ const WAIT_SECONDS: u64 = 60;
 #[serde(rename_all = "camelCase")]
 pub struct Run {
     pub id: String,
+    /// The actor by its own id, which is not its `user~name`.
+    pub act_id: Option<String>,
     #[serde(default)]
     pub status: String,
     pub status_message: Option<String>,
@@ -162,6 +164,16 @@ impl Api {
         )
     }
 
+    /// The id of `actor` (`user~name`), as its runs have it.
+    pub async fn actor(&self, actor: &str) -> anyhow::Result<String> {
+        #[derive(Deserialize)]
+        struct Actor {
+            id: String,
+        }
+        let response = self.client.get(&format!("acts/{actor}"))?.send().await?;
+        Ok(response.json::<Envelope<Actor>>()?.data.id)
+    }
+
     /// Asks for a run to end.
     pub async fn abort(&self, run: &str) -> anyhow::Result<Run> {
         run_of(
@@ -216,6 +228,20 @@ impl Api {
 
 fn run_of(response: &Response) -> anyhow::Result<Run> {
     Ok(response.json::<Envelope<Run>>()?.data)
+}
+
+/// Whether the service said that it does not have, or will not show, what was asked for.
+pub fn is_hidden(error: &anyhow::Error) -> bool {
+    let status = |error: &Error| {
+        matches!(
+            error,
+            Error::Status {
+                status: 403 | 404,
+                ..
+            }
+        )
+    };
+    error.downcast_ref().is_some_and(status)
 }
 
 /// Why [`Api::start`] has no run to show.

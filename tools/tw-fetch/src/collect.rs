@@ -5,7 +5,9 @@
 //! What to do next follows from the state on disk alone. An interrupted collection
 //! therefore goes on by itself, and a finished one needs neither network nor token.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -15,10 +17,10 @@ use record::Record;
 use serde_json::{Value, json};
 use settings::{Collection, DataSettings};
 
-use crate::apify::{Api, Limits, Run, Started};
+use crate::apify::{self, Api, Limits, Run, Started};
 use crate::join::{Joiner, Origin};
 use crate::source::{self, Item};
-use crate::state::{Event, Plan, State};
+use crate::state::{Event, Plan, State, Step};
 use crate::tweet::{Dialect, Tweet};
 use crate::wanted::Wanted;
 
@@ -43,7 +45,7 @@ pub fn collect(
     folder: &Path,
     adopt: Option<&str>,
     api: impl Fn() -> anyhow::Result<Api>,
-    new_joiner: impl Fn() -> Joiner,
+    joiner: Joiner,
 ) -> anyhow::Result<Joiner> {
     let settings = &resolved.settings.collection;
     let wanted = Wanted::new(resolved)?;
@@ -55,7 +57,10 @@ pub fn collect(
         sort: settings.apify.sort.clone(),
     };
     match &state.plan {
-        Some(old) if *old != plan => return Err(other_plan(old, &plan, folder).into()),
+        // Where every start was refused, say for a mistyped actor, no plan holds anyone to it.
+        Some(old) if *old != plan && !state.is_empty() => {
+            return Err(other_plan(old, &plan, folder).into());
+        }
         _ => {}
     }
     if plan.search_queries.is_empty() {
@@ -64,28 +69,32 @@ pub fn collect(
         )
         .into());
     }
-    settle_unknown_start(&mut state, folder, adopt)?;
-    // Made when first needed: what is on disk already asks nobody for a token.
-    let mut collector = None;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
+    // Made when first needed: what is on disk already asks nobody for a token.
+    let make = || {
+        let api = api()?;
+        anyhow::Ok(Collector { app, settings, api })
+    };
+    let mut collector = None;
+    if let Some((step, run)) = to_settle(&mut state, folder, adopt)? {
+        let collector = collector.insert(make()?);
+        runtime.block_on(collector.settle(&mut state, step, run))?;
+    }
+    let mut items = Items::new(joiner);
     loop {
-        let joiner = read_items(&state, &new_joiner)?;
-        let work = match next(settings, &wanted, &state, &joiner) {
+        items.read(&state)?;
+        let work = match next(settings, &wanted, &state, &items) {
             Next::Work(work) => work,
             Next::End(end) => {
-                say_end(app, settings, &wanted, &state, &joiner, end);
-                return Ok(joiner);
+                say_end(app, settings, &wanted, &state, &items, end);
+                return Ok(items.all());
             }
         };
         let collector = match &mut collector {
             Some(collector) => collector,
-            none => none.insert(Collector {
-                app,
-                settings,
-                api: api()?,
-            }),
+            none => none.insert(make()?),
         };
         // From here on a signal no longer ends the process, but is looked for.
         if app.interrupted()? {
@@ -94,7 +103,7 @@ pub fn collect(
         let step = match work {
             Work::GoOn(step) => step,
             Work::Start(input, limits) => {
-                if state.plan.is_none() {
+                if state.plan.as_ref() != Some(&plan) {
                     state.record(Event::Plan { plan: plan.clone() })?;
                 }
                 let step = state.steps.len();
@@ -123,11 +132,12 @@ enum Work {
     Start(Value, Limits),
 }
 
-fn next(settings: &Collection, wanted: &Wanted, state: &State, joiner: &Joiner) -> Next {
+fn next(settings: &Collection, wanted: &Wanted, state: &State, items: &Items) -> Next {
     if let Some(open) = state.steps.iter().position(|step| !step.finished) {
         return Next::Work(Work::GoOn(open));
     }
-    if joiner.pairs().filter(|pair| wanted.pair(pair)).count() as u64 >= settings.target_pairs {
+    let pairs = items.joiner.pairs().filter(|pair| wanted.pair(pair));
+    if pairs.count() as u64 >= settings.target_pairs {
         return Next::End(End::Enough);
     }
     let apify = &settings.apify;
@@ -152,7 +162,7 @@ fn next(settings: &Collection, wanted: &Wanted, state: &State, joiner: &Joiner) 
             limits,
         ));
     }
-    let batch = unasked(settings, wanted, state, joiner);
+    let batch = unasked(settings, wanted, items);
     if batch.is_empty() {
         return Next::End(End::NothingLeft);
     }
@@ -181,48 +191,84 @@ fn search_input(settings: &Collection, max_items: u64) -> Value {
 }
 
 /// The next conversations to ask for: those with the most replies first, so that a
-/// small budget goes where the pairs are.
-fn unasked(settings: &Collection, wanted: &Wanted, state: &State, joiner: &Joiner) -> Vec<String> {
-    let asked: HashSet<&str> = asked(state).collect();
-    let mut open: Vec<(&Tweet, &str)> = joiner
+/// small budget goes where the pairs are. What a failed run left out comes before, and is
+/// asked for by half as many at a time, for large batches are what fails.
+fn unasked(settings: &Collection, wanted: &Wanted, items: &Items) -> Vec<String> {
+    let asked = |tweet: &Tweet| items.asked.get(root(tweet)).copied();
+    let mut open: Vec<&Tweet> = items
+        .joiner
         .tweets()
         // Replies of conversations already asked for would lead there again.
-        .filter(|tweet| !tweet.is_reply && tweet.replies != Some(0) && wanted.tweet(tweet))
-        .map(|tweet| (tweet, tweet.conversation_id.as_deref().unwrap_or(&tweet.id)))
-        .filter(|(_, conversation)| !asked.contains(conversation))
+        .filter(|tweet| !tweet.is_reply && tweet.replies != Some(0))
+        .filter(|tweet| asked(tweet) != Some(Asked::Settled) && wanted.tweet(tweet))
         .collect();
-    open.sort_by(|(a, _), (b, _)| b.replies.cmp(&a.replies).then_with(|| a.id.cmp(&b.id)));
+    open.sort_by(|a, b| b.replies.cmp(&a.replies).then_with(|| a.id.cmp(&b.id)));
     let mut seen = HashSet::new();
-    open.retain(|(_, conversation)| seen.insert(*conversation));
-    open.into_iter()
-        .map(|(_, c)| c.to_owned())
-        .take(settings.apify.conversations_per_run.max(1))
+    open.retain(|tweet| seen.insert(root(tweet)));
+    let most = settings.apify.conversations_per_run.max(1);
+    let left_out = open.iter().find_map(|tweet| asked(tweet));
+    let most = match left_out {
+        Some(Asked::LeftOut { of }) => most.min(of / 2).max(1),
+        _ => most,
+    };
+    let open = open
+        .into_iter()
+        .filter(|tweet| asked(tweet).is_some() == left_out.is_some());
+    open.map(|tweet| root(tweet).to_owned())
+        .take(most)
         .collect()
 }
 
-/// Conversations whose replies were asked for.
-fn asked(state: &State) -> impl Iterator<Item = &str> {
-    let inputs = state
-        .steps
-        .iter()
-        .filter_map(|step| step.input.get("conversationIds")?.as_array());
-    inputs.flatten().filter_map(Value::as_str)
+/// The conversation that a tweet begins.
+fn root(tweet: &Tweet) -> &str {
+    tweet.conversation_id.as_deref().unwrap_or(&tweet.id)
 }
 
-/// Every item on disk.
-fn read_items(state: &State, new_joiner: impl Fn() -> Joiner) -> anyhow::Result<Joiner> {
-    let mut joiner = new_joiner();
-    let mut unreadable = Vec::new();
-    for (i, step) in state
-        .steps
-        .iter()
-        .enumerate()
-        .filter(|(_, step)| step.bytes > 0)
-    {
+/// How it stands with a conversation that was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asked {
+    /// It is not asked for again: replies came, or a run that ended well found none, or it
+    /// was the second time.
+    Settled,
+    /// The run failed, having asked for so many conversations, before it brought anything of this one.
+    LeftOut { of: usize },
+}
+
+/// What the finished runs brought, each read once.
+struct Items {
+    joiner: Joiner,
+    unreadable: Vec<(Record, String)>,
+    /// How many runs have been read.
+    steps: usize,
+    asked: HashMap<String, Asked>,
+}
+
+impl Items {
+    fn new(joiner: Joiner) -> Self {
+        Self {
+            joiner,
+            unreadable: Vec::new(),
+            steps: 0,
+            asked: HashMap::new(),
+        }
+    }
+
+    /// Takes in the runs that have finished since.
+    fn read(&mut self, state: &State) -> anyhow::Result<()> {
+        while state.steps.get(self.steps).is_some_and(|s| s.finished) {
+            self.read_step(state, self.steps)?;
+            self.steps += 1;
+        }
+        Ok(())
+    }
+
+    fn read_step(&mut self, state: &State, at: usize) -> anyhow::Result<()> {
+        let step = &state.steps[at];
         let origin = Origin {
             source: "apify",
             collected_at: step.started_at.as_deref(),
         };
+        let (joiner, unreadable) = (&mut self.joiner, &mut self.unreadable);
         // What was paid for is not given up because one item of it makes no sense.
         let bad = |line: &record::BadLine| {
             let record = Record::parse(&line.raw)
@@ -230,25 +276,52 @@ fn read_items(state: &State, new_joiner: impl Fn() -> Joiner) -> anyhow::Result<
             unreadable.push((record, line.error.clone()));
             Ok(())
         };
+        let mut brought = HashSet::new();
         let mut no_limit = u64::MAX;
-        source::read(
-            &state.items_path(i),
-            Some(Dialect::Apify),
-            &mut no_limit,
-            bad,
-            |row, _| {
-                match row.item {
-                    Item::Tweet(tweet) => joiner.add(*tweet, row.record, origin),
-                    Item::Pair | Item::Nothing => joiner.refuse(row.record),
-                }
-                Ok(())
-            },
-        )?;
+        if step.bytes > 0 {
+            source::read(
+                &state.items_path(at),
+                Some(Dialect::Apify),
+                &mut no_limit,
+                bad,
+                |row, _| {
+                    match row.item {
+                        Item::Tweet(tweet) => {
+                            if !step.succeeded {
+                                let parent = tweet.in_reply_to.as_deref();
+                                let of = tweet.conversation_id.as_deref().or(parent);
+                                brought.insert(of.unwrap_or(&tweet.id).to_owned());
+                            }
+                            joiner.add(*tweet, row.record, origin);
+                        }
+                        Item::Pair | Item::Nothing => joiner.refuse(row.record),
+                    }
+                    Ok(())
+                },
+            )?;
+        }
+        let of = step.conversations().count();
+        for conversation in step.conversations() {
+            let settled = step.succeeded || brought.contains(conversation);
+            match self.asked.entry(conversation.to_owned()) {
+                // Once more and no further: whatever fails on it would be paid for without end.
+                Entry::Occupied(mut second) => drop(second.insert(Asked::Settled)),
+                Entry::Vacant(first) => drop(first.insert(match settled {
+                    true => Asked::Settled,
+                    false => Asked::LeftOut { of },
+                })),
+            }
+        }
+        Ok(())
     }
-    for (record, cause) in unreadable {
-        joiner.refuse_unreadable(record, cause);
+
+    /// Everything, with what could not be read at its end.
+    fn all(mut self) -> Joiner {
+        for (record, cause) in self.unreadable {
+            self.joiner.refuse_unreadable(record, cause);
+        }
+        self.joiner
     }
-    Ok(joiner)
 }
 
 fn interrupted() -> anyhow::Error {
@@ -258,30 +331,28 @@ fn interrupted() -> anyhow::Error {
     .into()
 }
 
-/// A run that was asked for, and no answer on disk: it may exist and cost money. Only
-/// its owner can find out.
-fn settle_unknown_start(
+/// What the user says of the run that was begun last, where Apify must be asked about it. A
+/// run that was asked for, and no answer on disk, may exist and cost money: only its owner
+/// can find out. An id that is on disk may be the wrong one.
+fn to_settle<'a>(
     state: &mut State,
     folder: &Path,
-    adopt: Option<&str>,
-) -> anyhow::Result<()> {
-    let unknown = state.steps.last().is_some_and(|step| step.run.is_none());
-    let step = state.steps.len().saturating_sub(1);
-    match (unknown, adopt) {
-        (false, None) => Ok(()),
-        (false, Some(_)) => Err(Failure::Usage(format!(
-            "--adopt-run: {} knows of no run whose id it lacks",
+    adopt: Option<&'a str>,
+) -> anyhow::Result<Option<(usize, Option<&'a str>)>> {
+    let known = |step: usize| state.steps[step].run.is_some();
+    match (state.begun(), adopt) {
+        (Some(step), None) if !known(step) => Err(Failure::World(unknown_start(folder)).into()),
+        (_, None) => Ok(None),
+        (None, Some(_)) => Err(Failure::Usage(format!(
+            "--adopt-run: {} knows of no run whose id it lacks, and of none that was begun and has no items yet",
             folder.display()
         ))
         .into()),
-        (true, Some("none")) => state.record(Event::Refused { step }),
-        (true, Some(run)) => state.record(Event::Started {
-            step,
-            run: run.to_owned(),
-            dataset: None,
-            at: None,
-        }),
-        (true, None) => Err(Failure::World(unknown_start(folder)).into()),
+        (Some(step), Some("none")) if !known(step) => {
+            state.record(Event::Refused { step })?;
+            Ok(None)
+        }
+        (Some(step), Some(run)) => Ok(Some((step, Some(run).filter(|run| *run != "none")))),
     }
 }
 
@@ -304,7 +375,7 @@ fn other_plan(old: &Plan, new: &Plan, folder: &Path) -> Failure {
         .map(|(key, value)| format!("{key} was {value} and is {}", new[key]))
         .collect();
     Failure::Usage(format!(
-        "{} holds a collection with other settings: {}; restore them, or collect into another --state",
+        "{} holds a collection with other settings: {}; restore them, or collect into another --state (make: RUN=new)",
         folder.display(),
         changed.join("; ")
     ))
@@ -315,9 +386,10 @@ fn say_end(
     settings: &Collection,
     wanted: &Wanted,
     state: &State,
-    joiner: &Joiner,
+    items: &Items,
     end: End,
 ) {
+    let joiner = &items.joiner;
     let pairs = joiner.pairs().count();
     let passing = joiner.pairs().filter(|pair| wanted.pair(pair)).count();
     let target = settings.target_pairs;
@@ -332,11 +404,11 @@ fn say_end(
             *fetched.entry(conversation).or_default() += 1;
         }
     }
-    let asked: HashSet<&str> = asked(state).collect();
+    let asked = &items.asked;
     let (mut got, mut there) = (0, 0);
     for tweet in joiner
         .tweets()
-        .filter(|tweet| asked.contains(tweet.id.as_str()))
+        .filter(|tweet| asked.contains_key(tweet.id.as_str()))
     {
         got += fetched.get(tweet.id.as_str()).copied().unwrap_or(0);
         there += tweet.replies.unwrap_or(0);
@@ -359,6 +431,14 @@ fn say_end(
             settings.apify.max_cost_usd
         )),
     }
+}
+
+/// Whether `step` asks once more for what a failed run left out. It ends as it ends, or
+/// conversations that no run gets through would bar the way to all others.
+fn is_second(state: &State, step: usize) -> bool {
+    let first = state.steps[step].conversations().next();
+    let mut before = state.steps[..step].iter().flat_map(Step::conversations);
+    first.is_some_and(|first| before.any(|conversation| conversation == first))
 }
 
 /// The part that talks to the service.
@@ -390,8 +470,12 @@ impl Collector<'_> {
     /// A run of an earlier process; one that we had stopped is set going again.
     async fn go_on(&self, state: &mut State, step: usize, id: &str) -> anyhow::Result<Run> {
         let look = self.unless_interrupted(self.api.look(id)).await;
+        let remedy = match state.begun() {
+            Some(_) => "--adopt-run names another, or `none`",
+            None => "then begin with another --state",
+        };
         let run = look.with_context(|| {
-            format!("going on with the run {id} (Apify deletes old runs: then begin with another --state)")
+            format!("going on with the run {id} (Apify deletes old runs: {remedy})")
         })?;
         let run = run.ok_or_else(interrupted)?;
         if !state.steps[step].interrupted || state.steps[step].bytes > 0 {
@@ -407,11 +491,100 @@ impl Collector<'_> {
         match self.seen_through(self.api.resurrect(id)).await? {
             Ok(run) => Ok(run),
             Err(error) => {
-                self.app
-                    .warn(format_args!("the run {id} cannot go on: {error:#}"));
-                Ok(run)
+                // The answer may be what failed: then a repeated request is refused because
+                // the run goes on already, and costs money.
+                let now = self.unless_interrupted(self.api.look(id)).await?;
+                let now = now.ok_or_else(interrupted)?;
+                if now.is_over() {
+                    self.app
+                        .warn(format_args!("the run {id} cannot go on: {error:#}"));
+                }
+                Ok(now)
             }
         }
+    }
+
+    /// Takes the user's word for which run `step` is (`None`: there is none), once Apify has
+    /// been asked: what is on record of a paid collection should not be a mistyped id.
+    async fn settle(
+        &self,
+        state: &mut State,
+        step: usize,
+        run: Option<&str>,
+    ) -> anyhow::Result<()> {
+        let Some(id) = run else {
+            return self.give_up(state, step).await;
+        };
+        let wrong = |cause: &str| Failure::Usage(format!("--adopt-run {id}: {cause}"));
+        if let Some(other) = state.steps[..step]
+            .iter()
+            .position(|step| step.run.as_deref() == Some(id))
+        {
+            let cause = format!("this is run {} of the collection already", other + 1);
+            return Err(wrong(&cause).into());
+        }
+        let run = match self.unless_interrupted(self.api.look(id)).await {
+            Err(error) if apify::is_hidden(&error) => {
+                let cause = format!("Apify shows no such run ({error:#}); is it the id of a run?");
+                return Err(wrong(&cause).into());
+            }
+            run => run?.ok_or_else(interrupted)?,
+        };
+        if !self.is_ours(&run).await? {
+            let cause = format!("it is a run of another actor than {}", self.actor());
+            return Err(wrong(&cause).into());
+        }
+        state.record(Event::Started {
+            step,
+            run: run.id,
+            dataset: run.default_dataset_id,
+            at: run.started_at,
+        })
+    }
+
+    /// The run on record is not to be gone on with; if it is there, what it cost counts.
+    async fn give_up(&self, state: &mut State, step: usize) -> anyhow::Result<()> {
+        let id = state.steps[step].run.clone().context("a run without id")?;
+        let run = match self.unless_interrupted(self.api.look(&id)).await {
+            Err(error) if apify::is_hidden(&error) => None,
+            run => Some(run?.ok_or_else(interrupted)?),
+        };
+        let run = match run {
+            Some(run) if self.is_ours(&run).await? => run,
+            _ => return state.record(Event::Refused { step }),
+        };
+        let usd = run.usage_total_usd.unwrap_or(0.0);
+        self.app.warn(format_args!(
+            "the run {id} ({}) is given up with what it fetched; the ${usd:.2} that it cost so far count",
+            run.status
+        ));
+        state.record(Event::Failed {
+            step,
+            status: run.status,
+            usd,
+        })
+    }
+
+    /// Whether it is a run of the collection's actor, as far as Apify tells.
+    async fn is_ours(&self, run: &Run) -> anyhow::Result<bool> {
+        let Some(of) = run.act_id.as_ref().filter(|id| *id != self.actor()) else {
+            return Ok(true);
+        };
+        match self.unless_interrupted(self.api.actor(self.actor())).await {
+            Err(error) if apify::is_hidden(&error) => {
+                self.app.warn(format_args!(
+                    "whether {} is a run of {} cannot be told: {error:#}",
+                    run.id,
+                    self.actor()
+                ));
+                Ok(true)
+            }
+            actor => Ok(actor?.ok_or_else(interrupted)? == *of),
+        }
+    }
+
+    fn actor(&self) -> &str {
+        &self.settings.apify.actor
     }
 
     async fn start(&self, state: &mut State, step: usize) -> anyhow::Result<Run> {
@@ -422,9 +595,9 @@ impl Collector<'_> {
                 step.limits.context("a step without limits")?,
             )
         };
-        let what = match input.get("conversationIds").and_then(Value::as_array) {
-            None => "search".to_owned(),
-            Some(ids) => format!("replies of {} conversations", ids.len()),
+        let what = match state.steps[step].conversations().count() {
+            0 => "search".to_owned(),
+            n => format!("replies of {n} conversations"),
         };
         self.app.info(format_args!(
             "run {}: {what}, at most {} items and ${:.2}",
@@ -432,7 +605,7 @@ impl Collector<'_> {
             limits.max_items,
             limits.max_usd
         ));
-        let start = self.api.start(&self.settings.apify.actor, &input, limits);
+        let start = self.api.start(self.actor(), &input, limits);
         match self.seen_through(start).await? {
             Ok(run) => {
                 state.record(Event::Started {
@@ -549,8 +722,11 @@ impl Collector<'_> {
                 break;
             }
         }
-        let text = std::fs::read_to_string(state.items_path(step))?;
-        Ok(text.lines().filter(|line| !line.trim().is_empty()).count() as u64)
+        let mut items = 0;
+        for line in BufReader::new(std::fs::File::open(state.items_path(step))?).lines() {
+            items += u64::from(!line?.trim().is_empty());
+        }
+        Ok(items)
     }
 
     /// Books what the run cost and whether it was of use.
@@ -573,7 +749,7 @@ impl Collector<'_> {
             .max(run.usage_total_usd.unwrap_or(0.0))
             .max(counted);
         let status = run.status.clone();
-        if items == 0 && status != "SUCCEEDED" {
+        if items == 0 && status != "SUCCEEDED" && !is_second(state, step) {
             state.record(Event::Failed { step, status, usd })?;
             return Err(Failure::World(format!(
                 "the run {} ended as {} and left nothing; run this again to try once more, perhaps with a smaller \

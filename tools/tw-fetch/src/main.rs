@@ -72,7 +72,7 @@ struct Fetch {
     /// Folder for what was paid for; resumed from where it exists (apify)
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
-    /// The run whose id was lost, or `none` (apify)
+    /// The run that was begun last, or `none`: where its id was lost, or is wrong (apify)
     #[arg(long, value_name = "ID")]
     adopt_run: Option<String>,
     /// Another address of the Apify API
@@ -238,7 +238,7 @@ impl Fetch {
             folder,
             self.adopt_run.as_deref(),
             || self.api(settings),
-            || Joiner::new(settings.keep_authors, keep_unpaired),
+            Joiner::new(settings.keep_authors, keep_unpaired),
         )?;
         let read = joiner.len() as u64;
         self.write(

@@ -21,7 +21,7 @@ use crate::apify::Limits;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
-    /// What is being collected; the first event.
+    /// What is being collected; the first event. Another one may follow as long as there is no run.
     Plan { plan: Plan },
     /// A run is about to be asked for.
     Starting {
@@ -31,7 +31,7 @@ pub enum Event {
     },
     /// It was refused: there is no run.
     Refused { step: usize },
-    /// There is a run.
+    /// There is a run. A second one of the same step is the user's word against the first.
     Started {
         step: usize,
         run: String,
@@ -53,7 +53,7 @@ pub enum Event {
         items: u64,
         usd: f64,
     },
-    /// The run is over and left nothing: the step may be tried again.
+    /// The run is over and left nothing, or was given up: the step may be tried again.
     Failed {
         step: usize,
         status: String,
@@ -82,7 +82,17 @@ pub struct Step {
     pub next_offset: u64,
     pub bytes: u64,
     pub finished: bool,
+    /// It ended well, so that it brought what there is.
+    pub succeeded: bool,
     pub usd: f64,
+}
+
+impl Step {
+    /// The conversations whose replies it asks for; none where it is the search.
+    pub fn conversations(&self) -> impl Iterator<Item = &str> {
+        let ids = self.input.get("conversationIds").and_then(Value::as_array);
+        ids.into_iter().flatten().filter_map(Value::as_str)
+    }
 }
 
 /// The folder and what its journal says.
@@ -192,6 +202,18 @@ impl State {
         &self.folder
     }
 
+    /// Whether no run was made, as far as is known, or cost anything.
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty() && self.lost_usd == 0.0
+    }
+
+    /// The run that is not over, where nothing of it is on disk yet.
+    pub fn begun(&self) -> Option<usize> {
+        let at = self.steps.len().checked_sub(1)?;
+        let step = &self.steps[at];
+        (!step.finished && step.next_offset == 0).then_some(at)
+    }
+
     /// What all runs have cost so far, in US dollars.
     pub fn spent_usd(&self) -> f64 {
         self.lost_usd + self.steps.iter().map(|step| step.usd).sum::<f64>()
@@ -250,6 +272,7 @@ impl State {
                 at.run = Some(run);
                 at.dataset = dataset;
                 at.started_at = started_at;
+                at.interrupted = false;
             }
             Event::Interrupted { .. } => at.interrupted = true,
             Event::Page {
@@ -258,8 +281,9 @@ impl State {
                 at.next_offset = next_offset;
                 at.bytes = bytes;
             }
-            Event::Finished { usd, .. } => {
+            Event::Finished { usd, status, .. } => {
                 at.finished = true;
+                at.succeeded = status == "SUCCEEDED";
                 at.usd = usd;
             }
             _ => {}

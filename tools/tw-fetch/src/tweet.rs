@@ -99,7 +99,9 @@ fn apify(item: &Value) -> Result<Option<Tweet>, record::Error> {
         author_followers: count(item, "/author/followers"),
         created_at: string(item, "/createdAt").and_then(|t| moment(&t)),
         lang: string(item, "/lang"),
-        media: length(item, "/media").max(length(item, "/extendedEntities/media")),
+        media: length(item, "/media")
+            .max(length(item, "/extendedEntities/media"))
+            .max(listed(item, "/extendedEntities")),
         urls: length(item, "/entities/urls"),
     }))
 }
@@ -132,7 +134,7 @@ fn twscrape(item: &Value) -> Result<Option<Tweet>, record::Error> {
         author_followers: count(item, "/user/followersCount"),
         created_at: string(item, "/date").and_then(|t| moment(&t)),
         lang: string(item, "/lang"),
-        media: kinds.iter().map(|kind| length(item, kind)).sum(),
+        media: kinds.iter().map(|kind| length(item, kind)).sum::<u64>() + listed(item, "/media"),
         urls: length(item, "/links"),
     }))
 }
@@ -206,13 +208,27 @@ fn flag(item: &Value, key: &str) -> bool {
     }
 }
 
-/// Entries of a list; of an object too, which is what a flattened list folds back into.
+/// Entries of a list; of an object too, which is what a flattened list folds back into. A
+/// list that a table holds as a text (`['https://…']`) counts as one entry, for how many are
+/// in it is not told apart.
 fn length(item: &Value, pointer: &str) -> u64 {
     match item.pointer(pointer) {
         Some(Value::Array(list)) => list.len() as u64,
         Some(Value::Object(map)) => map.len() as u64,
+        Some(Value::String(text)) => u64::from(filters::says_yes(text)),
         _ => 0,
     }
+}
+
+/// 1 where a table's cell holds an object of lists (`{'photos': [], 'videos': ['https://…']}`)
+/// of which one is not empty.
+fn listed(item: &Value, pointer: &str) -> u64 {
+    let Some(Value::String(text)) = item.pointer(pointer) else {
+        return 0;
+    };
+    let lists = text.split('[').skip(1);
+    let mut starts = lists.map(|list| list.trim_start().chars().next());
+    u64::from(starts.any(|first| first.is_some_and(|c| c != ']')))
 }
 
 /// A date in either service's form, as RFC 3339 in UTC.

@@ -12,10 +12,12 @@ use settings::DataSettings;
 use crate::join::Collected;
 use crate::tweet::Tweet;
 
-/// The filters, and what they said before: after each run the same pairs are asked about again.
+/// The filters, and what they said before: after each run the same tweets and pairs are
+/// asked about again.
 pub struct Wanted {
     filters: Filters,
     pairs: RefCell<HashMap<String, bool>>,
+    tweets: RefCell<HashMap<String, bool>>,
 }
 
 impl Wanted {
@@ -27,6 +29,7 @@ impl Wanted {
         Ok(Self {
             filters,
             pairs: RefCell::default(),
+            tweets: RefCell::default(),
         })
     }
 
@@ -45,11 +48,14 @@ impl Wanted {
 
     /// Whether no filter has anything against the tweet itself.
     pub fn tweet(&self, tweet: &Tweet) -> bool {
+        if let Some(&known) = self.tweets.borrow().get(&tweet.id) {
+            return known;
+        }
         let checked = self.filters.check(&candidate(tweet, None));
-        !checked
-            .reasons
-            .iter()
-            .any(|reason| reason.filter.starts_with("tweet_"))
+        let mut reasons = checked.reasons.iter();
+        let passes = !reasons.any(|reason| reason.filter.starts_with("tweet_"));
+        self.tweets.borrow_mut().insert(tweet.id.clone(), passes);
+        passes
     }
 }
 

@@ -37,16 +37,28 @@ impl Candidate {
 }
 
 /// Whether a field says yes: with `true`, a count, or what there is of something. CSV
-/// exports write all of it as text.
+/// exports write all of it as text, see [`says_yes`].
 fn is_yes(record: &Record, key: &str) -> Result<bool, record::Error> {
     Ok(match record.get::<Value>(key)? {
         Some(Value::Bool(yes)) => yes,
         Some(Value::Number(count)) => count.as_f64() != Some(0.0),
         Some(Value::Array(items)) => !items.is_empty(),
         Some(Value::Object(kinds)) => !kinds.is_empty(),
-        Some(Value::String(text)) => {
-            !matches!(text.trim(), "" | "0" | "[]" | "{}") && !text.eq_ignore_ascii_case("false")
-        }
+        Some(Value::String(text)) => says_yes(&text),
         Some(Value::Null) | None => false,
     })
+}
+
+/// Whether a cell of a table says yes: it is not empty, and no 0, false, none or empty list
+/// by any of the names that Python and spreadsheets write for them.
+pub fn says_yes(cell: &str) -> bool {
+    let cell = cell.trim().to_lowercase();
+    match cell.parse::<f64>() {
+        // `nan` is a number here, and what pandas writes where there is nothing.
+        Ok(number) => number != 0.0 && !number.is_nan(),
+        Err(_) => !matches!(
+            cell.as_str(),
+            "" | "[]" | "{}" | "false" | "none" | "null" | "n/a" | "<na>"
+        ),
+    }
 }

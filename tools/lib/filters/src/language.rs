@@ -14,6 +14,8 @@ use lingua::{IsoCode639_1, Language, LanguageDetector, LanguageDetectorBuilder};
 
 use text::words;
 
+use crate::pieces;
+
 /// What lingua chooses among.
 const LANGUAGES: [Language; 14] = [
     Language::Danish,
@@ -81,6 +83,7 @@ impl Detector {
         let plain: Vec<&str> = text
             .split_whitespace()
             .filter(|token| !token.starts_with(['@', '#', '$']) && !token.contains("://"))
+            .flat_map(pieces)
             .collect();
         let plain = plain.join(" ");
         if words(&plain)

@@ -15,6 +15,8 @@
 
 use rustrict::{Censor, Type};
 
+use crate::pieces;
+
 /// Weights of a mild, a moderate and a severe finding of each kind.
 const WEIGHTS: [(Type, [f64; 3]); 4] = [
     (Type::PROFANE, [0.3, 0.6, 0.9]),
@@ -25,7 +27,12 @@ const WEIGHTS: [(Type, [f64; 3]); 4] = [
 
 /// Score of a text, in [0, 1), in steps of 0.001.
 pub fn toxicity(text: &str) -> f64 {
-    let clean: f64 = words(text).iter().map(|word| clean(word)).product();
+    let words = words(text);
+    let clean: f64 = words
+        .iter()
+        .flat_map(|word| pieces(word))
+        .map(clean)
+        .product();
     // Rounding keeps 0.3 at 0.3, on whichever side of it the product fell.
     ((1.0 - clean) * 1000.0).round() / 1000.0
 }
