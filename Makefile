@@ -55,16 +55,18 @@ MINILM  := data/cache/models/all-MiniLM-L6-v2
 STAMP   := $(shell date +%Y%m%d_%H%M%S)
 log      = --log output/logs/$(1)_$(STAMP).log
 
-# A source whose path has other characters, such as spaces, is quoted for the shell; make
+# A path that has other characters, such as spaces, is quoted for the shell. As a source, make
 # could have it as no prerequisite, so that its date and size are in the key instead.
-plain   := $(if $(call without,$(allowed) / ~,$(INPUT)),,plain)
-input   := $(if $(plain),$(INPUT),'$(subst ','\'',$(INPUT))')
+plain   = $(if $(call without,$(allowed) / ~,$(1)),,plain)
+quoted  = $(if $(plain),$(1),'$(subst ','\'',$(1))')
+input   := $(call quoted,$(INPUT))
+config  := $(call quoted,$(CONFIG))
 
 # Data that is there is used as it is, unless `make data` or a source is asked for.
 given   := $(strip $(filter data demo,$(MAKECMDGOALS)) $(foreach v,METHOD INPUT TARGET,$(filter command environment override,$(origin $(v)))))
 ifneq ($(given)$(if $(wildcard $(RAW)/pairs.jsonl),,missing),)
-sources := $(RAW)/fetch.key $(if $(filter file,$(METHOD)),$(if $(plain),$(INPUT)))
-dated   := $(if $(filter file,$(METHOD)),$(if $(plain),,; date -r $(input) '+of %s'; wc -c < $(input)))
+sources := $(RAW)/fetch.key $(if $(filter file,$(METHOD)),$(if $(call plain,$(INPUT)),$(INPUT)))
+dated   := $(if $(filter file,$(METHOD)),$(if $(call plain,$(INPUT)),,; date -r $(input) '+of %s'; wc -c < $(input)))
 endif
 ifneq ($(filter data train eval demo $(RAW)/% $(PAIRS)/%,$(MAKECMDGOALS)),)
 ifneq ($(if $(sources),$(filter file,$(METHOD))),)
@@ -78,10 +80,10 @@ endif
 endif
 
 # Settings given by variable go to a tool as flags.
-model   := $(if $(MODEL),--model $(MODEL))
+model   := $(if $(MODEL),--model $(call quoted,$(MODEL)))
 judge   := $(if $(JUDGE),--provider $(JUDGE))
-fetch   := --config $(CONFIG)/data.yaml --method $(METHOD) $(if $(INPUT),--input $(input)) $(if $(TARGET),--target $(TARGET))
-train   := --config $(CONFIG)/train.yaml $(model)
+fetch   := --config $(config)/data.yaml --method $(METHOD) $(if $(INPUT),--input $(input)) $(if $(TARGET),--target $(TARGET))
+train   := --config $(config)/train.yaml $(model)
 card     = [ ! -e $(ADAPTER)/README.md ] || $(BIN)/qlora-train card --quiet --evaluation $(EVAL)/tests.jsonl $(ADAPTER)
 adapters := --adapter lora=$(ADAPTER) $(if $(CONTROL),--adapter shuffled=$(SHUFFLED))
 
@@ -109,7 +111,8 @@ setup: ## check what is installed, and say how to get what is missing
 build: ## compile the tools
 	@cargo build --release --quiet --workspace --bins
 
-models: $(MINILM)/model.safetensors ## fetch the sentence-embedding model (90 MB)
+models: ## fetch the sentence-embedding model (90 MB), or check it
+	@tools/setup/fetch-minilm $(MINILM)
 
 data: $(PAIRS)/pairs.jsonl ## collect, validate, deduplicate
 train: $(ADAPTER)/adapter_model.safetensors ## fine-tune
@@ -138,18 +141,18 @@ endef
 $(RAW)/fetch.key: FORCE | build
 	$(call key,$(BIN)/tw-fetch $(fetch) --print-config=key; echo "method = $(METHOD)"; echo "input = "$(input)$(dated))
 $(PAIRS)/validate.key: FORCE | build
-	$(call key,$(BIN)/pair-validate --config $(CONFIG)/data.yaml --print-config=key)
+	$(call key,$(BIN)/pair-validate --config $(config)/data.yaml --print-config=key)
 $(PAIRS)/dedup.key: FORCE | build
-	$(call key,$(BIN)/pair-dedup --config $(CONFIG)/data.yaml --print-config=key)
+	$(call key,$(BIN)/pair-dedup --config $(config)/data.yaml --print-config=key)
 $(SHUFFLED)/%: private train += --shuffled-replies
 $(ADAPTER)/train.key $(SHUFFLED)/train.key: FORCE | build
 	$(call key,$(BIN)/qlora-train $(train) --data - --out - --print-config=key)
 $(EVAL)/generate.key: FORCE | build
-	$(call key,$(BIN)/gen-eval --config $(CONFIG)/eval.yaml $(model) $(adapters) --print-config=key; echo "adapters = $(adapters)")
+	$(call key,$(BIN)/gen-eval --config $(config)/eval.yaml $(model) $(adapters) --print-config=key; echo "adapters = $(adapters)")
 $(EVAL)/judge.key: FORCE | build
-	$(call key,$(BIN)/judge --config $(CONFIG)/eval.yaml $(judge) --print-config=key)
+	$(call key,$(BIN)/judge --config $(config)/eval.yaml $(judge) --print-config=key)
 $(EVAL)/statistics.key: FORCE | build
-	$(call key,$(BIN)/sigtest --config $(CONFIG)/eval.yaml --a systems.base --b systems.lora --print-config=key)
+	$(call key,$(BIN)/sigtest --config $(config)/eval.yaml --a systems.base --b systems.lora --print-config=key)
 
 # Two makes that write the same files would spoil each other's: a step holds the lock until
 # its file has its name. One that fails, be it for the lock, must not delete what the other
@@ -157,20 +160,23 @@ $(EVAL)/statistics.key: FORCE | build
 lock = . tools/setup/locked $(@D);
 .PRECIOUS: %/adapter_model.safetensors $(RAW)/pairs.jsonl $(PAIRS)/valid.jsonl $(PAIRS)/pairs.jsonl $(EVAL)/items.jsonl $(EVAL)/judged.jsonl $(EVAL)/tests.jsonl
 
-# Data. Only an import from a file is done again; what was collected is kept.
+# Data. What one method brought is not replaced by another's. A collection goes on from its
+# state, and it is tw-fetch that refuses other searches; where it changes no pair, the key
+# takes their time, so that nothing is done again for it.
 $(RAW)/pairs.jsonl: $(sources)
-	@if [ -s $@ ] && ! { [ $(METHOD) = file ] && grep -qsx 'method = file' $(RAW)/fetched.key; }; then \
-	  echo "make: $@ was collected with other settings (< those, > these):" >&2; diff $(RAW)/fetched.key $< >&2 || true; \
+	@if [ -s $@ ] && ! { grep -qsx 'method = $(METHOD)' $(RAW)/fetched.key && [ $(METHOD) = file -o -s $(RAW)/state/journal.jsonl ]; }; then \
+	  echo "make: $@ was collected with other settings (< those, > these), or its state is gone:" >&2; diff $(RAW)/fetched.key $< >&2 || true; \
 	  echo "make: keep them, or collect under another name: make data RUN=new" >&2; exit 2; fi
 	$(lock) $(BIN)/tw-fetch $(fetch) --state $(RAW)/state --unpaired $(RAW)/unpaired.jsonl $(call log,fetch) > $@.part; \
-	cp $< $(RAW)/fetched.key; mv $@.part $@
+	cp $< $(RAW)/fetched.key; \
+	if [ $(METHOD) = apify ] && cmp -s $@.part $@; then rm $@.part; touch -r $@ $<; else mv $@.part $@; fi
 
 $(PAIRS)/valid.jsonl: $(RAW)/pairs.jsonl $(PAIRS)/validate.key
-	$(lock) $(BIN)/pair-validate --config $(CONFIG)/data.yaml --rejects $(PAIRS)/rejects.jsonl --summary $(PAIRS)/validate-summary.json $(call log,validate) < $< > $@.part; \
+	$(lock) $(BIN)/pair-validate --config $(config)/data.yaml --rejects $(PAIRS)/rejects.jsonl --summary $(PAIRS)/validate-summary.json $(call log,validate) < $< > $@.part; \
 	mv $@.part $@
 
 $(PAIRS)/pairs.jsonl: $(PAIRS)/valid.jsonl $(PAIRS)/dedup.key | $(MINILM)/model.safetensors
-	$(lock) $(BIN)/pair-dedup --config $(CONFIG)/data.yaml --dropped $(PAIRS)/dropped.jsonl --summary $(PAIRS)/dedup-summary.json $(call log,dedup) < $< > $@.part; \
+	$(lock) $(BIN)/pair-dedup --config $(config)/data.yaml --dropped $(PAIRS)/dropped.jsonl --summary $(PAIRS)/dedup-summary.json $(call log,dedup) < $< > $@.part; \
 	mv $@.part $@
 
 $(MINILM)/model.safetensors:
@@ -188,18 +194,20 @@ provenance = $(foreach step,validate dedup,$(addprefix --provenance ,$(shell ls 
 
 # Evaluation. The judge's key is asked for before anything is generated.
 $(EVAL)/items.jsonl: $(PAIRS)/pairs.jsonl $(ADAPTER)/adapter_model.safetensors $(if $(CONTROL),$(SHUFFLED)/adapter_model.safetensors) $(EVAL)/generate.key
-	@$(BIN)/judge --config $(CONFIG)/eval.yaml $(judge) --check
-	$(lock) $(BIN)/gen-eval --config $(CONFIG)/eval.yaml $(model) $(adapters) --device $(DEVICE) --state $(EVAL)/generate-state $(call log,generate) < $< > $@.part; \
+	@$(BIN)/judge --config $(config)/eval.yaml $(judge) --check
+	$(lock) $(BIN)/gen-eval --config $(config)/eval.yaml $(model) $(adapters) --device $(DEVICE) --state $(EVAL)/generate-state --rejects $(EVAL)/rejects.jsonl $(call log,generate) < $< > $@.part; \
 	mv $@.part $@; rm -rf $(EVAL)/generate-state
 
 $(EVAL)/judged.jsonl: $(EVAL)/items.jsonl $(EVAL)/judge.key
-	$(lock) $(BIN)/judge --config $(CONFIG)/eval.yaml $(judge) --state $(EVAL)/judge-state $(call log,judge) < $< > $@.part; \
+	$(lock) $(BIN)/judge --config $(config)/eval.yaml $(judge) --state $(EVAL)/judge-state $(call log,judge) < $< > $@.part; \
 	mv $@.part $@
 
 $(EVAL)/tests.jsonl: $(EVAL)/judged.jsonl $(EVAL)/statistics.key
-	$(lock) compare() { $(BIN)/sigtest --config $(CONFIG)/eval.yaml --a $$1 --b $$2 --cluster conversation_id $(call log,sigtest) < $< >> $@.part; }; \
+	$(lock) compare() { $(BIN)/sigtest --config $(config)/eval.yaml --a $$1 --b $$2 --cluster split_group $(call log,sigtest) < $< >> $@.part; }; \
 	rm -f $@.part; compare systems.base systems.lora; \
-	$(if $(CONTROL),compare systems.shuffled systems.lora;) compare verdicts.score.base verdicts.score.lora; \
+	$(if $(CONTROL),compare systems.shuffled systems.lora;) \
+	judged=$$(sed -n 's/^judge.compare = \["\([^":]*:[^":]*\)".*/\1/p' $(EVAL)/judge.key); judged=$${judged:-base:lora}; \
+	compare verdicts.score.$${judged%:*} verdicts.score.$${judged#*:}; \
 	mv $@.part $@
 
 # Checks.

@@ -1,6 +1,8 @@
 //! The conventions that hold for every tool that reads and writes records.
 
+use std::ffi::OsStr;
 use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
 use std::process::{Command, Stdio};
 
 use crate::{Run, Tool, behind};
@@ -254,6 +256,8 @@ impl Conventions {
         );
         assert!(tool.run(&["--man"], "").exits(0).stdout.contains(".TH"));
         tool.run(&["--no-such-flag"], "").exits(2);
+        tool.run(&[OsStr::from_bytes(b"--no-such-\xff")], "")
+            .exits(2);
         // What nobody could read was not given.
         for flag in ["-h", "--help", "--version", "--man"] {
             let full = File::options().write(true).open("/dev/full");

@@ -13,6 +13,7 @@ mod progress;
 mod signals;
 mod signature;
 
+use std::ffi::OsStr;
 use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -163,9 +164,9 @@ fn tell(error: &clap::Error, name: &str) -> ExitCode {
 
 /// `--completions SHELL` and `--man`, which need none of the other arguments.
 fn print_about(command: &mut clap::Command, name: &str) -> Option<ExitCode> {
-    let mut arguments = std::env::args().skip(1);
+    let mut arguments = std::env::args_os().skip(1);
     let mut text = Vec::new();
-    match arguments.next().as_deref() {
+    match arguments.next().as_deref().and_then(OsStr::to_str) {
         Some("--man") => {
             if let Err(error) = clap_mangen::Man::new(command.clone()).render(&mut text) {
                 eprintln!("{name}: {error}");
@@ -175,7 +176,7 @@ fn print_about(command: &mut clap::Command, name: &str) -> Option<ExitCode> {
         Some("--completions") => {
             let shell = arguments
                 .next()
-                .and_then(|shell| clap_complete::Shell::from_str(&shell, true).ok());
+                .and_then(|shell| clap_complete::Shell::from_str(shell.to_str()?, true).ok());
             let Some(shell) = shell else {
                 eprintln!("{name}: --completions takes one of bash, zsh, fish, elvish, powershell");
                 return Some(Exit::Usage.into());
