@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use harness::server::{Reply, Request, Server};
-use harness::{Conventions, Run, Tool, check_examples};
+use harness::{Conventions, Run, Tool, behind, check_examples};
 use serde_json::{Value, json};
 
 const KEY: &str = "sk-ant-0123456789abcdef";
@@ -68,12 +68,24 @@ fn examples_of_the_help_run() {
 
 // ---- the offline judge ----
 
+/// The same item under another tweet, where people liked something else.
+fn under(tweet: &str, reference: &str, mut item: Value) -> Value {
+    item["tweet"] = tweet.into();
+    item["reference"] = reference.into();
+    item
+}
+
 #[test]
 fn the_offline_judge_prefers_what_is_nearer_to_what_people_liked() {
+    let tea = "Mint tea, in the evening.";
     let items = [
         item(1, "It rains.", "Tomato soup, always!"),
-        item(2, "Tomato soup, always.", "It rains."),
-        item(3, "Same.", "Same."),
+        under("Which tea?", tea, item(2, tea, "Quartz.")),
+        under(
+            "Which town?",
+            "Rome in the rain.",
+            item(3, "Same.", "Same."),
+        ),
         json!({"corpus": {"bleu": 1.50, "n": 3}}),
     ];
     let run = tool()
@@ -102,12 +114,114 @@ fn the_offline_judge_prefers_what_is_nearer_to_what_people_liked() {
     );
     for judged in &out[..3] {
         assert_eq!(
-            judged["verdicts"]["judge"], "reference-chrf",
+            judged["verdicts"]["judge"], "reference-chrf-rank",
             "no record may hide who judged"
         );
     }
-    run.says("base:lora by reference-chrf: base 1, lora 1, tie 1, no_verdict 0")
+    let orders = &out[0]["verdicts"]["comparisons"][0]["orders"];
+    let why = orders[0]["why"].as_str().unwrap();
+    assert!(
+        why.ends_with(" and 2 of 2 replies liked elsewhere"),
+        "{why}"
+    );
+    run.says("base:lora by reference-chrf-rank: base 1, lora 1, tie 1, no_verdict 0")
         .says("in 4, out 4, rejected 0");
+}
+
+#[test]
+fn the_offline_judge_has_no_verdict_where_nothing_tells_chance() {
+    // Another reply to the same tweet does not: being near to it is no accident.
+    let items = [
+        item(1, "It rains.", "Tomato soup, always!"),
+        under("Which soup?", "Leek.", item(2, "It rains.", "Leek!")),
+    ];
+    let out = tool()
+        .run(&["--provider", "reference"], &lines(&items))
+        .exits(0)
+        .says("no_verdict 2")
+        .records();
+    let order = &out[0]["verdicts"]["comparisons"][0]["orders"][0];
+    assert_eq!(order["no_verdict"], "no other tweet to hold it against");
+    assert_eq!(out[0]["verdicts"]["score"]["lora"], Value::Null);
+}
+
+/// The demo's replies without the names that they begin with, each text once.
+fn replies() -> Vec<String> {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/demo/tweets.jsonl");
+    let mut replies: Vec<String> = Vec::new();
+    for line in std::fs::read_to_string(file).unwrap().lines() {
+        let tweet: Value = serde_json::from_str(line).unwrap();
+        let words = tweet["text"]
+            .as_str()
+            .unwrap_or_default()
+            .split_whitespace();
+        let text: Vec<&str> = words.skip_while(|word| word.starts_with('@')).collect();
+        if tweet["isReply"] == true && text.len() >= 8 {
+            replies.push(text.join(" "));
+        }
+    }
+    replies.sort();
+    replies.dedup();
+    replies
+}
+
+/// So many first words of a text.
+fn first_words(text: &str, count: usize) -> String {
+    let words: Vec<&str> = text.split_whitespace().take(count).collect();
+    words.join(" ")
+}
+
+#[test]
+fn of_two_replies_that_miss_the_point_the_longer_does_not_win() {
+    let replies = replies();
+    let n = 200;
+    // What was said under three tweets that have nothing to do with each other: one is the
+    // liked reply, the others are what the systems replied.
+    let other = |i: usize, apart: usize| &replies[(i + apart) % replies.len()];
+    type Reply<'a> = &'a dyn Fn(usize) -> String;
+    let wins = |base: Reply<'_>, lora: Reply<'_>| {
+        let items: Vec<Value> = (0..n)
+            .map(|i| {
+                let tweet = format!("Tweet {i}");
+                under(&tweet, &replies[i], item(i, &base(i), &lora(i)))
+            })
+            .collect();
+        let run = tool().run(&["--provider", "reference"], &lines(&items));
+        let out = run.exits(0).records();
+        let count = |name: &str| {
+            let won = out.iter().filter(|r| r["verdicts"]["winner"] == name);
+            won.count() as f64
+        };
+        (count("base"), count("lora"))
+    };
+    let quarter = |text: &str| first_words(text, text.split_whitespace().count() / 4);
+    let long = |i: usize| other(i, 211).clone();
+    let cases: [(&str, Reply<'_>); 3] = [
+        ("a quarter", &|i| quarter(other(i, 401))),
+        ("half", &|i| {
+            first_words(other(i, 401), other(i, 401).split_whitespace().count() / 2)
+        }),
+        ("a word", &|i| first_words(other(i, 401), 1)),
+    ];
+    for (what, short) in cases {
+        let (longer, shorter) = wins(&long, short);
+        // A fair coin's count strays by more than 3.3 standard deviations, √n/2 each, once in
+        // 1,000. By chrF alone the longer won 200 of 200 against a quarter and 177 against half,
+        // and by an F that weighs recall like precision (β = 1) 200 and 159.
+        let decided = longer + shorter;
+        let strayed = (longer - decided / 2.0).abs() / (decided.sqrt() / 2.0);
+        assert!(
+            strayed < 3.3 && decided > 0.9 * n as f64,
+            "{what}: the longer won {longer}, the shorter {shorter}"
+        );
+    }
+    // Neutral is not blind: a few words to the point win against two replies beside it.
+    let aside = |i: usize| format!("{} {}", other(i, 211), other(i, 401));
+    let (beside, pointed) = wins(&aside, &|i| quarter(&replies[i]));
+    assert!(
+        pointed > 9.0 * beside && pointed > 0.8 * n as f64,
+        "to the point {pointed}, beside it {beside}"
+    );
 }
 
 #[test]
@@ -131,10 +245,11 @@ fn the_offline_judge_needs_no_key_and_sends_nothing() {
 fn which_systems_are_compared_can_be_said() {
     let mut three = item(1, "It rains.", "Tomato soup, always!");
     three["systems"]["shuffled"] = json!({"prediction": "Tomato, perhaps."});
+    let second = under("Which tea?", "Mint, in the evening.", three.clone());
     let run = |arguments: &[&str]| {
         tool().run(
             &[&["--provider", "reference"], arguments].concat(),
-            &lines(&[three.clone()]),
+            &lines(&[three.clone(), second.clone()]),
         )
     };
     let out = run(&[]).exits(0).records();
@@ -233,7 +348,11 @@ fn message(content: &Value, stop: &str) -> Reply {
 
 /// An answer as the API gives it, a thinking block first.
 fn answer(preferred: &str) -> Reply {
-    let text = json!({"reason": "It says something.", "preferred": preferred}).to_string();
+    answer_because(preferred, "It says something.")
+}
+
+fn answer_because(preferred: &str, reason: &str) -> Reply {
+    let text = json!({"reason": reason, "preferred": preferred}).to_string();
     message(
         &json!([{"type": "thinking", "thinking": "…", "signature": "x"}, {"type": "text", "text": text}]),
         "end_turn",
@@ -461,9 +580,163 @@ fn a_cut_answer_is_asked_again_only_with_more_room() {
     }
     assert_eq!(server.requests().len(), 2);
     let roomier = tool.env("PAIRS__JUDGE__MAX_TOKENS", "2048");
-    let out = ask(&roomier, &server, &[], &many(1)).exits(0).records();
+    for _ in 0..2 {
+        let run = ask(&roomier, &server, &[], &many(1)).exits(0);
+        assert_eq!(server.requests().len(), 4);
+        let verdicts = &run.records()[0]["verdicts"];
+        assert_eq!(verdicts["comparisons"][0]["winner"], "lora");
+        // The cut ones were paid for as well.
+        run.says("all together 4000 tokens in, 400 out, about $0.01");
+    }
+}
+
+/// Two people's replies to one tweet are two items; what the systems say to it is the same.
+#[test]
+fn a_question_that_items_share_is_paid_for_once() {
+    let items = lines(&[
+        item(1, "Rain.", "Tomato."),
+        item(2, "Rain.", "Tomato."),
+        item(3, "Rain.", "Tomato."),
+    ]);
+    for concurrency in ["1", "4"] {
+        // No two answers are the same.
+        let server = claude(|_, before| {
+            let reply = answer_because("a", &format!("Reason {before}."));
+            Some(reply.after(Duration::from_millis(200)))
+        });
+        let tool = with_key();
+        let more = ["--concurrency", concurrency, "--summary", "s.json"];
+        let run = ask(&tool, &server, &more, &items).exits(0);
+        assert_eq!(server.requests().len(), 2, "{concurrency} at once\n{run}");
+        let run = run.says("2 new answers; all together 2000 tokens in, 200 out, about $0.01");
+        let summary: Value = serde_json::from_str(&tool.read("s.json")).unwrap();
+        assert_eq!(summary["bill"]["usage"]["input_tokens"], 2000);
+        assert_eq!(summary["bill"]["cost_usd"], 0.006);
+        for judged in run.records() {
+            assert_eq!(
+                judged["verdicts"]["cost_usd"], 0.006,
+                "what it rests on cost"
+            );
+        }
+        let again = ask(&tool, &server, &more, &items).exits(0);
+        assert_eq!(again.stdout, run.stdout, "{concurrency} at once");
+        again.says("0 new answers; all together 2000 tokens in, 200 out, about $0.01");
+        assert_eq!(server.requests().len(), 2);
+    }
+}
+
+#[test]
+fn pairs_of_an_item_share_answers_too() {
+    let server = claude(|_, _| Some(answer("a").after(Duration::from_millis(100))));
+    let mut three = item(1, "Rain.", "Tomato.");
+    three["systems"]["other"] = json!({"prediction": "Rain."});
+    let more = ["--compare", "base:lora", "--compare", "lora:other"];
+    let run = ask(&with_key(), &server, &more, &lines(&[three])).exits(0);
+    assert_eq!(server.requests().len(), 2, "{run}");
+    let verdicts = &run.records()[0]["verdicts"];
+    assert_eq!(verdicts["usage"]["input_tokens"], 2000);
+    assert_eq!(verdicts["cost_usd"], 0.006);
+    let orders = verdicts["comparisons"][1]["orders"].as_array().unwrap();
+    assert_eq!(orders.len(), 2, "the verdict is there for both pairs");
+}
+
+#[test]
+fn who_waits_for_anothers_answer_goes_when_none_comes() {
+    let same: Vec<Value> = (0..6).map(|i| item(i, "Rain.", "Tomato.")).collect();
+    // For good.
+    let server = claude(|_, _| {
+        let refusal = error(402, "billing_error", "Your credit balance is too low");
+        Some(refusal.after(Duration::from_millis(200)))
+    });
+    ask(&with_key(), &server, &[], &lines(&same))
+        .exits(4)
+        .says("402");
+    assert_eq!(server.requests().len(), 2);
+    // By an interruption, in a wait between attempts.
+    let server = claude(|_, before| {
+        (before < 2).then(|| Reply::text(429, "slow down").header("retry-after", "60"))
+    });
+    let tool = with_key();
+    let begun = std::time::Instant::now();
+    let ready = || server.requests().len() == 2;
+    tool.interrupt(&asking(&tool, &server, &[]), &lines(&same), ready)
+        .exits(130);
+    assert!(begun.elapsed() < Duration::from_secs(30));
+    assert_eq!(server.requests().len(), 2);
+    let run = ask(&tool, &server, &[], &lines(&same)).exits(0);
+    assert_eq!(run.records().len(), 6);
     assert_eq!(server.requests().len(), 4);
-    assert_eq!(out[0]["verdicts"]["comparisons"][0]["winner"], "lora");
+}
+
+/// The service may have written the whole answer, and bills what it wrote.
+#[test]
+fn attempts_that_may_be_billed_count_towards_the_limit() {
+    for fault in [answer("a").cut_after(30), Reply::hang_up()] {
+        let broken = Arc::new(AtomicBool::new(true));
+        let still = broken.clone();
+        let server = claude(move |_, _| still.load(Ordering::SeqCst).then(|| fault.clone()));
+        let tool = with_key().env("PAIRS__JUDGE__ATTEMPTS", "4");
+        // Some $0.0145 may go for one: two within the limit, of four.
+        let limited = ["--max-cost", "0.03", "--concurrency", "1"];
+        for _ in 0..2 {
+            let run = ask(&tool, &server, &limited, &many(3)).exits(4);
+            assert_eq!(server.requests().len(), 2, "{run}");
+            run.says("max_cost_usd = 0.03")
+                .says("warning: of the attempts 2 came to no answer after they were sent")
+                .says("about $0.03 (`unanswered` in state/answers.jsonl)");
+        }
+        let kept = tool.read("state/answers.jsonl");
+        assert_eq!(kept.matches(r#""unanswered":"#).count(), 2, "{kept}");
+        broken.store(false, Ordering::SeqCst);
+        let more = ["--max-cost", "1", "--summary", "s.json"];
+        let run = ask(&tool, &server, &more, &many(3)).exits(0);
+        let run = run
+            .says("6 new answers; all together 6000 tokens in, 600 out, about $0.04")
+            .says("warning: of the attempts 2 came");
+        let other = with_key().env("PAIRS__JUDGE__ATTEMPTS", "4");
+        let server = claude(nothing);
+        let calm = ask(&other, &server, &["--max-cost", "1"], &many(3)).exits(0);
+        assert_eq!(run.stdout, calm.stdout, "no record depends on it");
+        calm.never_says("came to no answer");
+        let summary: Value = serde_json::from_str(&tool.read("s.json")).unwrap();
+        let bill = &summary["bill"];
+        assert_eq!(bill["unanswered"]["attempts"], 2);
+        let lost = bill["unanswered"]["cost_usd"].as_f64().unwrap();
+        assert!((0.02..0.03).contains(&lost), "{lost}");
+        let all = bill["cost_usd"].as_f64().unwrap();
+        assert!((all - lost - 0.018).abs() < 1e-9, "{all}");
+    }
+}
+
+#[test]
+fn the_last_attempt_counts_as_well_and_a_refusal_never() {
+    let alone = ["--concurrency", "1"];
+    for (fault, requests, billed) in [
+        (Reply::hang_up(), 2, 2),
+        (Reply::text(200, "<h1>Welcome</h1>"), 1, 1),
+        (Reply::text(429, "").header("retry-after", "0"), 2, 0),
+        (Reply::text(529, "Overloaded"), 2, 0),
+        (Reply::text(400, "no"), 1, 0),
+    ] {
+        let (tool, reply) = (with_key(), fault.clone());
+        let server = claude(move |_, _| Some(reply.clone()));
+        let run = ask(&tool, &server, &alone, &many(2)).exits(4);
+        assert_eq!(server.requests().len(), requests, "{fault:?}\n{run}");
+        let kept = tool.read("state/answers.jsonl");
+        let unanswered = kept.matches(r#""unanswered":"#).count();
+        assert_eq!(unanswered, billed, "{fault:?}\n{kept}");
+        if billed > 0 {
+            run.says(&format!("of the attempts {billed} came to no answer"));
+        } else {
+            run.never_says("came to no answer");
+        }
+    }
+    // Nobody there: nothing was sent.
+    let tool = with_key();
+    let arguments = asking(&tool, &claude(nothing), &alone);
+    let run = tool.run(&arguments, &many(2)).exits(4);
+    run.says("tried 2 times").never_says("came to no answer");
+    assert_eq!(tool.read("state/answers.jsonl"), "");
 }
 
 #[test]
@@ -752,11 +1025,103 @@ fn a_torn_or_foreign_state_is_handled() {
     tool.file("state/answers.jsonl", &answers[..answers.len() - 20]);
     ask(&tool, &server, &[], &many(2))
         .exits(0)
-        .says("1 new answers");
-    tool.file("state/answers.jsonl", "{}\n");
+        .says("1 new answers")
+        .says("warning: state/answers.jsonl: its last line has no end (");
     ask(&tool, &server, &[], &many(2))
-        .exits(3)
-        .says("answers.jsonl:1: ");
+        .exits(0)
+        .never_says("has no end");
+    // Inside a character.
+    let answers = tool.read("state/answers.jsonl");
+    let path = tool.path("state/answers.jsonl");
+    std::fs::write(&path, [answers.as_bytes(), b"{\"key\":\"\xf0\x9f"].concat()).unwrap();
+    ask(&tool, &server, &[], &many(2))
+        .exits(0)
+        .says("0 new answers")
+        .says("its last line has no end (10 bytes)");
+    assert_eq!(tool.read("state/answers.jsonl"), answers);
+
+    let lines: Vec<&str> = answers.lines().collect();
+    let before = server.requests().len();
+    for bad in [
+        "{}",
+        "",
+        r#"{"key":"k","max_tokens":1}"#,
+        r#"{"key":"k","max_tokens":1,"answer":{},"unanswered":""}"#,
+        &lines[2][..30],
+    ] {
+        let spoiled = [lines[0], lines[1], bad, lines[2], lines[3]];
+        let spoiled: String = spoiled.iter().map(|line| format!("{line}\n")).collect();
+        tool.file("state/answers.jsonl", &spoiled);
+        ask(&tool, &server, &[], &many(2))
+            .exits(3)
+            .says("state/answers.jsonl:3: no kept answer: ")
+            .says("; delete this one line and run it again");
+        assert_eq!(tool.read("state/answers.jsonl"), spoiled, "left as it was");
+    }
+    tool.file("state/answers.jsonl", &answers);
+    ask(&tool, &server, &[], &many(2)).exits(0);
+    assert_eq!(server.requests().len(), before, "the remedy helps");
+}
+
+/// A disk that is full for a moment, while answers are under way.
+#[test]
+fn a_failed_write_spoils_no_other_answer() {
+    let tool = with_key();
+    let pid = tool.path("pid");
+    let server = claude(move |_, before| match before {
+        // More than fits.
+        0 => Some(answer_because("a", &"long ".repeat(400))),
+        // Once there is room again.
+        1 | 2 => {
+            std::thread::sleep(Duration::from_millis(1000));
+            let pid = std::fs::read_to_string(&pid).unwrap();
+            let mut room = std::process::Command::new("prlimit");
+            let room = room.args(["--fsize=unlimited:", "--pid", pid.trim()]);
+            assert!(room.status().unwrap().success());
+            None
+        }
+        _ => None,
+    });
+    // Writes past 1 KiB fail as they would on a full disk: the part that fits is written.
+    let small = "trap '' XFSZ; echo $$ > pid; ulimit -S -f 1; exec \"$@\"";
+    let command = tool.command(&asking(&tool, &server, &[]));
+    let mut command = behind("bash", &["-c", small, "-"], &command);
+    Run::of(&mut command, many(4).as_bytes())
+        .exits(4)
+        .says("writing state/answers.jsonl: File too large")
+        .says("warning: of the answers 1 were paid for and could not be kept")
+        .says("2 new answers are kept");
+    assert_eq!(server.requests().len(), 3);
+    let kept = tool.read("state/answers.jsonl");
+    assert_eq!(kept.lines().count(), 2, "{kept}");
+    let run = ask(&tool, &server, &[], &many(4)).exits(0);
+    let run = run.says("6 new answers").never_says("has no end");
+    assert_eq!(run.records().len(), 4);
+    assert_eq!(server.requests().len(), 9, "eight questions, one twice");
+}
+
+#[test]
+fn two_judges_do_not_share_a_state() {
+    let server = claude(|_, _| Some(answer("a").after(Duration::from_millis(1500))));
+    let tool = with_key();
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| ask(&tool, &server, &[], &many(1)).exits(0));
+        let begun = std::time::Instant::now();
+        while server.requests().is_empty() {
+            assert!(begun.elapsed() < Duration::from_secs(60));
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        ask(&tool, &server, &[], &many(1))
+            .exits(4)
+            .says("state/answers.jsonl: another judge is at work here; let it finish");
+        assert_eq!(first.join().unwrap().records().len(), 1);
+    });
+    assert_eq!(server.requests().len(), 2);
+    assert_eq!(tool.read("state/answers.jsonl").lines().count(), 2);
+    // Its lock goes with it.
+    ask(&tool, &server, &[], &many(1))
+        .exits(0)
+        .says("0 new answers");
 }
 
 #[test]

@@ -45,8 +45,8 @@ With ANTHROPIC_API_KEY set; the same command goes on where it stopped:
 /// answer is kept in --state, so that none is paid for twice; where the first 20 hold no
 /// verdict, or all of fewer, nothing more is asked (exit 4). With --provider reference nobody is asked:
 /// the reply is preferred that is nearer (chrF) to what people liked here than to more of
-/// what they liked under other tweets of the input, so that length does not win. That
-/// measures likeness, not quality, and every record says so: `reference-chrf-rank`.
+/// what they liked under other tweets of the input, so that neither length nor manner wins.
+/// That measures likeness, not quality, and every record says so: `reference-chrf-rank`.
 #[derive(Parser)]
 #[command(version, after_long_help = cli::after_help(EXAMPLES), max_term_width = 80)]
 struct Judge {

@@ -196,7 +196,7 @@ pub struct Comparison {
 #[derive(Clone, Debug, Serialize)]
 pub struct Verdicts {
     pub v: u64,
-    /// `reference-chrf`, or the model.
+    /// `reference-chrf-rank`, or the model.
     pub judge: String,
     /// That of the first comparison.
     pub winner: Option<String>,

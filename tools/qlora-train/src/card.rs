@@ -379,6 +379,18 @@ impl Card<'_> {
                 for (step, loss) in spread(&curve, CURVE) {
                     writeln!(out, "| {step} | {loss:.4} | {:.3} |", loss.exp())?;
                 }
+                let chose = match (t.load_best_model_at_end, t.early_stopping_patience) {
+                    (true, _) => Some("which step's adapter this is"),
+                    (false, 0) => None,
+                    (false, _) => Some("when to stop"),
+                };
+                if let Some(chose) = chose {
+                    writeln!(
+                        out,
+                        "\nThe held-out rows chose {chose}: what is measured on them, here and under \
+                         Evaluation, is somewhat too good."
+                    )?;
+                }
             }
         }
         writeln!(
@@ -530,26 +542,79 @@ struct Test {
     metric: String,
     kind: String,
     n: u64,
+    unpaired: u64,
+    missing: u64,
+    clusters: Option<u64>,
     means: [Option<f64>; 2],
     p_holm: Option<f64>,
-    interval: Option<(f64, f64)>,
+    /// Of a one-sided test one end is open.
+    interval: [Option<f64>; 2],
+    /// Why there is no interval, or no result at all.
+    reason: Option<String>,
     signature: String,
 }
 
+/// A larger share of rows without a figure makes those that have one another kind of rows.
+const MOST_GAPS: f64 = 0.05;
+
 impl Test {
     fn of(line: Record) -> Result<Self, record::Error> {
-        let interval = line.get("ci_low")?.zip(line.get("ci_high")?);
+        let reason = line.get("ci_reason")?.or(line.get("reason")?);
         Ok(Self {
             a: line.require("a")?,
             b: line.require("b")?,
             metric: line.require("metric")?,
             kind: line.require("test")?,
             n: line.require("n")?,
+            unpaired: line.get("unpaired")?.unwrap_or_default(),
+            missing: line.get("missing")?.unwrap_or_default(),
+            clusters: line.get("clusters")?,
             means: [line.get("mean_a")?, line.get("mean_b")?],
             p_holm: line.get("p_holm")?,
-            interval,
+            interval: [line.get("ci_low")?, line.get("ci_high")?],
+            reason,
             signature: line.require("signature")?,
         })
+    }
+
+    /// A part of the signature. Where a text within it holds the same key, the last one is
+    /// sigtest's own.
+    fn signed(&self, key: &str) -> Option<&str> {
+        let mut parts = self.signature.rsplit('|');
+        parts.find_map(|part| part.strip_prefix(key)?.strip_prefix(':'))
+    }
+
+    fn gaps(&self) -> u64 {
+        self.unpaired.saturating_add(self.missing)
+    }
+
+    fn rows(&self) -> u64 {
+        self.n.saturating_add(self.gaps())
+    }
+
+    /// `55 of 100 held-out rows in 20 groups (42 without a figure on either side, 3 on one)`
+    fn of_rows(&self) -> String {
+        let number = |n: u64, noun| counted(usize::try_from(n).unwrap_or(usize::MAX), noun);
+        let rows = number(self.rows(), "held-out row");
+        let groups =
+            (self.clusters).map_or(String::new(), |n| format!(" in {}", number(n, "group")));
+        let (n, missing, unpaired) = (self.n, self.missing, self.unpaired);
+        match self.gaps() {
+            0 => format!("{rows}{groups}"),
+            _ => format!(
+                "{n} of {rows}{groups} ({missing} without a figure on either side, {unpaired} on one)"
+            ),
+        }
+    }
+
+    /// The line whose interval goes with this permutation test: its own, where it has one or
+    /// says why it has none; else, in files from before that, the bootstrap's.
+    fn with_interval<'a>(&'a self, mut others: impl Iterator<Item = &'a Self>) -> Option<&'a Self> {
+        let own = self.interval.iter().any(Option::is_some) || self.reason.is_some();
+        match own {
+            true => Some(self),
+            false => others.find(|t| t.kind == "bootstrap" && t.metric == self.metric),
+        }
     }
 }
 
@@ -591,8 +656,8 @@ impl AddToCard {
     }
 }
 
-/// A table a comparison: the bootstrap's interval, and the permutation test's p-value,
-/// adjusted over the figures.
+/// A table a comparison: the permutation test's p-value, adjusted over the figures, and the
+/// interval that goes with it.
 fn write_tests(out: &mut String, tests: &[Test]) -> std::fmt::Result {
     let mut seen: Vec<(&str, &str)> = Vec::new();
     for test in tests {
@@ -601,57 +666,113 @@ fn write_tests(out: &mut String, tests: &[Test]) -> std::fmt::Result {
         }
         seen.push((&test.a, &test.b));
         let same = |other: &&Test| other.a == test.a && other.b == test.b;
-        let name = |path: &str| cell(path.rsplit('.').next().unwrap_or(path));
-        let (a, b) = (name(&test.a), name(&test.b));
-        // An interval covers 1 − alpha, which sigtest's signature holds.
-        let mut parts = test.signature.split('|');
-        let alpha = parts.find_map(|part| part.strip_prefix("alpha:")?.parse::<f64>().ok());
-        let level = match alpha {
-            Some(alpha) => format!("{}%", (1e4 * (1.0 - alpha)).round() / 100.0),
-            None => "Interval".into(),
-        };
-        let judged = if test.a.starts_with("verdicts.") {
-            ", by the judge"
-        } else {
-            ""
-        };
-        writeln!(
-            out,
-            "\n{b} against {a}{judged}, {} held-out rows:\n\n\
-             | Figure | {a} | {b} | {level} of {b} − {a} | p |\n|---|---:|---:|---:|---:|",
-            test.n
-        )?;
-        for test in tests
-            .iter()
-            .filter(same)
-            .filter(|t| t.kind == "permutation")
-        {
-            let bootstrap = tests.iter().filter(same);
-            let interval = bootstrap
-                .filter(|t| t.kind == "bootstrap" && t.metric == test.metric)
-                .find_map(|t| t.interval);
-            // sigtest's differences are a − b.
-            let interval = interval.map(|(low, high)| format!("{:+.3} to {:+.3}", -high, -low));
-            let figure = |x: Option<f64>| x.map(|x| format!("{x:.3}"));
-            let p = test.p_holm.map(|p| match p < 0.0001 {
-                true => "< 0.0001".into(),
-                false => format!("{p:.4}"),
-            });
-            let [a, b, interval, p] = [figure(test.means[0]), figure(test.means[1]), interval, p]
-                .map(|text| text.unwrap_or_else(|| "–".into()));
-            writeln!(
-                out,
-                "| {} | {a} | {b} | {interval} | {p} |",
-                cell(&test.metric)
-            )?;
-        }
-        writeln!(out, "\n{}", code(&test.signature))?;
+        compare(out, &tests.iter().filter(same).collect::<Vec<_>>())?;
     }
+    let shown = || tests.iter().filter(|t| t.kind == "permutation");
+    let alternative = shown().find_map(|t| t.signed("alternative"));
+    let kind = alternative.map_or(String::new(), |kind| {
+        let (sides, greater) = match kind {
+            "two-sided" => return " (two-sided)".into(),
+            "greater" => ("one-sided", "left column greater"),
+            "less" => ("one-sided", "left column less"),
+            other => return format!(" ({})", code(other)),
+        };
+        format!(" ({sides}: {greater})")
+    });
+    write!(
+        out,
+        "\nLower is better for `nll` (nats a token of the held-out reply), higher for the others. Figures are \
+         means over rows, `bleu` and `chrf` too: not those of the corpus. Each interval is of its own figure, \
+         not adjusted. p: permutation test{kind}, adjusted over the figures of a table (Holm), over these held-out \
+         rows, for this one adapter (one seed, one decoding)."
+    )?;
+    if shown().any(|t| t.gaps() as f64 > MOST_GAPS * t.rows() as f64) {
+        write!(
+            out,
+            " Where over {:.0}% of the rows lack a figure, those that have it may not be like the others: that p \
+             shows nothing.",
+            100.0 * MOST_GAPS
+        )?;
+    }
+    writeln!(out, "\n")
+}
+
+/// The table of one comparison, of which there is a line.
+fn compare(out: &mut String, tests: &[&Test]) -> std::fmt::Result {
+    let shown: Vec<&Test> = (tests.iter().copied())
+        .filter(|t| t.kind == "permutation")
+        .collect();
+    let Some(first) = shown.first().or(tests.first()).copied() else {
+        return Ok(());
+    };
+    let name = |path: &str| cell(path.rsplit('.').next().unwrap_or(path));
+    let (a, b) = (name(&first.a), name(&first.b));
+    // An interval covers 1 − alpha, which sigtest's signature holds.
+    let alpha = first
+        .signed("alpha")
+        .and_then(|alpha| alpha.parse::<f64>().ok());
+    let level = match alpha {
+        Some(alpha) => format!("{}%", (1e4 * (1.0 - alpha)).round() / 100.0),
+        None => "Interval".into(),
+    };
+    let judged = match (first.a.starts_with("verdicts."), first.signed("judge")) {
+        (false, _) => String::new(),
+        (true, None) => ", by the judge".into(),
+        (true, Some(judge)) => format!(", by the judge {}", code(judge)),
+    };
+    // Where the figures do not all have the same rows, each tells its own below the table.
+    let alike = shown.iter().all(|t| t.of_rows() == first.of_rows());
+    let rows = match alike {
+        true => first.of_rows(),
+        false => counted(
+            usize::try_from(first.rows()).unwrap_or(usize::MAX),
+            "held-out row",
+        ),
+    };
     writeln!(
         out,
-        "\nLower is better for `nll` (nats a token of the held-out reply), higher for the others. \
-         p: permutation test, adjusted over the figures of a table (Holm).\n"
-    )
+        "\n{b} against {a}{judged}, {rows}:\n\n\
+         | Figure | {a} | {b} | {level} of {b} − {a} | p |\n|---|---:|---:|---:|---:|"
+    )?;
+    let mut notes: Vec<(String, Vec<String>)> = Vec::new();
+    for test in &shown {
+        let name = cell(&test.metric);
+        let mut note = |text: String| match notes.iter_mut().find(|(other, _)| *other == text) {
+            Some((_, names)) => names.push(name.clone()),
+            None => notes.push((text, vec![name.clone()])),
+        };
+        let interval_of = test.with_interval(tests.iter().copied());
+        // sigtest's differences are a − b; zero has no sign.
+        let [high, low] = interval_of.map_or([None, None], |t| t.interval);
+        let [low, high] = [low, high].map(|end| end.map(|end| format!("{:+.3}", 0.0 - end)));
+        let interval = match (low, high) {
+            (Some(low), Some(high)) => Some(format!("{low} to {high}")),
+            (Some(low), None) => Some(format!("from {low}")),
+            (None, Some(high)) => Some(format!("to {high}")),
+            (None, None) => None,
+        };
+        let reason = interval_of.and_then(|t| t.reason.as_deref());
+        match (&interval, reason, test.p_holm) {
+            (None, Some(reason), None) => note(format!("no interval, no p: {}", code(reason))),
+            (None, Some(reason), Some(_)) => note(format!("no interval: {}", code(reason))),
+            _ => {}
+        }
+        if !alike && test.gaps() > 0 {
+            note(test.of_rows());
+        }
+        let figure = |x: Option<f64>| x.map(|x| format!("{x:.3}"));
+        let p = test.p_holm.map(|p| match p < 0.0001 {
+            true => "< 0.0001".into(),
+            false => format!("{p:.4}"),
+        });
+        let [a, b, interval, p] = [figure(test.means[0]), figure(test.means[1]), interval, p]
+            .map(|text| text.unwrap_or_else(|| "–".into()));
+        writeln!(out, "| {name} | {a} | {b} | {interval} | {p} |")?;
+    }
+    for (text, names) in notes {
+        writeln!(out, "\n{}: {text}.", names.join(", "))?;
+    }
+    writeln!(out, "\n{}", code(&first.signature))
 }
 
 /// Up to `most` items, the first, the last and evenly between.
@@ -733,6 +854,91 @@ mod tests {
         assert_eq!(shell("Qwen/Qwen3-8B"), "Qwen/Qwen3-8B");
         assert_eq!(shell("it's; rm"), r"'it'\''s; rm'");
         assert_eq!(quoted("a\"b\n"), r#""a\"b\n""#);
+    }
+
+    /// The section that a file of sigtest's lines makes; each is a metric, a test and more.
+    fn section(side: &str, lines: &[(&str, &str, &str)]) -> String {
+        let tests: Vec<Test> = (lines.iter())
+            .map(|(metric, test, more)| {
+                let line = format!(
+                    r#"{{"a":"{side}.base","b":"{side}.lora","metric":"{metric}","test":"{test}","mean_a":0.25,"mean_b":0.5,{more}}}"#
+                );
+                Test::of(Record::parse(&line).unwrap()).unwrap()
+            })
+            .collect();
+        let mut out = String::new();
+        write_tests(&mut out, &tests).unwrap();
+        out
+    }
+
+    const SIGNED: &str =
+        r#""signature":"tool:sigtest|a:x|alpha:0.9|alternative:two-sided|alpha:0.1""#;
+
+    #[test]
+    fn the_interval_is_that_of_the_test_beside_it() {
+        let bootstrap = format!(r#""n":9,"ci_low":-3.0,"ci_high":-2.0,{SIGNED}"#);
+        let line = |more: &str| {
+            let permutation = format!(r#""n":9,"p_holm":0.5,{more}{SIGNED}"#);
+            section(
+                "systems",
+                &[
+                    ("nll", "permutation", &permutation),
+                    ("nll", "bootstrap", &bootstrap),
+                ],
+            )
+        };
+        let own = line(r#""ci_low":-1.0,"ci_high":0.0,"#);
+        assert!(own.contains("| 90% of `lora` − `base` |"), "{own}");
+        assert!(own.contains("| +0.000 to +1.000 | 0.5000 |"), "{own}");
+        let open = line(r#""ci_low":-1.0,"ci_high":null,"#);
+        assert!(open.contains("| to +1.000 | 0.5000 |"), "{open}");
+        let none = line(r#""ci_low":null,"ci_high":null,"ci_reason":"too | few","#);
+        assert!(none.contains("| – | 0.5000 |"), "{none}");
+        assert!(none.contains("`nll`: no interval: `too | few`."), "{none}");
+        // From before it had an interval.
+        let old = line("");
+        assert!(old.contains("| +2.000 to +3.000 | 0.5000 |"), "{old}");
+    }
+
+    #[test]
+    fn the_section_says_what_its_figures_speak_of() {
+        let judge = r#""n":55,"missing":42,"unpaired":3,"clusters":20,"p_holm":0.001,"ci_low":-1.0,"ci_high":-0.5,"signature":"tool:sigtest|judge:a `b`|alternative:two-sided|alpha:0.05""#;
+        let gaps = section(
+            "verdicts.score",
+            &[("verdicts.score", "permutation", judge)],
+        );
+        for words in [
+            "`lora` against `base`, by the judge `` a `b` ``, 55 of 100 held-out rows in 20 groups \
+             (42 without a figure on either side, 3 on one):",
+            "Where over 5% of the rows lack a figure",
+            "permutation test (two-sided), adjusted over the figures of a table (Holm), over these \
+             held-out rows, for this one adapter (one seed, one decoding).",
+            "means over rows",
+            "not adjusted",
+        ] {
+            assert!(gaps.contains(words), "{words}\n{gaps}");
+        }
+        // Gaps that differ are told of each figure.
+        let whole =
+            format!(r#""n":40,"unpaired":0,"missing":0,"clusters":null,"p_holm":0.1,{SIGNED}"#);
+        let part = format!(
+            r#""n":38,"unpaired":1,"missing":1,"clusters":null,"p_holm":null,"reason":"every difference is zero",{SIGNED}"#
+        );
+        let two = section(
+            "systems",
+            &[
+                ("nll", "permutation", &whole),
+                ("chrf", "permutation", &part),
+            ],
+        );
+        for words in [
+            "`lora` against `base`, 40 held-out rows:",
+            "`chrf`: no interval, no p: `every difference is zero`.",
+            "`chrf`: 38 of 40 held-out rows (1 without a figure on either side, 1 on one).",
+        ] {
+            assert!(two.contains(words), "{words}\n{two}");
+        }
+        assert!(!two.contains("lack a figure"), "{two}");
     }
 
     #[test]

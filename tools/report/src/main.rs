@@ -1,6 +1,6 @@
 //! The results of a run on one screen: what went in, what was learnt, whether
-//! the replies got better. It computes nothing: every figure is read from the
-//! file that the tool behind it wrote.
+//! the replies got better. It tests nothing: every figure is read from the
+//! file that the tool behind it wrote, or counted there.
 
 mod sources;
 mod table;

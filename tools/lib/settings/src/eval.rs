@@ -76,7 +76,7 @@ pub enum JudgeProvider {
     /// Claude, asked in both orders (needs ANTHROPIC_API_KEY).
     #[default]
     Anthropic,
-    /// Offline: prefers the reply nearer (chrF) to the one that people liked.
+    /// Offline: prefers the reply nearer (chrF) to what people liked here than elsewhere.
     Reference,
 }
 
