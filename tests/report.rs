@@ -1,6 +1,8 @@
 //! report through the real binary, on a run laid out by hand.
 #![allow(clippy::unwrap_used)]
 
+use std::fs;
+
 use harness::Tool;
 
 fn tool() -> Tool {
@@ -156,7 +158,51 @@ fn what_is_not_there_is_named_with_the_command_that_makes_it() {
         "{\"step\":1,\"loss\":4.5}\n",
     );
     let run = tool.run(&["--run", "new"], "").exits(0);
-    assert!(run.stdout.contains("unfinished"), "{run}");
+    says(&run.stdout, &["unfinished: make train RUN=new goes on"]);
+    // Data of another name is named too: without it make would collect under the run's.
+    let run = tool.run(&["--run", "v2", "--data", "main"], "").exits(0);
+    for phase in ["data", "train", "eval"] {
+        let command = format!("make {phase} RUN=v2 DATA=main");
+        says(&run.stdout, &[&command]);
+    }
+}
+
+/// A run that was killed, or whose disk was full, is when one most wants to see what is there.
+#[test]
+fn a_last_line_that_was_cut_short_is_no_line() {
+    let tool = tool();
+    lay_out(&tool);
+    let metrics = "{\"step\":1,\"loss\":4.5}\n{\"step\":2,\"lo";
+    tool.file("output/models/r/metrics.jsonl", metrics);
+    says(&screen(&tool), &["     1 steps in"]);
+    tool.file("output/models/r/metrics.jsonl", &format!("{metrics}\n"));
+    tool.run(&["--run", "r", "--data", "d"], "")
+        .exits(3)
+        .says("metrics.jsonl:2");
+}
+
+#[test]
+fn malformed_lines_are_refused_as_such() {
+    let tool = tool();
+    lay_out(&tool);
+    let bad = r#"{"by":"pair-validate","file":"-","line":3,"error":"no JSON","raw":"x"}"#;
+    tool.file("data/processed/d/rejects.jsonl", &format!("{bad}\n"));
+    fs::remove_file(tool.folder().join("data/raw/d/pairs.jsonl")).unwrap();
+    says(
+        &screen(&tool),
+        &["\nData            1 refused     malformed 1\n"],
+    );
+}
+
+#[test]
+fn flags_that_would_do_nothing_are_refused() {
+    let tool = tool();
+    lay_out(&tool);
+    for flag in ["--config=x", "--print-config", "--max-bad-lines=3"] {
+        tool.run(&["--run", "r", "--data", "d", flag], "")
+            .exits(2)
+            .says("a report has no settings");
+    }
 }
 
 #[test]

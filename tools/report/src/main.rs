@@ -47,6 +47,18 @@ impl Tool for Report {
     }
 
     fn run(self, _app: &App) -> anyhow::Result<()> {
+        // Of all tools' flags, those that would do nothing here.
+        let common = &self.common;
+        for (flag, given) in [
+            ("--config", common.config.is_some()),
+            ("--print-config", common.print_config.is_some()),
+            ("--max-bad-lines", common.max_bad_lines > 0),
+        ] {
+            if given {
+                let cause = format!("{flag}: a report has no settings and refuses no lines");
+                return Err(Failure::Usage(cause).into());
+            }
+        }
         let data = self.data.as_deref().unwrap_or(&self.run);
         for (flag, name) in [("--run", &*self.run), ("--data", data)] {
             if !is_folder_name(name) {

@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cli::Failure;
-use jsonl::{Lines, Records};
+use jsonl::{Lines, Position, ReadError, Records};
 use record::{Dropped, Record, Rejected, Split};
 use serde::Deserialize;
 
-/// A JSONL file that may not be there yet, each line as `read` understands it.
+/// A JSONL file that may not be there yet, each line as `read` understands it. A last line
+/// that was cut short by the end of whoever wrote it is none.
 fn lines<T>(
     path: &Path,
     read: impl FnMut(Record) -> Result<T, record::Error>,
@@ -20,10 +21,23 @@ fn lines<T>(
     }
     let mut reader = Records::new(Lines::open(path)?, "report", 0);
     let (mut all, mut read) = (Vec::new(), read);
-    while let Some((_, value)) = reader.next_with(&mut io::sink(), &mut read)? {
-        all.push(value);
+    loop {
+        match reader.next_with(&mut io::sink(), &mut read) {
+            Ok(Some((_, value))) => all.push(value),
+            Ok(None) => return Ok(Some(all)),
+            Err(ReadError::Bad { position, .. }) if is_cut(path, &position)? => {
+                return Ok(Some(all));
+            }
+            Err(error) => return Err(error.into()),
+        }
     }
-    Ok(Some(all))
+}
+
+/// Whether this is a last line without its end.
+fn is_cut(path: &Path, position: &Position) -> Result<bool> {
+    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+    let ends = bytes.iter().filter(|&&byte| byte == b'\n').count() as u64;
+    Ok(ends + 1 == position.line)
 }
 
 /// Where the files are and what they say.
@@ -36,6 +50,8 @@ pub struct Sources {
     pub eval_folder: PathBuf,
     /// The name of the run.
     pub run: String,
+    /// The variables that name it, and its data if that has another name, to make.
+    pub named: String,
     /// How many pairs were collected.
     pub collected: Option<u64>,
     /// What was done with them.
@@ -243,6 +259,10 @@ impl Sources {
             model_folder,
             eval_folder,
             run: run.to_owned(),
+            named: match run == data {
+                true => format!("RUN={run}"),
+                false => format!("RUN={run} DATA={data}"),
+            },
         })
     }
 }
@@ -264,8 +284,10 @@ fn read_data(folder: &Path) -> Result<Option<Data>> {
     })?;
     lines(&folder.join("rejects.jsonl"), |record| {
         data.rejected += 1;
-        if let Some(rejected) = record.get::<Rejected>("rejected")? {
-            record::count_by_reason(&rejected.reasons, &mut data.by_reason);
+        match record.get::<Rejected>("rejected")? {
+            Some(rejected) => record::count_by_reason(&rejected.reasons, &mut data.by_reason),
+            // A malformed line that was put up with.
+            None => *data.by_reason.entry("malformed".into()).or_default() += 1,
         }
         Ok(())
     })?;

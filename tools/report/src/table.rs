@@ -21,18 +21,20 @@ pub fn render(sources: &Sources) -> String {
 }
 
 fn write(out: &mut String, s: &Sources) -> std::fmt::Result {
-    let run = &s.run;
+    let (run, named) = (&s.run, &s.named);
     writeln!(out, "\nRun {run}\n")?;
     match &s.data {
-        None => writeln!(out, "Data       none yet: make data RUN={run}")?,
+        None => writeln!(out, "Data       none yet: make data {named}")?,
         Some(data) => {
             let dropped: u64 = data.dropped.values().sum();
+            let mut label = "Data";
             if let Some(collected) = s.collected {
-                writeln!(out, "Data       {collected:>6} pairs collected")?;
+                writeln!(out, "{label:<10} {collected:>6} pairs collected")?;
+                label = "";
             }
             writeln!(
                 out,
-                "           {:>6} refused     {}",
+                "{label:<10} {:>6} refused     {}",
                 data.rejected,
                 list(&data.by_reason)
             )?;
@@ -49,11 +51,11 @@ fn write(out: &mut String, s: &Sources) -> std::fmt::Result {
         }
     }
     match &s.training {
-        None => writeln!(out, "\nTraining   none yet: make train RUN={run}")?,
-        Some(training) => trained(out, training)?,
+        None => writeln!(out, "\nTraining   none yet: make train {named}")?,
+        Some(training) => trained(out, training, named)?,
     }
     if s.tests.is_empty() {
-        return writeln!(out, "\nEvaluation none yet: make eval RUN={run}");
+        return writeln!(out, "\nEvaluation none yet: make eval {named}");
     }
     let mut comparisons: Vec<(&str, &str)> = Vec::new();
     for test in &s.tests {
@@ -120,17 +122,15 @@ fn write(out: &mut String, s: &Sources) -> std::fmt::Result {
 }
 
 /// What was learnt, and which step's adapter it is.
-fn trained(out: &mut String, t: &Training) -> std::fmt::Result {
-    let state = if t.finished {
-        ""
-    } else {
-        "; unfinished: make train goes on"
-    };
+fn trained(out: &mut String, t: &Training, named: &str) -> std::fmt::Result {
     writeln!(
         out,
-        "\nTraining   {:>6} steps in {:.0} s{state}",
+        "\nTraining   {:>6} steps in {:.0} s",
         t.steps, t.seconds
     )?;
+    if !t.finished {
+        writeln!(out, "           unfinished: make train {named} goes on")?;
+    }
     writeln!(
         out,
         "           loss {:.3} at the first step, {:.3} at the last",
