@@ -130,6 +130,7 @@ demo: $(EVAL)/tests.jsonl ## the whole pipeline on bundled data and a tiny model
 # A key file is looked at in every run and changes only with its content. Another make may
 # do so at the same time: each has a draft of its own. Once the tools are built, `make -n`
 # sees the truth as well (`+`) and writes nothing: a line without `+` has a key taken for new.
+# `form` is that of what a step writes: it rises where files of an older build would not do.
 FORCE:
 dry  = $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS))))
 seen = $(shell [ -x $(BIN)/sigtest ] || { echo +; exit; }; trap 'echo +@exit 2' EXIT; new=$$(set -e; $(1)); \
@@ -143,12 +144,12 @@ $(RAW)/fetch.key: FORCE | build
 $(PAIRS)/validate.key: FORCE | build
 	$(call key,$(BIN)/pair-validate --config $(config)/data.yaml --print-config=key)
 $(PAIRS)/dedup.key: FORCE | build
-	$(call key,$(BIN)/pair-dedup --config $(config)/data.yaml --print-config=key)
+	$(call key,$(BIN)/pair-dedup --config $(config)/data.yaml --print-config=key; echo 'form = 2')
 $(SHUFFLED)/%: private train += --shuffled-replies
 $(ADAPTER)/train.key $(SHUFFLED)/train.key: FORCE | build
 	$(call key,$(BIN)/qlora-train $(train) --data - --out - --print-config=key)
 $(EVAL)/generate.key: FORCE | build
-	$(call key,$(BIN)/gen-eval --config $(config)/eval.yaml $(model) $(adapters) --print-config=key; echo "adapters = $(adapters)")
+	$(call key,$(BIN)/gen-eval --config $(config)/eval.yaml $(model) $(adapters) --print-config=key; echo "adapters = $(adapters)"; echo 'form = 2')
 $(EVAL)/judge.key: FORCE | build
 	$(call key,$(BIN)/judge --config $(config)/eval.yaml $(judge) --print-config=key)
 $(EVAL)/statistics.key: FORCE | build

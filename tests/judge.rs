@@ -1038,7 +1038,11 @@ fn a_torn_or_foreign_state_is_handled() {
         .exits(0)
         .says("0 new answers")
         .says("its last line has no end (10 bytes)");
-    assert_eq!(tool.read("state/answers.jsonl"), answers);
+    assert!(
+        std::fs::read(&path)
+            .unwrap()
+            .starts_with(answers.as_bytes())
+    );
 
     let lines: Vec<&str> = answers.lines().collect();
     let before = server.requests().len();

@@ -112,7 +112,7 @@ fn lay_out(tool: &Tool) {
     );
     tool.file(
         "output/eval/r/judged.jsonl",
-        "{\"v\":1,\"id\":\"x\",\"verdicts\":{\"judge\":\"reference-chrf\",\"winner\":\"lora\"}}\n{\"v\":1,\"corpus\":{}}\n",
+        "{\"v\":1,\"id\":\"x\",\"verdicts\":{\"judge\":\"reference-chrf-rank\",\"winner\":\"lora\"}}\n{\"v\":1,\"corpus\":{}}\n",
     );
 }
 
@@ -131,7 +131,7 @@ fn every_figure_is_where_it_belongs() {
         "held-out loss 4.250 before, 2.500 after",
         // The interval is of base minus adapter: the adapter brought its negative.
         "4.250     2.500        -2.000 to -1.500     0.0123 *",
-        "reference-chrf: lora 1",
+        "reference-chrf-rank: lora 1",
         "output/models/r/README.md",
     ] {
         assert!(run.stdout.contains(line), "lacks {line:?}\n{run}");

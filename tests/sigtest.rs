@@ -19,7 +19,7 @@ fn records() -> String {
         let base = json!({ "prediction": "x", "nll": 3.0 + wave, "rouge1": wave, "tokens": 7 });
         let lora =
             json!({ "prediction": "y", "nll": 2.8 + wave * wave, "rouge1": 0.5, "tokens": 7 });
-        let item = json!({ "v": 1, "id": i, "conversation_id": i / 3, "systems": { "base": base, "lora": lora } });
+        let item = json!({ "v": 1, "id": i, "conversation_id": i / 3, "split_group": i / 3, "systems": { "base": base, "lora": lora } });
         writeln!(text, "{item}").unwrap();
     }
     text + "{\"v\":1,\"corpus\":{\"systems\":{}}}\n"
@@ -334,7 +334,7 @@ fn a_true_null_is_rejected_as_often_as_alpha_says() {
     // The permutation test's own interval misses zero just where it rejects.
     for line in lines.iter().filter(|l| l["test"] == "permutation") {
         let [low, high, p] = ["ci_low", "ci_high", "p"].map(|key| line[key].as_f64().unwrap());
-        assert_eq!(low > 0.0 || high < 0.0, p <= 0.05, "{line}");
+        assert_eq!(low > 0.0 || high < 0.0, p < 0.05, "{line}");
     }
     // The bootstrap's misses the true difference, zero, as often.
     let missed = lines
@@ -349,7 +349,7 @@ fn a_true_null_is_rejected_as_often_as_alpha_says() {
 }
 
 /// The interval is that of the differences which the test does not reject: a hair inside its
-/// ends p is above alpha, a hair outside it is not. Whole numbers would let sums be equal,
+/// ends p is not below alpha, a hair outside it is. Whole numbers would let sums be equal,
 /// where a hair decides more than it should.
 #[test]
 fn the_interval_of_the_permutation_test_is_the_test_turned_round() {
@@ -401,8 +401,8 @@ fn the_interval_of_the_permutation_test_is_the_test_turned_round() {
                     let at = line[end].as_f64().unwrap();
                     let beside =
                         |hair: f64| p(&permutation(&rows(count, at + hair * outwards), &more));
-                    assert!(beside(1e-7) <= 0.1, "{count} {more:?} outside {end} {at}");
-                    assert!(beside(-1e-7) > 0.1, "{count} {more:?} inside {end} {at}");
+                    assert!(beside(1e-7) < 0.1, "{count} {more:?} outside {end} {at}");
+                    assert!(beside(-1e-7) >= 0.1, "{count} {more:?} inside {end} {at}");
                 }
             }
         }
@@ -425,6 +425,19 @@ fn the_interval_of_the_permutation_test_is_the_test_turned_round() {
     assert_eq!(
         (&six["ci_low"], &six["ci_high"]),
         (&json!(1.0), &json!(6.0))
+    );
+    // A p of alpha itself is not below it, and its interval does not leave zero out.
+    let run = tool()
+        .run(&["--a=a", "--b=b", "--alpha=0.03125"], &whole(6))
+        .exits(0);
+    let line = run
+        .records()
+        .into_iter()
+        .find(|l| l["test"] == "permutation")
+        .unwrap();
+    assert_eq!(
+        (&line["p"], &line["ci_low"]),
+        (&json!(2.0 / 64.0), &json!(null))
     );
     // Of five the least p is 2/32.
     let five = of(5);
@@ -468,19 +481,15 @@ fn what_lacks_a_figure_is_counted_and_no_gate_goes_by_the_rest() {
             "{line}"
         );
     }
-    with(45, &["--table"]).exits(0);
-    assert!(
-        with(45, &["--table"])
-            .stdout
-            .contains("45 of 100 rows are without it")
-    );
+    let table = with(45, &["--table"]).exits(0).stdout;
+    assert!(table.contains("45 of 100 rows are without it"), "{table}");
     with(5, &["--exit-status=b"]).exits(0);
     with(6, &["--exit-status=b"])
         .exits(1)
         .says("6 of 100 rows lack `verdicts.score`");
     with(0, &["--exit-status=a"])
         .exits(1)
-        .says("`verdicts.score` of a is worse");
+        .says("`verdicts.score` of a is significantly worse");
 }
 
 /// Every line has each key, and null with a reason rather than a number that means nothing.
@@ -546,6 +555,11 @@ fn what_cannot_be_tested_says_why() {
         &["--cluster=c"],
     );
     assert_eq!(reason(&lines, "paired_t"), "fewer than 2 clusters");
+    let permutation = lines
+        .iter()
+        .find(|line| line["test"] == "permutation")
+        .unwrap();
+    assert_eq!(permutation["ci_reason"], "fewer than 2 clusters");
     assert!(reason(&lines, "wilcoxon").contains("--cluster"));
 }
 
@@ -748,7 +762,7 @@ fn the_gate_is_opt_in_and_has_a_side() {
     with(&["--exit-status=b"]).exits(0);
     with(&["--exit-status=a"])
         .exits(1)
-        .says("`nll` of a is worse");
+        .says("`nll` of a is significantly worse");
     with(&["--alternative=greater", "--exit-status=b"]).exits(0);
     with(&["--alternative=less", "--exit-status=b"])
         .exits(1)

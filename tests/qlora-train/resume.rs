@@ -227,10 +227,9 @@ fn what_a_killed_save_left_is_removed() {
     train(&tool, "whole", &["--steps", "3"]).exits(0);
     train(&tool, "out", &["--steps", "3"]).exits(0);
     fs::remove_file(tool.folder().join("out/adapter_model.safetensors")).unwrap();
-    for name in ["step-2.tmp", "step-x.tmp", "step-9"] {
+    for name in ["step-2.tmp", "step-x.tmp"] {
         tool.file(&format!("out/checkpoints/{name}/state.safetensors"), "half");
     }
-    fs::remove_dir_all(tool.folder().join("out/checkpoints/step-9")).unwrap();
     // Of another run nothing is touched.
     let other = ["--steps", "3", "--resume", "--seed", "7"];
     train(&tool, "out", &other).exits(2);

@@ -4,8 +4,9 @@
 // say; what they do beyond that only a GPU shows.
 //
 // CUDA_STAND_IN makes it unfit: `old` (driver), `none` (no GPU), `old, none`, `ancient` (GPU),
-// `full` (memory), `stumbling` (refuses to launch add_noise), `crowded` (no page-locked memory that the GPU sees), `swamped` (none at all), `another` (by its name), and for graphs
-// `uncaptured`, `uninstantiated`, `not uploaded`; `tallied` says at the end how often its stream
+// `full` (memory), `stumbling` (refuses to launch add_noise), `crowded` (no page-locked memory that
+// the GPU sees), `swamped` (none at all), `another` (by its name), and for graphs `uncaptured`,
+// `uninstantiated`, `not uploaded`; `tallied` says at the end how often its stream
 // was waited for. `hollow` is one of another kind: it has an H200's memory, which is never
 // touched, and looks at what it is asked for, but does none of it and reads as zeros. So the
 // host's side of a model of any size is run here: what it allocates, and how long it takes to ask.

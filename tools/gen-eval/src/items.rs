@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use anyhow::Result;
 use cli::{App, Failure};
 use jsonl::Position;
-use qwen3::{Chat, Config, Conversation, Form, LossOn, Message, Wording};
+use qwen3::{Chat, Config, Conversation, Form, LossOn, Wording};
 use record::{Record, Split};
 
 /// A row as it was read: what is asked, and how it was answered.
@@ -26,7 +26,7 @@ impl Source {
     /// The row in a record; the reply is the last assistant turn.
     pub fn new(record: Record, wording: &Wording) -> Result<Self, record::Error> {
         let mut conversation = wording.read(&record)?;
-        let group = record.group(&own_turns(&conversation), &conversation.tools)?;
+        let group = record.group(&conversation.own_turns(), &conversation.tools)?;
         let messages = &mut conversation.messages;
         let asked = messages.iter().rposition(|m| m.role == "assistant");
         let split = record.split()?;
@@ -79,17 +79,6 @@ impl Source {
         }
         let turns = asked.iter().map(|m| format!("{}: {}", m.role, m.content));
         turns.collect::<Vec<_>>().join("\n\n")
-    }
-}
-
-/// The turns that a row came with: a tweet as it was before the template worded it, and
-/// no system prompt of the settings, which is the same for all.
-fn own_turns(conversation: &Conversation) -> Vec<Message> {
-    let turns = conversation.messages.iter();
-    match (&conversation.tweet, conversation.form) {
-        (Some(tweet), _) => vec![Message::user(tweet)],
-        (None, Form::Prompt) => turns.skip_while(|m| m.role == "system").cloned().collect(),
-        (None, _) => turns.cloned().collect(),
     }
 }
 

@@ -6,11 +6,9 @@
 //! interrupted.
 
 use std::collections::HashMap;
-use std::fs::{File, TryLockError};
-use std::io::{Read, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use cli::Failure;
 use qwen3::{Completion, Finish};
 use serde::{Deserialize, Serialize};
@@ -73,8 +71,7 @@ struct Kept {
 
 /// `answers.jsonl` in the folder of --state.
 pub struct Journal {
-    path: PathBuf,
-    file: File,
+    file: jsonl::Journal,
     blocks: HashMap<(u32, String), Vec<Answer>>,
 }
 
@@ -85,53 +82,20 @@ impl Journal {
     /// Where the answers that are there depend on something else (exit 2), a line is none
     /// of ours (3), or the folder cannot be used (4).
     pub fn open(folder: &Path, of: &Identity) -> Result<Self> {
-        std::fs::create_dir_all(folder).with_context(|| format!("--state {}", folder.display()))?;
         let path = folder.join("answers.jsonl");
+        let (file, bytes) = jsonl::Journal::open(&path, "gen-eval")?;
         let shown = path.display();
-        let anew = format!("delete {shown} to begin anew");
-        if path.metadata().is_ok_and(|found| !found.is_file()) {
-            // A pipe would be waited for without end.
-            return Err(Failure::World(format!("{shown}: is no regular file; {anew}")).into());
-        }
-        let mut file = File::options()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .open(&path)
-            .with_context(|| format!("opening {shown}"))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let cause = format!("{shown}: another gen-eval is at work here; let it finish");
-                return Err(Failure::World(cause).into());
-            }
-            Err(TryLockError::Error(e)) => {
-                return Err(e).with_context(|| format!("locking {shown}"));
-            }
-        }
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes)
-            .with_context(|| format!("reading {shown}"))?;
-        // A line without its end is one that a crash cut off, maybe inside a character.
-        bytes.truncate(
-            bytes
-                .iter()
-                .rposition(|&b| b == b'\n')
-                .map_or(0, |at| at + 1),
-        );
-        let text = String::from_utf8(bytes)
-            .map_err(|e| Failure::Input(format!("{shown}: no kept answers: {e}; {anew}")))?;
-        let mut lines = text.lines().zip(1..);
-        let bad = |line: usize, error: serde_json::Error| {
+        let mut lines = jsonl::journal_lines(&bytes);
+        let bad = |line: u64, error: serde_json::Error| {
             Failure::Input(format!(
-                "{shown}:{line}: no kept answers: {error}; {anew}, or that line and those after it"
+                "{shown}:{line}: no kept answers: {error}; delete {shown} to begin anew, or that line and those \
+                 after it"
             ))
         };
         let mut blocks = HashMap::new();
         let header = match lines.next() {
-            Some((header, line)) => {
-                let header: Header = serde_json::from_str(header).map_err(|e| bad(line, e))?;
+            Some((line, header)) => {
+                let header: Header = serde_json::from_slice(header).map_err(|e| bad(line, e))?;
                 if header.of != *of {
                     let changes = of.changes(&header.of);
                     return Err(Failure::Usage(format!(
@@ -141,8 +105,8 @@ impl Journal {
                     ))
                     .into());
                 }
-                for (text, line) in lines {
-                    let block: Block = serde_json::from_str(text).map_err(|e| bad(line, e))?;
+                for (line, text) in lines {
+                    let block: Block = serde_json::from_slice(text).map_err(|e| bad(line, e))?;
                     let answers = block.answers.into_iter().map(Answer::from).collect();
                     blocks.insert((block.first, block.system), answers);
                 }
@@ -153,12 +117,9 @@ impl Journal {
                 of: of.clone(),
             }),
         };
-        file.set_len(text.len() as u64)
-            .and_then(|()| file.seek(SeekFrom::End(0)))
-            .with_context(|| format!("writing {shown}"))?;
-        let mut journal = Self { path, file, blocks };
+        let mut journal = Self { file, blocks };
         if let Some(header) = header {
-            journal.write(&header)?;
+            journal.file.append(&header)?;
         }
         Ok(journal)
     }
@@ -170,7 +131,7 @@ impl Journal {
 
     /// Where it is.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.file.path()
     }
 
     /// A system's answers to the block that begins with item `first`.
@@ -183,20 +144,11 @@ impl Journal {
     /// # Errors
     /// When they cannot be written.
     pub fn keep(&mut self, first: u32, system: &str, answers: &[Answer]) -> Result<()> {
-        self.write(&Block {
+        Ok(self.file.append(&Block {
             first,
             system: system.to_owned(),
             answers: answers.iter().map(Kept::from).collect(),
-        })
-    }
-
-    fn write(&mut self, line: &impl Serialize) -> Result<()> {
-        let mut line = serde_json::to_vec(line)?;
-        line.push(b'\n');
-        self.file
-            .write_all(&line)
-            .and_then(|()| self.file.sync_data())
-            .with_context(|| format!("writing {}", self.path.display()))
+        })?)
     }
 }
 

@@ -7,12 +7,10 @@
 //! and answers that were asked again.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fs::{File, TryLockError};
-use std::io::{Read, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::Context;
 use cli::Failure;
+use jsonl::{Journal, journal_lines};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use settings::Price;
@@ -47,12 +45,7 @@ enum Void {
 
 /// The answers of `--state`, and what this run has spent of its limit.
 pub struct Ledger {
-    path: PathBuf,
-    file: File,
-    /// Bytes of whole lines: whatever stands behind them is no line of ours.
-    whole: u64,
-    /// Bytes without an end that stood behind them when it was opened.
-    pub torn: u64,
+    journal: Journal,
     answers: HashMap<String, (u32, Value)>,
     /// By key, until it is counted.
     void: HashMap<String, Vec<Void>>,
@@ -85,49 +78,18 @@ impl Ledger {
     /// A folder that cannot be used, or that another judge uses (exit 4), or a line that is
     /// none of ours (exit 3).
     pub fn open(folder: &Path, price: Price, limit_usd: f64) -> anyhow::Result<Self> {
-        std::fs::create_dir_all(folder).with_context(|| format!("--state {}", folder.display()))?;
-        let path = folder.join("answers.jsonl");
-        let open = File::options()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .open(&path);
-        let mut file = open.with_context(|| format!("opening {}", path.display()))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let what = path.display();
-                return Err(Failure::World(format!(
-                    "{what}: another judge is at work here; let it finish"
-                ))
-                .into());
-            }
-            Err(TryLockError::Error(e)) => {
-                return Err(e).with_context(|| format!("locking {}", path.display()));
-            }
-        }
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes)
-            .with_context(|| format!("reading {}", path.display()))?;
-        // A line without its end is one that a crash cut off, maybe inside a character.
-        let whole = bytes
-            .iter()
-            .rposition(|&b| b == b'\n')
-            .map_or(0, |at| at + 1);
-        let torn = (bytes.len() - whole) as u64;
+        let (journal, bytes) = Journal::open(&folder.join("answers.jsonl"), "judge")?;
         let mut answers = HashMap::new();
         let mut void: HashMap<String, Vec<Void>> = HashMap::new();
-        for (line, i) in bytes[..whole].split_inclusive(|&b| b == b'\n').zip(1..) {
+        for (i, line) in journal_lines(&bytes) {
             let bad = |cause: String| {
                 Failure::Input(format!(
                     "{}:{i}: no kept answer: {cause}; delete this one line and run it again: what it held is \
                      asked for anew, all other answers stay",
-                    path.display()
+                    journal.path().display()
                 ))
             };
-            let entry: Entry =
-                serde_json::from_slice(line.trim_ascii_end()).map_err(|e| bad(e.to_string()))?;
+            let entry: Entry = serde_json::from_slice(line).map_err(|e| bad(e.to_string()))?;
             let Entry {
                 key, max_tokens, ..
             } = entry;
@@ -139,14 +101,8 @@ impl Ledger {
             };
             void.entry(key).or_default().extend(paid);
         }
-        let whole = whole as u64;
-        file.set_len(whole)
-            .with_context(|| format!("writing {}", path.display()))?;
         Ok(Self {
-            path,
-            file,
-            whole,
-            torn,
+            journal,
             answers,
             void,
             counted: HashSet::new(),
@@ -168,7 +124,12 @@ impl Ledger {
 
     /// Where it is.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.journal.path()
+    }
+
+    /// Bytes of a line that was cut short.
+    pub fn torn(&self) -> u64 {
+        self.journal.torn()
     }
 
     /// The answer to a question asked before, unless it was cut off and may now be longer.
@@ -238,10 +199,10 @@ impl Ledger {
             answer: Some(answer),
             unanswered: None,
         };
-        if let Err(error) = self.write(&entry) {
+        if let Err(error) = self.journal.append(&entry) {
             self.unkept += 1;
             self.spend(opinion.usage);
-            return Err(error);
+            return Err(error.into());
         }
         self.asked += 1;
         let answer = entry.answer.unwrap_or_default();
@@ -261,30 +222,12 @@ impl Ledger {
         cause: String,
     ) -> anyhow::Result<()> {
         self.count_unanswered(question.most(max_tokens));
-        self.write(&Entry {
+        Ok(self.journal.append(&Entry {
             key: question.key(),
             max_tokens,
             answer: None,
             unanswered: Some(cause),
-        })
-    }
-
-    /// Appends a line, or nothing: the answers under way that are written after one that
-    /// did not fit must not become its end.
-    fn write(&mut self, entry: &Entry) -> anyhow::Result<()> {
-        let mut line = serde_json::to_vec(entry)?;
-        line.push(b'\n');
-        let written = self
-            .file
-            .seek(SeekFrom::Start(self.whole))
-            .and_then(|_| self.file.write_all(&line))
-            .and_then(|()| self.file.sync_data());
-        match written {
-            Ok(()) => self.whole += line.len() as u64,
-            // What cannot be cut off is written over, or else is a line without its end.
-            Err(_) => drop(self.file.set_len(self.whole)),
-        }
-        written.with_context(|| format!("writing {}", self.path.display()))
+        })?)
     }
 
     /// Whether of at least so many answers none holds a verdict.
@@ -310,7 +253,7 @@ impl Ledger {
             "max_tokens" => "raise judge.max_tokens",
             _ => "ask another model (--model NAME), or the same again with another --state DIR",
         };
-        let path = self.path.display();
+        let path = self.path().display();
         format!("most often {reason} ({times}): see {path}; {remedy}")
     }
 

@@ -148,11 +148,11 @@ impl cli::Tool for Judge {
                 };
                 let (records, counts) = self.read(app, &pairs)?;
                 let ledger = Ledger::open(folder, price, settings.max_cost_usd)?;
-                if ledger.torn > 0 {
+                if ledger.torn() > 0 {
                     app.warn(format_args!(
                         "{}: its last line has no end ({} bytes), a write was cut short there: passed over",
                         ledger.path().display(),
-                        ledger.torn
+                        ledger.torn()
                     ));
                 }
                 let signature = Signature::new("judge")

@@ -40,14 +40,16 @@ impl Liked {
     /// The liked replies under other tweets than that of item `at`: evenly spread over the
     /// input, so that the same input has the same verdicts.
     pub fn others(&self, at: usize) -> Vec<&str> {
-        let most = self.0.len().saturating_sub(1);
-        let count = most.min(OTHERS);
         let (tweet, _) = &self.0[at];
-        (0..count)
-            .map(|i| &self.0[(at + 1 + i * most / count) % self.0.len()])
-            // Another reply to the same tweet is no matter of chance.
+        let (before, after) = self.0.split_at(at);
+        // Another reply to the same tweet is no matter of chance.
+        let others: Vec<&str> = (after.iter().chain(before))
             .filter(|(other, _)| other != tweet)
             .map(|(_, reference)| reference.as_str())
+            .collect();
+        let count = others.len().min(OTHERS);
+        (0..count)
+            .map(|i| others[i * others.len() / count])
             .collect()
     }
 }
@@ -112,5 +114,40 @@ impl Nearness {
     fn over(self, other: Self) -> Ordering {
         let by_rank = self.rank.total_cmp(&other.rank);
         by_rank.then(self.chrf.total_cmp(&other.chrf))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn liked(tweets: impl Iterator<Item = &'static str>) -> Liked {
+        Liked(
+            tweets
+                .zip(0..)
+                .map(|(tweet, n)| (tweet.into(), format!("{tweet}{n}")))
+                .collect(),
+        )
+    }
+
+    #[test]
+    fn others_are_of_other_tweets_however_rare_those_are() {
+        let one = liked(std::iter::repeat_n("a", 256).chain(["b"]));
+        for at in [0, 1, 100, 255] {
+            assert_eq!(one.others(at), ["b256"], "{at}");
+        }
+        assert_eq!(one.others(256).len(), OTHERS);
+        let two = liked(["a", "b"].into_iter().cycle().take(129));
+        for at in 0..129 {
+            let others = two.others(at);
+            assert_eq!(others.len(), OTHERS, "{at}");
+            let other = ["b", "a"][at % 2];
+            assert!(others.iter().all(|text| text.starts_with(other)), "{at}");
+            let mut distinct = others.clone();
+            distinct.sort_unstable();
+            distinct.dedup();
+            assert_eq!(distinct.len(), OTHERS, "each once");
+        }
+        assert!(liked(["a", "a"].into_iter()).others(0).is_empty());
     }
 }

@@ -594,10 +594,8 @@ impl Test {
 
     /// `55 of 100 held-out rows in 20 groups (42 without a figure on either side, 3 on one)`
     fn of_rows(&self) -> String {
-        let number = |n: u64, noun| counted(usize::try_from(n).unwrap_or(usize::MAX), noun);
         let rows = number(self.rows(), "held-out row");
-        let groups =
-            (self.clusters).map_or(String::new(), |n| format!(" in {}", number(n, "group")));
+        let groups = in_groups(self.clusters);
         let (n, missing, unpaired) = (self.n, self.missing, self.unpaired);
         match self.gaps() {
             0 => format!("{rows}{groups}"),
@@ -697,6 +695,14 @@ fn write_tests(out: &mut String, tests: &[Test]) -> std::fmt::Result {
     writeln!(out, "\n")
 }
 
+fn number(count: u64, noun: &str) -> String {
+    counted(usize::try_from(count).unwrap_or(usize::MAX), noun)
+}
+
+fn in_groups(groups: Option<u64>) -> String {
+    groups.map_or(String::new(), |n| format!(" in {}", number(n, "group")))
+}
+
 /// The table of one comparison, of which there is a line.
 fn compare(out: &mut String, tests: &[&Test]) -> std::fmt::Result {
     let shown: Vec<&Test> = (tests.iter().copied())
@@ -724,10 +730,10 @@ fn compare(out: &mut String, tests: &[&Test]) -> std::fmt::Result {
     let alike = shown.iter().all(|t| t.of_rows() == first.of_rows());
     let rows = match alike {
         true => first.of_rows(),
-        false => counted(
-            usize::try_from(first.rows()).unwrap_or(usize::MAX),
-            "held-out row",
-        ),
+        false => {
+            let groups = in_groups(shown.iter().filter_map(|t| t.clusters).max());
+            format!("{}{groups}", number(first.rows(), "held-out row"))
+        }
     };
     writeln!(
         out,
@@ -920,9 +926,9 @@ mod tests {
         }
         // Gaps that differ are told of each figure.
         let whole =
-            format!(r#""n":40,"unpaired":0,"missing":0,"clusters":null,"p_holm":0.1,{SIGNED}"#);
+            format!(r#""n":40,"unpaired":0,"missing":0,"clusters":20,"p_holm":0.1,{SIGNED}"#);
         let part = format!(
-            r#""n":38,"unpaired":1,"missing":1,"clusters":null,"p_holm":null,"reason":"every difference is zero",{SIGNED}"#
+            r#""n":38,"unpaired":1,"missing":1,"clusters":19,"p_holm":null,"reason":"every difference is zero",{SIGNED}"#
         );
         let two = section(
             "systems",
@@ -932,9 +938,9 @@ mod tests {
             ],
         );
         for words in [
-            "`lora` against `base`, 40 held-out rows:",
+            "`lora` against `base`, 40 held-out rows in 20 groups:",
             "`chrf`: no interval, no p: `every difference is zero`.",
-            "`chrf`: 38 of 40 held-out rows (1 without a figure on either side, 1 on one).",
+            "`chrf`: 38 of 40 held-out rows in 19 groups (1 without a figure on either side, 1 on one).",
         ] {
             assert!(two.contains(words), "{words}\n{two}");
         }

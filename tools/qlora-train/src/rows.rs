@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use cli::{App, Failure, Resolved};
 use engine::rng::{Purpose, Stream};
 use jsonl::{Lines, Position, Rejects};
-use qwen3::{Chat, Conversation, Form, Message, PromptTemplate, Seen, Wording};
+use qwen3::{Chat, Form, Message, PromptTemplate, Seen, Wording};
 use record::{Reason, Record, Split};
 use settings::{LongRows, LossOn, TextChoice, TrainSettings};
 
@@ -180,7 +180,7 @@ pub fn wording(resolved: &Resolved<TrainSettings>) -> Result<Wording, Failure> {
 fn source(record: Record, wording: &Wording) -> Result<Unplaced, record::Error> {
     let conversation = wording.read(&record)?;
     Ok(Unplaced {
-        group: record.group(&own_turns(&conversation), &conversation.tools)?,
+        group: record.group(&conversation.own_turns(), &conversation.tools)?,
         source: Source {
             position: String::new(),
             name: conversation.row,
@@ -192,17 +192,6 @@ fn source(record: Record, wording: &Wording) -> Result<Unplaced, record::Error> 
             record,
         },
     })
-}
-
-/// The turns that a row came with: a tweet as it was before the template worded it, and
-/// no system prompt of the settings, which must not decide what is held out.
-fn own_turns(conversation: &Conversation) -> Vec<Message> {
-    let turns = conversation.messages.iter();
-    match (&conversation.tweet, conversation.form) {
-        (Some(tweet), _) => vec![Message::user(tweet)],
-        (None, Form::Prompt) => turns.skip_while(|m| m.role == "system").cloned().collect(),
-        (None, _) => turns.cloned().collect(),
-    }
 }
 
 /// A source that does not know yet on which line it stands.

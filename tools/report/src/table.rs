@@ -103,7 +103,7 @@ fn write(out: &mut String, s: &Sources) -> std::fmt::Result {
         (
             &s.eval_folder,
             "judged.jsonl",
-            "each held-out tweet with all replies and scores",
+            "all replies and scores; rejects.jsonl: rows that gen-eval left out",
         ),
         (
             &s.eval_folder,

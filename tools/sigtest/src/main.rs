@@ -69,7 +69,7 @@ struct Sigtest {
 const EXAMPLES: &str = "
 $ sigtest --a systems.base --b systems.lora < out.jsonl
 $ sigtest --a systems.base --b systems.lora --table < out.jsonl
-$ sigtest --a systems.base --b systems.lora --cluster conversation_id < out.jsonl
+$ sigtest --a systems.base --b systems.lora --cluster split_group < out.jsonl
 $ sigtest --a systems.base.nll --b systems.lora.nll --exit-status b < out.jsonl
 ";
 
@@ -146,7 +146,7 @@ fn gate(lines: &[Line], side: Side, alpha: f64) -> Result<(), String> {
     let against = |line: &&Line| line.better(alpha) == Some(other);
     if let Some(worse) = tests().find(against) {
         let metric = &worse.metric;
-        return Err(format!("`{metric}` of {name} is worse, and no luck"));
+        return Err(format!("`{metric}` of {name} is significantly worse"));
     }
     let mut cause =
         format!("no metric's adjusted permutation test finds {name} better at alpha = {alpha}");
@@ -155,7 +155,7 @@ fn gate(lines: &[Line], side: Side, alpha: f64) -> Result<(), String> {
             (without, all) if without as f64 > MAY_BE_WITHOUT * all as f64 => {
                 let metric = &line.metric;
                 cause = format!(
-                    "{without} of {all} rows lack `{metric}`: those who have it may be other than they"
+                    "{without} of {all} rows lack `{metric}`: those that have it may differ from them"
                 );
             }
             _ => return Ok(()),

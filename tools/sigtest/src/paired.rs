@@ -24,6 +24,9 @@ pub type Reason = &'static str;
 /// What is said of differences whose spread is nothing but rounding.
 pub const DO_NOT_VARY: Reason = "the differences do not vary";
 
+/// What is said where all rows are one cluster.
+pub const ONE_CLUSTER: Reason = "fewer than 2 clusters";
+
 /// What the rank tests say with `--cluster`.
 const NEEDS_INDEPENDENCE: Reason = "assumes independent rows, which --cluster denies";
 
@@ -33,7 +36,7 @@ const NEEDS_INDEPENDENCE: Reason = "assumes independent rows, which --cluster de
 /// this is the textbook formula.
 pub fn paired_t(sample: &Sample, alternative: Alternative, alpha: f64) -> Result<Finding, Reason> {
     let (mean, units) = (sample.mean_diff(), sample.units.len() as f64);
-    let student = Student::new(units - 1.0).ok_or("fewer than 2 clusters")?;
+    let student = Student::new(units - 1.0).ok_or(ONE_CLUSTER)?;
     if !sample.vary() {
         return Err(DO_NOT_VARY);
     }

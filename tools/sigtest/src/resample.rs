@@ -18,7 +18,7 @@ use rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
 
 use crate::distribution::{Alternative, Interval, normal_cdf, normal_quantile};
-use crate::paired::{DO_NOT_VARY, Finding, Reason};
+use crate::paired::{DO_NOT_VARY, Finding, ONE_CLUSTER, Reason};
 use crate::sample::{Sample, Unit};
 
 /// Resamples that share a stream.
@@ -114,7 +114,10 @@ pub fn permutation(
             finding.no_interval = Some("too few rows or clusters: no p-value can be below alpha");
         }
     } else {
-        finding.no_interval = Some(DO_NOT_VARY);
+        finding.no_interval = Some(match units.len() {
+            1 => ONE_CLUSTER,
+            _ => DO_NOT_VARY,
+        });
     }
     finding
 }
@@ -138,8 +141,8 @@ fn not_rejected(
     alternative: Alternative,
     alpha: f64,
 ) -> [Option<f64>; 2] {
-    // So many patterns may be as extreme before p is above alpha.
-    let rejecting = (alpha * flipped.len() as f64).floor() as usize;
+    // With so many patterns as extreme, p is still below alpha.
+    let rejecting = ((alpha * flipped.len() as f64).ceil() as usize).saturating_sub(1);
     // With `sign` −1 all is looked at from below.
     let end = |sign: f64| -> Option<f64> {
         let mut reached: Vec<f64> = flipped

@@ -15,7 +15,7 @@ pub fn render(a: &str, b: &str, alpha: f64, lines: &[Line]) -> String {
     if let Some(most) = lines.iter().filter_map(|line| line.clusters).max() {
         let _ = writeln!(text, "{most} clusters");
     }
-    let level = format!("{:.0}% interval", 100.0 * (1.0 - alpha));
+    let level = format!("{}% interval", (1e4 * (1.0 - alpha)).round() / 100.0);
     let _ = writeln!(
         text,
         "{:<10} {:>5} {:>7} {:>7} {:>7} {:>17} {:>6} {:>6} {:>6}",

@@ -6,16 +6,20 @@
 //! paid for, and how far their items have been fetched. Items are on the disk before
 //! the journal says so.
 
-use std::fs::{File, TryLockError};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use cli::Failure;
+use jsonl::{Journal, journal_lines};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::apify::Limits;
+
+/// The journal's name in the folder.
+const JOURNAL: &str = "journal.jsonl";
 
 /// One thing that happened. `step` counts runs from 0.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -99,7 +103,7 @@ impl Step {
 pub struct State {
     folder: PathBuf,
     /// Kept locked: two collections in one folder would pay twice.
-    journal: Option<File>,
+    journal: Option<Journal>,
     pub plan: Option<Plan>,
     pub steps: Vec<Step>,
     /// What failed runs cost.
@@ -119,29 +123,19 @@ impl State {
             steps: Vec::new(),
             lost_usd: 0.0,
         };
-        let path = state.journal_path();
+        let path = folder.join(JOURNAL);
         if !path.exists() {
             return Ok(state);
         }
-        let mut file = lock(&path)?;
-        let mut text = String::new();
-        file.read_to_string(&mut text)
-            .with_context(|| format!("reading {}", path.display()))?;
-        // A line without its end is one that a crash cut off: what it was to say did not happen.
-        let whole = text.rfind('\n').map_or(0, |at| at + 1);
-        for (i, line) in text[..whole].lines().enumerate() {
-            let event = serde_json::from_str(line).map_err(|e| {
-                Failure::Input(format!(
-                    "{}:{}: no event of a collection: {e}",
-                    path.display(),
-                    i + 1
-                ))
+        let (journal, bytes) = Journal::open(&path, "tw-fetch")?;
+        for (i, line) in journal_lines(&bytes) {
+            let event = serde_json::from_slice(line).map_err(|e| {
+                let shown = path.display();
+                Failure::Input(format!("{shown}:{i}: no event of a collection: {e}"))
             })?;
             state.apply(event);
         }
-        file.set_len(whole as u64)
-            .and_then(|()| file.seek(SeekFrom::End(0)))?;
-        state.journal = Some(file);
+        state.journal = Some(journal);
         Ok(state)
     }
 
@@ -150,19 +144,11 @@ impl State {
     /// # Errors
     /// When it cannot be written.
     pub fn record(&mut self, event: Event) -> anyhow::Result<()> {
-        let path = self.journal_path();
-        if self.journal.is_none() {
-            std::fs::create_dir_all(&self.folder)
-                .with_context(|| format!("--state {}", self.folder.display()))?;
-            self.journal = Some(lock(&path)?);
-        }
-        let mut line = serde_json::to_vec(&event)?;
-        line.push(b'\n');
-        if let Some(file) = &mut self.journal {
-            file.write_all(&line)
-                .and_then(|()| file.sync_data())
-                .with_context(|| format!("writing {}", path.display()))?;
-        }
+        let journal = match &mut self.journal {
+            Some(journal) => journal,
+            none => none.insert(Journal::open(&self.folder.join(JOURNAL), "tw-fetch")?.0),
+        };
+        journal.append(&event)?;
         self.apply(event);
         Ok(())
     }
@@ -217,10 +203,6 @@ impl State {
     /// What all runs have cost so far, in US dollars.
     pub fn spent_usd(&self) -> f64 {
         self.lost_usd + self.steps.iter().map(|step| step.usd).sum::<f64>()
-    }
-
-    fn journal_path(&self) -> PathBuf {
-        self.folder.join("journal.jsonl")
     }
 
     fn apply(&mut self, event: Event) {
@@ -287,29 +269,6 @@ impl State {
                 at.usd = usd;
             }
             _ => {}
-        }
-    }
-}
-
-fn lock(path: &Path) -> anyhow::Result<File> {
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .read(true)
-        .write(true)
-        .open(path)
-        .with_context(|| format!("opening {}", path.display()))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => {
-            let what = path.display();
-            Err(Failure::World(format!(
-                "{what}: another tw-fetch is collecting here; let it finish"
-            ))
-            .into())
-        }
-        Err(TryLockError::Error(e)) => {
-            Err(e).with_context(|| format!("locking {}", path.display()))
         }
     }
 }

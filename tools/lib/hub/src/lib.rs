@@ -444,3 +444,23 @@ async fn attended<T>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hubs_token_is_the_hubs_alone() {
+        for hub in ["https://huggingface.co", "https://huggingface.co/"] {
+            assert_eq!(token_of(hub), "HF_TOKEN");
+        }
+        for other in [
+            "http://huggingface.co",
+            "https://huggingface.co.example",
+            "https://huggingface.co:8443",
+            "https://hub.example/huggingface.co",
+        ] {
+            assert_eq!(token_of(other), "HF_ENDPOINT_TOKEN", "{other}");
+        }
+    }
+}

@@ -73,6 +73,19 @@ pub struct Conversation {
     pub tools: Vec<Value>,
 }
 
+impl Conversation {
+    /// The turns that its row came with: a tweet as it was before the template worded it,
+    /// and no system prompt of the settings, which must not decide what belongs together.
+    pub fn own_turns(&self) -> Vec<Message> {
+        let turns = self.messages.iter();
+        match (&self.tweet, self.form) {
+            (Some(tweet), _) => vec![Message::user(tweet)],
+            (None, Form::Prompt) => turns.skip_while(|m| m.role == "system").cloned().collect(),
+            (None, _) => turns.cloned().collect(),
+        }
+    }
+}
+
 impl Wording {
     /// The conversation that a record holds.
     ///
