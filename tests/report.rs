@@ -131,7 +131,7 @@ fn every_figure_is_where_it_belongs() {
         "held-out loss 4.250 before, 2.500 after",
         // The interval is of base minus adapter: the adapter brought its negative.
         "4.250     2.500        -2.000 to -1.500     0.0123 *",
-        "reference-chrf-rank: lora 1",
+        "reference-chrf-rank: lora 1\n           Offline: to the point or not, whatever the manner",
         "output/models/r/README.md",
     ] {
         assert!(run.stdout.contains(line), "lacks {line:?}\n{run}");

@@ -12,6 +12,9 @@ const WIDTH: usize = 80;
 /// judge may refuse just those where one side is worse.
 const MOST_GAPS: f64 = 0.05;
 
+/// The name that judge gives to its judge without a model.
+const OFFLINE: &str = "reference-chrf-rank";
+
 /// The whole screen.
 pub fn render(sources: &Sources) -> String {
     let mut out = String::new();
@@ -216,11 +219,11 @@ fn compare(out: &mut String, a: &str, b: &str, tests: &[&Test]) -> Result<bool, 
         let significant = test.p_holm.zip(alpha).is_some_and(|(p, alpha)| p < alpha);
         let gaps = test.gaps() as f64 > MOST_GAPS * test.rows() as f64;
         withheld |= significant && gaps;
-        let mark = if significant && !gaps { "*" } else { "" };
+        let mark = if significant && !gaps { " *" } else { "" };
         let mean = |m: Option<f64>| m.map_or("-".into(), |m| figure(m, ""));
         writeln!(
             out,
-            "  {name:<14}{:>10}{:>10}  {:>22}   {p:>8} {mark}",
+            "  {name:<14}{:>10}{:>10}  {:>22}   {p:>8}{mark}",
             mean(test.mean_a),
             mean(test.mean_b),
             ends.unwrap_or_else(|| "-".into()),
@@ -398,6 +401,11 @@ fn judged(out: &mut String, verdicts: &Verdicts) -> std::fmt::Result {
     writeln!(out)?;
     wrap(out, "Judge      ", &" ".repeat(13), &text)?;
     let indent = " ".repeat(11);
+    if verdicts.judge == OFFLINE {
+        let text =
+            "Offline: to the point or not, whatever the manner, which is most of what is learnt.";
+        wrap(out, &indent, &indent, text)?;
+    }
     let ties = &verdicts.ties;
     if ties.known > 0 {
         let text = format!(
