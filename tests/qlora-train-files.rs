@@ -1780,13 +1780,19 @@ fn most_threads(command: &mut Command) -> usize {
 fn inspecting_takes_the_threads_that_it_is_given() {
     let tool = tool();
     made_model(&tool.folder().join("of-44"), 44);
-    let [one, many] = ["1", "16"].map(|threads| {
+    let most = |threads| {
         let inspect = ["inspect", "of-44", "--threads", threads];
         most_threads(&mut tool.command(&inspect))
-    });
-    println!("with one thread {one} at most, with 16 {many}");
-    // Each is there twice: in the pool, and reading.
-    assert!((25..=35).contains(&(many - one)), "{one} and {many}");
+    };
+    // Each is there twice, in the pool and reading, beside the first.
+    let one = most("1");
+    assert!(one <= 3, "{one}");
+    // Readers are gone within milliseconds: not all are seen each time, on a busy machine.
+    let seen: Vec<_> = (0..10)
+        .map(|_| most("16"))
+        .take_while(|&many| many <= 1 + 16 + 2)
+        .collect();
+    assert!(seen.len() < 10, "{seen:?}");
 }
 
 /// A base is quantised layer by layer, and never in memory as a whole: neither as it is
