@@ -5,15 +5,11 @@
 //! the chat template would drop or render as nonsense without a word is refused: roles
 //! that it does not know, and calls and tools of another shape.
 
-use std::collections::BTreeMap;
-
 use record::{Error, Record};
 use serde::Serialize;
 use serde::de::IgnoredAny;
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
-use crate::fingerprint::hex;
 use crate::prompt::PromptTemplate;
 use crate::template::Message;
 
@@ -265,21 +261,7 @@ fn wrong(key: &str, cause: impl Into<String>) -> Error {
 /// See [`Conversation::row`].
 fn name(texts: &impl Serialize) -> String {
     let texts = serde_json::to_value(texts).expect("texts and JSON values are serialisable");
-    hex(&Sha256::digest(in_order(texts).to_string())[..16])
-}
-
-/// A value with the keys of its objects in order and without those that are null: a file
-/// that is written again may have others of both.
-fn in_order(value: Value) -> Value {
-    match value {
-        Value::Object(fields) => {
-            let there = fields.into_iter().filter(|(_, value)| !value.is_null());
-            let sorted: BTreeMap<_, _> = there.map(|(key, v)| (key, in_order(v))).collect();
-            sorted.into_iter().collect()
-        }
-        Value::Array(items) => items.into_iter().map(in_order).collect(),
-        other => other,
-    }
+    record::name_of(texts)
 }
 
 /// The turns of a list: `{"role", "content"}`, or ShareGPT's `{"from", "value"}` under

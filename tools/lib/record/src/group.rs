@@ -34,13 +34,16 @@ impl Record {
                 turns.truncate(reply);
             }
         }
-        let asked = in_order(Value::Array(vec![turns, tools])).to_string();
-        let hash = Sha256::digest(asked);
-        Ok(hash[..16]
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect())
+        Ok(name_of(Value::Array(vec![turns, tools])))
     }
+}
+
+/// A name for texts, the same however the file that they stand in is written: 128 bits of
+/// their SHA-256, in hex.
+pub fn name_of(texts: Value) -> String {
+    let hash = Sha256::digest(in_order(texts).to_string());
+    let digits = hash[..16].iter().map(|byte| format!("{byte:02x}"));
+    digits.collect()
 }
 
 fn value(texts: &impl Serialize) -> Result<Value, Error> {

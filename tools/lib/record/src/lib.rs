@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
+pub use group::name_of;
 pub use pair::{BadLine, Pair, Reason, Rejected, Split, count, count_by_reason, text_id};
 pub use stages::{Dropped, Duplicate, Summary, Validation, quality};
 
