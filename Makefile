@@ -206,9 +206,12 @@ $(EVAL)/judged.jsonl: $(EVAL)/items.jsonl $(EVAL)/judge.key
 $(EVAL)/tests.jsonl: $(EVAL)/judged.jsonl $(EVAL)/statistics.key
 	$(lock) compare() { $(BIN)/sigtest --config $(config)/eval.yaml --a $$1 --b $$2 --cluster split_group $(call log,sigtest) < $< >> $@.part; }; \
 	rm -f $@.part; compare systems.base systems.lora; \
+	! tail -n 1 $< | grep -q '"prompted":{"examples":' || compare systems.prompted systems.lora; \
 	$(if $(CONTROL),compare systems.shuffled systems.lora;) \
-	judged=$$(sed -n 's/^judge.compare = \["\([^":]*:[^":]*\)".*/\1/p' $(EVAL)/judge.key); judged=$${judged:-base:lora}; \
-	compare verdicts.score.$${judged%:*} verdicts.score.$${judged#*:}; \
+	judged=$$(sed -n 's/^judge.compare = \[\(.*\)\]$$/\1/p' $(EVAL)/judge.key | tr -d '" ' | tr , ' '); score=verdicts.score; \
+	for pair in $${judged:-base:lora}; do \
+	  [ "$$score" ] || score=verdicts.scores.$$pair; compare $$score.$${pair%:*} $$score.$${pair#*:}; score=; \
+	done; \
 	mv $@.part $@
 
 # Checks.

@@ -251,7 +251,7 @@ fn to_f64(mut lora: Lora) -> Lora {
     lora
 }
 
-/// The oracle's mean NLL of a reply.
+/// The oracle's mean NLL of the last reply, and of how many tokens.
 fn oracle_nll(fixture: &Fixture, lora: Option<&Lora>, messages: &[Message]) -> (f64, usize) {
     let row = fixture
         .chat()
@@ -265,7 +265,10 @@ fn oracle_nll(fixture: &Fixture, lora: Option<&Lora>, messages: &[Message]) -> (
         .unwrap()
         .to_vec1::<f64>()
         .unwrap();
-    (nll.iter().sum::<f64>() / nll.len() as f64, nll.len())
+    let from_end = row.labelled.iter().rev().skip_while(|l| !**l);
+    let tokens = from_end.take_while(|l| **l).count();
+    let nll = &nll[nll.len() - tokens..];
+    (nll.iter().sum::<f64>() / tokens as f64, tokens)
 }
 
 /// The oracle's greedy reply, the whole text run again for every token.
@@ -583,6 +586,194 @@ data: {text: raw, prompt_template: 'Pair {{ id }}, {{ tweet|length }} letters: {
     ask("{{ tweed }}").exits(3).says(
         "-:1: key `tweed`: missing, and the prompt template names it; the nearest there is `tweet`",
     );
+}
+
+/// Training has to beat the base that is shown rows of the training data.
+#[test]
+fn the_base_is_shown_what_is_wanted() {
+    let fixture = Fixture::new();
+    let asked = |more: &[&str], rows: &str| {
+        let model = ["--model=model", "--quantization=none", "--max-new-tokens=9"];
+        fixture.tool.run(&[&model[..], more].concat(), rows)
+    };
+    // The texts of rows by their names, short enough that four fit into 192 positions.
+    let mut texts = std::collections::BTreeMap::new();
+    let mut rows = Vec::new();
+    for (i, split) in ["train", "eval", "train", "train", "eval", "train", "train"]
+        .into_iter()
+        .enumerate()
+    {
+        let (id, tweet, reply) = (format!("r{i}"), format!("ask {i}"), format!("say {i}"));
+        rows.push(json!({"id": id, "prompt": tweet, "completion": reply, "split": split}));
+        texts.insert(id, (tweet, reply));
+    }
+    let hostile = [
+        json!({"id": "special", "prompt": "a<|im_end|>", "completion": "b", "split": "train"}),
+        json!({"id": "empty", "prompt": "a", "completion": " ", "split": "train"}),
+        json!({"id": "long", "prompt": "a".repeat(4000), "completion": "b", "split": "train"}),
+        json!({"id": "tools", "prompt": "a", "completion": "b", "tools": [{"name": "f"}], "split": "train"}),
+        json!({"id": "turns", "split": "train", "messages": [
+            {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}),
+    ];
+    rows.splice(0..0, hostile);
+    let lines = |rows: &[serde_json::Value]| -> String {
+        rows.iter().map(|row| format!("{row}\n")).collect()
+    };
+    let shown = |records: &[serde_json::Value]| -> Vec<String> {
+        let prompted = &records.last().unwrap()["corpus"]["prompted"];
+        let names = prompted["examples"].as_array().unwrap().iter();
+        names
+            .map(|name| name.as_str().unwrap().to_owned())
+            .collect()
+    };
+
+    let run = asked(&["--prompted-examples=4"], &lines(&rows));
+    let records = run.exits(0).never_says("is shown").records();
+    let examples = shown(&records);
+    assert_eq!(examples.len(), 4);
+    let (mut sum, mut tokens) = (0.0, 0);
+    for (record, name) in records.iter().zip(["r1", "r4"]) {
+        assert_eq!(record["id"], name);
+        let mut messages = Vec::new();
+        for name in examples.iter().map(String::as_str).chain([name]) {
+            let (ask, say) = &texts[name];
+            messages.extend([Message::user(ask), Message::assistant(say)]);
+        }
+        let ours = &record["systems"]["prompted"];
+        let (nll, count) = oracle_nll(&fixture, None, &messages);
+        assert_eq!(record["reference_tokens"], count);
+        let off = (ours["nll"].as_f64().unwrap() - nll).abs();
+        assert!(off < NLL_TOLERANCE, "{ours} instead of {nll}");
+        messages.pop();
+        assert_eq!(
+            ours["prediction"],
+            oracle_reply(&fixture, None, &messages, 9)
+        );
+        assert_ne!(ours["nll"], record["systems"]["base"]["nll"]);
+        (sum, tokens) = (sum + nll * count as f64, tokens + count);
+    }
+    let corpus = &records[2]["corpus"]["systems"]["prompted"];
+    let off = (corpus["nll"].as_f64().unwrap() - sum / tokens as f64).abs();
+    assert!(
+        off < NLL_TOLERANCE && corpus["nll_tokens"] == tokens,
+        "{corpus}"
+    );
+
+    // Whatever their order; another seed draws others, and none but rows that were trained on.
+    let mut turned = rows.clone();
+    turned.reverse();
+    let again = asked(&["--prompted-examples=4"], &lines(&turned))
+        .exits(0)
+        .records();
+    assert_eq!(shown(&again), examples);
+    let drawn = |seed: u32| {
+        let seed = format!("--seed={seed}");
+        shown(
+            &asked(&[&seed, "--prompted-examples=2"], &lines(&rows))
+                .exits(0)
+                .records(),
+        )
+    };
+    let all: std::collections::BTreeSet<String> = (0..12).flat_map(drawn).collect();
+    assert_eq!(
+        all.into_iter().collect::<Vec<_>>(),
+        ["r0", "r2", "r3", "r5", "r6"]
+    );
+
+    // As many as there are, and as fit.
+    let run = asked(&["--prompted-examples=9"], &lines(&rows)).exits(0);
+    let run = run.says(
+        "the system `prompted` is shown 5 of 9 examples: no more of the rows that were trained on, of one question \
+         and one answer, fit into 1024 tokens",
+    );
+    assert_eq!(shown(&run.records()).len(), 5);
+    let mut long = rows.clone();
+    let question = "a b ".repeat(60);
+    long.push(json!({"id": "r7", "prompt": question, "completion": "c", "split": "eval"}));
+    let run = asked(&["--prompted-examples=4"], &lines(&long)).exits(0);
+    let fitting = shown(&run.records());
+    assert!(!fitting.is_empty() && fitting.len() < 4, "{fitting:?}");
+    assert_eq!(fitting, examples[..fitting.len()]);
+    run.says(&format!("shown {} of 4 examples", fitting.len()))
+        .says("beside the longest row, into the model's 192 tokens");
+
+    // Told in words: in place of the system prompt that the rows have from the settings.
+    let config = (fixture.tool).file("eval.yaml", "generation: {system_prompt: Be dull.}\n");
+    let config = ["--config", &config, "--prompted-examples=0"];
+    let said = [&config[..], &["--prompted-system=Be kind."]].concat();
+    let records = asked(&said, &lines(&rows)).exits(0).records();
+    for (system, prompt) in [("base", "Be dull."), ("prompted", "Be kind.")] {
+        let (ask, say) = &texts["r1"];
+        let messages = [
+            Message::system(prompt),
+            Message::user(ask),
+            Message::assistant(say),
+        ];
+        let (nll, _) = oracle_nll(&fixture, None, &messages);
+        let ours = records[0]["systems"][system]["nll"].as_f64().unwrap();
+        assert!(
+            (ours - nll).abs() < NLL_TOLERANCE,
+            "{system}: {ours} instead of {nll}"
+        );
+    }
+    assert_eq!(
+        records[2]["corpus"]["prompted"]["system_prompt"],
+        "Be kind."
+    );
+    let told = "a ".repeat(200);
+    asked(&["--prompted-system", &told], &lines(&rows))
+        .exits(2)
+        .says("generation.prompted.system_prompt: too long");
+
+    // None where nothing would be said that the base is not told.
+    let none = asked(&config, &lines(&rows)).exits(0).records();
+    assert!(
+        none[0]["systems"].get("prompted").is_none() && none[2]["corpus"].get("prompted").is_none()
+    );
+    let eval = lines(&rows[6..7]);
+    let none = asked(&[], &eval)
+        .exits(0)
+        .says("no system `prompted`: no more")
+        .records();
+    assert!(none[0]["systems"].get("prompted").is_none());
+    asked(&["--adapter=prompted=run1"], &eval)
+        .exits(2)
+        .says("`prompted` is the name of the model without an adapter");
+}
+
+/// Where no row says its side, what an adapter was trained on is known by its own list.
+#[test]
+fn examples_are_of_the_rows_that_an_adapter_saw() {
+    let fixture = Fixture::new();
+    let rows: Vec<_> = (0..6)
+        .map(|i| json!({"id": format!("r{i}"), "prompt": format!("ask {i}"), "completion": format!("say {i}")}))
+        .collect();
+    let lines: String = rows.iter().map(|row| format!("{row}\n")).collect();
+    let wording = Wording {
+        normalized: false,
+        system_prompt: String::new(),
+        prompt: PromptTemplate::new("{{ tweet }}").unwrap(),
+    };
+    let mut seen = Seen::default();
+    for i in [1, 4] {
+        let record = Record::parse(&rows[i].to_string()).unwrap();
+        seen.add(&wording.read(&record).unwrap().row, Split::Train);
+    }
+    fixture.tool.file("run1/rows.jsonl", &seen.to_lines());
+    let arguments = [
+        "--model=model",
+        "--quantization=none",
+        "--max-new-tokens=2",
+        "--adapter=run1",
+    ];
+    let records = fixture.tool.run(&arguments, &lines).exits(0).records();
+    let mut shown = records[4]["corpus"]["prompted"]["examples"].clone();
+    shown
+        .as_array_mut()
+        .unwrap()
+        .sort_by_key(|name| name.to_string());
+    assert_eq!(shown, json!(["r1", "r4"]));
 }
 
 /// A prompt with its completion, or `messages`, are asked and scored as they were learnt.
@@ -1097,7 +1288,11 @@ fn kept_replies_of_another_run_are_refused() {
 fn several_adapters_stand_side_by_side() {
     let fixture = Fixture::new();
     let both = fixture
-        .run(&["--adapter=b=run2", "--adapter=a=run1"])
+        .run(&[
+            "--adapter=b=run2",
+            "--adapter=a=run1",
+            "--prompted-examples=1",
+        ])
         .exits(0)
         .records();
     let alone = fixture.run(&["--adapter=a=run1"]).exits(0).records();
@@ -1107,7 +1302,8 @@ fn several_adapters_stand_side_by_side() {
         .keys()
         .cloned()
         .collect();
-    assert_eq!(names, ["base", "b", "a"]);
+    // The first two are what judge compares where nothing is said.
+    assert_eq!(names, ["base", "b", "a", "prompted"]);
     for (both, alone) in both.iter().zip(&alone).take(4) {
         assert_eq!(both["systems"]["a"], alone["systems"]["a"]);
     }

@@ -266,6 +266,9 @@ fn which_systems_are_compared_can_be_said() {
         json!({"lora": 1.0, "shuffled": 0.0})
     );
     assert_eq!(out[0]["verdicts"]["comparisons"][1]["winner"], "lora");
+    let scores = &out[0]["verdicts"]["scores"];
+    assert_eq!(scores["shuffled:lora"], out[0]["verdicts"]["score"]);
+    assert_eq!(scores["base:lora"], json!({"base": 0.0, "lora": 1.0}));
     let mut tie = item(1, "It rains.", "Tomato.");
     tie["systems"]["tie"] = json!({"prediction": "Tomato?"});
     tool()

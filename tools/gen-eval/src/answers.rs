@@ -36,7 +36,7 @@ impl Tally {
         // A model may begin or end with a line break; no reader would see it.
         let prediction = chat.decode(&answer.completion.ids)?.trim().to_owned();
         let scores = self.corpus.add(&item.scored(&prediction), &item.reference);
-        let tokens = item.reference_tokens();
+        let tokens = item.plain.reference_tokens();
         self.nll += answer.nll;
         self.tokens += tokens as u64;
         let finish = match answer.completion.finish {
@@ -156,7 +156,12 @@ pub fn write_items<'a, B: Backend>(
         systems.push(System::adapted(name, adapter, &model, base)?);
     }
     let named = setup.adapters.iter().map(|(name, _)| name.as_str());
-    let names: Vec<&str> = std::iter::once(systems::BASE).chain(named).collect();
+    let mut names: Vec<&str> = std::iter::once(systems::BASE).chain(named).collect();
+    // Last, so that the first two are what is compared where nothing is said.
+    if items.iter().any(|item| item.prompted.is_some()) {
+        systems.push(System::prompted(base));
+        names.push(systems::PROMPTED);
+    }
     let decoding = Decoding {
         sampling: Sampling {
             temperature: settings.temperature as f32,
@@ -210,7 +215,7 @@ pub fn write_items<'a, B: Backend>(
                 split_group: &item.split_group,
                 tweet: &item.tweet,
                 reference: &item.reference,
-                reference_tokens: item.reference_tokens(),
+                reference_tokens: item.plain.reference_tokens(),
                 systems: Ordered(fields),
             })?;
         }

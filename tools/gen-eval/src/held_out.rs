@@ -14,7 +14,8 @@ use crate::items::Source;
 /// What an adapter tells of the rows that it was trained on, if it does.
 pub type SeenBy<'a> = (&'a str, Option<Seen>);
 
-type Row = (Position, Source);
+/// A row as it was read, and where.
+pub type Row = (Position, Source);
 
 /// The rows to reply to, and how many others are not held out though nothing in them says
 /// so. Those go to `rejects`; a row of `split: train` has its reason in itself.
@@ -82,7 +83,7 @@ impl LeftOut<'_> {
     fn add_trained(&mut self, rows: Vec<Row>, seen: &[SeenBy]) -> Result<Vec<Row>> {
         let mut kept = Vec::new();
         for row in rows {
-            let by = seen.iter().filter(|(_, seen)| was_trained_on(&row, seen));
+            let by = seen.iter().filter(|(_, seen)| was_trained_on(&row.1, seen));
             let reasons: Vec<Reason> = by.map(|(name, _)| trained_on(name)).collect();
             match reasons.is_empty() {
                 true => kept.push(row),
@@ -106,7 +107,12 @@ impl LeftOut<'_> {
     }
 }
 
-fn was_trained_on((_, source): &Row, seen: &Option<Seen>) -> bool {
+/// Whether one of the adapters was trained on it.
+pub fn is_trained_on(source: &Source, seen: &[SeenBy]) -> bool {
+    seen.iter().any(|(_, seen)| was_trained_on(source, seen))
+}
+
+fn was_trained_on(source: &Source, seen: &Option<Seen>) -> bool {
     let side = seen.as_ref().and_then(|seen| seen.side(source.name()));
     side == Some(Split::Train)
 }
@@ -159,7 +165,7 @@ fn of_split_eval(
         return Ok(of_eval);
     }
     for (name, seen) in seen {
-        let known = of_eval.iter().filter(|row| was_trained_on(row, seen));
+        let known = of_eval.iter().filter(|row| was_trained_on(&row.1, seen));
         let known = known.count();
         if known > 0 {
             app.warn(format_args!(

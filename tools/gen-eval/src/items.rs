@@ -5,8 +5,9 @@ use std::borrow::Cow;
 use anyhow::Result;
 use cli::{App, Failure};
 use jsonl::Position;
-use qwen3::{Chat, Config, Conversation, Form, LossOn, Wording};
+use qwen3::{Chat, Config, Conversation, Form, LossOn, Message, Wording};
 use record::{Record, Split};
+use serde_json::Value;
 
 /// A row as it was read: what is asked, and how it was answered.
 pub struct Source {
@@ -66,6 +67,22 @@ impl Source {
         self.conversation.form == Form::Pair
     }
 
+    /// Its own name, else `line N`.
+    pub fn id(&self, position: &Position) -> String {
+        let own = self.conversation.id.clone();
+        own.unwrap_or_else(|| format!("line {}", position.line))
+    }
+
+    /// The reply that is compared with.
+    fn said(&self) -> &Message {
+        &self.conversation.messages[self.asked]
+    }
+
+    /// Its turns, the reply last, and the functions that may be called.
+    pub fn turns(&self) -> (&[Message], &[Value]) {
+        (&self.conversation.messages, &self.conversation.tools)
+    }
+
     /// What is replied to, for those who judge the replies: a tweet or a question alone;
     /// of a longer conversation each turn with its role.
     fn tweet(&self) -> String {
@@ -82,6 +99,58 @@ impl Source {
     }
 }
 
+/// What is put to a system, in tokens, and the reply that it is scored by.
+pub struct Question {
+    /// What the model is to answer.
+    pub prompt: Vec<u32>,
+    /// Prompt and reference, and which tokens are the reference's.
+    pub ids: Vec<u32>,
+    pub labelled: Vec<bool>,
+}
+
+impl Question {
+    /// Encodes a conversation that ends with the reply, exactly as training does.
+    ///
+    /// # Errors
+    /// If the template refuses it or no token of the reply is to be scored; says why.
+    pub fn new(messages: &[Message], tools: &[Value], chat: &Chat) -> Result<Self, String> {
+        let asked = messages.len() - 1;
+        let prompt = chat
+            .encode_prompt(&messages[..asked], tools)
+            .map_err(|e| e.to_string())?;
+        let mut whole = chat
+            .encode_training(messages, tools, LossOn::Reply)
+            .map_err(|e| e.to_string())?;
+        // The last reply alone is scored.
+        let end = whole.labelled.iter().rposition(|&labelled| labelled);
+        let end = end.ok_or("the reply has no token to be scored")?;
+        let before = whole.labelled[..end]
+            .iter()
+            .rposition(|&labelled| !labelled);
+        let start = before.map_or(0, |at| at + 1);
+        whole.labelled[..start].fill(false);
+        Ok(Self {
+            prompt,
+            ids: whole.ids,
+            labelled: whole.labelled,
+        })
+    }
+
+    /// Positions that it and a reply of so many tokens take.
+    pub fn positions(&self, reply: usize) -> usize {
+        self.ids.len().max(self.prompt.len() + reply)
+    }
+
+    /// Tokens of the reference, its end included.
+    pub fn reference_tokens(&self) -> usize {
+        self.labelled
+            .iter()
+            .skip(1)
+            .filter(|&&labelled| labelled)
+            .count()
+    }
+}
+
 /// A row in tokens.
 pub struct Item {
     /// Its own name, else `line N`.
@@ -94,63 +163,59 @@ pub struct Item {
     pub reference: String,
     /// Whether the reference is pair-dedup's normalised text.
     pub normalized: bool,
-    /// What the model is to answer.
-    pub prompt: Vec<u32>,
-    /// Prompt and reference, and which tokens are the reference's.
-    pub ids: Vec<u32>,
-    pub labelled: Vec<bool>,
+    /// As training put it.
+    pub plain: Question,
+    /// As the system `prompted` hears it, if there is one.
+    pub prompted: Option<Question>,
     /// A special token that one of its texts spells out.
     special: Option<String>,
 }
 
 impl Item {
     /// Encodes a row, exactly as training did.
-    pub fn new(source: Source, position: &Position, chat: &Chat, config: &Config) -> Result<Self> {
+    pub fn new(
+        source: &Source,
+        position: &Position,
+        (chat, config): (&Chat, &Config),
+    ) -> Result<Self> {
         let refuse = |cause: String| Failure::Input(format!("{position}: {cause}"));
-        let tweet = source.tweet();
-        let (row, asked) = (source.conversation, source.asked);
-        let said = &row.messages[asked];
-        let prompt = chat
-            .encode_prompt(&row.messages[..asked], &row.tools)
-            .map_err(|e| refuse(e.to_string()))?;
-        let mut whole = chat
-            .encode_training(&row.messages, &row.tools, LossOn::Reply)
-            .map_err(|e| refuse(e.to_string()))?;
-        if whole.ids.len().max(prompt.len() + 1) > config.max_positions {
-            let (have, most) = (whole.ids.len(), config.max_positions);
+        let (row, said) = (&source.conversation, source.said());
+        let plain = Question::new(&row.messages, &row.tools, chat).map_err(refuse)?;
+        if plain.positions(1) > config.max_positions {
+            let (have, most) = (plain.ids.len(), config.max_positions);
             return Err(refuse(format!(
                 "{have} tokens, more than the model's {most}: leave the row out"
             ))
             .into());
         }
-        // The last reply alone is scored.
-        let end = whole.labelled.iter().rposition(|&labelled| labelled);
-        let end = end.ok_or_else(|| refuse("the reply has no token to be scored".into()))?;
-        let before = whole.labelled[..end]
-            .iter()
-            .rposition(|&labelled| !labelled);
-        let start = before.map_or(0, |at| at + 1);
-        whole.labelled[..start].fill(false);
         // Calls of tools stand in the rendered reply only.
         let reference = match said.rest.contains_key("tool_calls") {
-            true => chat.decode(&whole.ids[start..=end])?.trim().to_owned(),
+            true => {
+                let scored = plain.ids.iter().zip(&plain.labelled);
+                let scored: Vec<u32> = scored.filter(|(_, l)| **l).map(|(&id, _)| id).collect();
+                chat.decode(&scored)?.trim().to_owned()
+            }
             false => said.content.clone(),
         };
         let mut texts = row.messages.iter().map(|message| &message.content);
         let special = texts.find_map(|text| chat.special_in(text));
-        let id = row.id.unwrap_or_else(|| format!("line {}", position.line));
+        let id = source.id(position);
         Ok(Self {
-            conversation_id: row.thread.unwrap_or_else(|| id.clone()),
+            conversation_id: row.thread.clone().unwrap_or_else(|| id.clone()),
             id,
-            split_group: source.group,
-            tweet,
+            split_group: source.group.clone(),
+            tweet: source.tweet(),
             reference,
             normalized: source.normalized,
-            prompt,
-            ids: whole.ids,
-            labelled: whole.labelled,
+            plain,
+            prompted: None,
             special: special.map(str::to_owned),
         })
+    }
+
+    /// How it is put to each kind of system.
+    pub fn questions(&self) -> impl Iterator<Item = &Question> {
+        std::iter::once(&self.plain).chain(&self.prompted)
     }
 
     /// What of a reply is held against the reference: where that was normalised, so is
@@ -161,15 +226,6 @@ impl Item {
             true => text::normalize(prediction).into(),
             false => prediction.into(),
         }
-    }
-
-    /// Tokens of the reference, its end included.
-    pub fn reference_tokens(&self) -> usize {
-        self.labelled
-            .iter()
-            .skip(1)
-            .filter(|&&labelled| labelled)
-            .count()
     }
 }
 

@@ -2,6 +2,7 @@
 
 use serde::{Serialize, Serializer};
 
+use crate::prompted::Prompted;
 use crate::scores::{CorpusScores, Scores};
 
 /// One pair with every system's answer.
@@ -43,6 +44,9 @@ pub struct CorpusLine<'a> {
 #[derive(Serialize)]
 pub struct Systems<'a> {
     pub systems: Ordered<'a, SystemScores>,
+    /// What the system `prompted` was shown.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompted: Option<Prompted>,
     pub signature: String,
 }
 

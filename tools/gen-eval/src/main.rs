@@ -10,6 +10,7 @@ mod held_out;
 mod items;
 mod journal;
 mod lines;
+mod prompted;
 mod scores;
 mod setup;
 mod systems;
@@ -31,6 +32,7 @@ use crate::held_out::HeldOut;
 use crate::items::{Item, Source};
 use crate::journal::Journal;
 use crate::lines::{CorpusLine, CorpusOnly, Ordered, Systems};
+use crate::prompted::Prompted;
 use crate::scores::Corpus;
 use crate::setup::Setup;
 use crate::systems::Named;
@@ -43,7 +45,9 @@ use crate::systems::Named;
 /// writes a reply (to what is before the last assistant turn), its ROUGE, BLEU and chrF against
 /// the reply that people liked, and that reply's negative log-likelihood (`nll`, per
 /// token). Where the liked reply is the one that pair-dedup normalised, the scores are of the
-/// reply normalised likewise, and `prediction` is as it was generated. `split_group` says
+/// reply normalised likewise, and `prediction` is as it was generated. Where rows were trained
+/// on, eight of them stand in the prompt of one more system, `prompted`, the base that is shown
+/// what is wanted (--prompted-examples 0: none). `split_group` says
 /// which lines are no independent evidence (sigtest --cluster split_group). A last line has
 /// the figures of each system over all pairs. With --score-only nothing is generated: lines
 /// {"prediction","reference"} get the scores, of the texts as they are.
@@ -83,6 +87,12 @@ struct GenEval {
     /// Decides what is sampled
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
+    /// Rows that were trained on, shown to the system `prompted` before each question
+    #[arg(long, value_name = "N")]
+    prompted_examples: Option<usize>,
+    /// The system prompt of `prompted` [default: that of the others]
+    #[arg(long, value_name = "TEXT")]
+    prompted_system: Option<String>,
     /// Which text of a pair [default: what the adapter was trained on]
     #[arg(long, value_name = "KIND")]
     text: Option<TextChoice>,
@@ -133,6 +143,8 @@ impl Tool for GenEval {
             .set("generation.top_k", &self.top_k)
             .set("generation.batch_size", &self.batch_size)
             .set("generation.seed", &self.seed)
+            .set("generation.prompted.examples", &self.prompted_examples)
+            .set("generation.prompted.system_prompt", &self.prompted_system)
             .set("generation.text", &self.text)
             .set("generation.quantization", &self.quantization)
             .set("generation.lm_head", &self.lm_head);
@@ -223,15 +235,17 @@ impl GenEval {
             },
         )?;
         let seen = setup.seen(&self.adapters)?;
+        let chat = (&setup.chat, setup.checkpoint.config());
+        let prompted = Prompted::draw(settings, &sources, &seen, &setup.chat)?;
         let held_out = HeldOut::of(app, sources, &seen, &mut rejects)?;
         rejects.commit()?;
         counts.rejected += held_out.left_out;
         let (mut items, mut unworded) = (Vec::new(), 0);
-        for (position, source) in held_out.rows {
+        for (position, source) in &held_out.rows {
             unworded += usize::from(!source.is_pair());
-            let config = setup.checkpoint.config();
-            items.push(Item::new(source, &position, &setup.chat, config)?);
+            items.push(Item::new(source, position, chat)?);
         }
+        let prompted = prompted.ask(app, settings, &held_out.rows, &mut items, chat)?;
         if unworded > 0 && setup.has_own_template {
             app.warn(format_args!(
                 "the prompt template words tweets only: {} with `messages` or `prompt` left as they stand",
@@ -277,6 +291,7 @@ impl GenEval {
             let signature = setup.signature(resolved, &items);
             let systems = Systems {
                 systems: Ordered(corpus),
+                prompted,
                 signature,
             };
             out.json(&CorpusLine {

@@ -285,9 +285,9 @@ fn scored(items: &[Item]) -> &'static str {
     }
 }
 
-/// SHA-256 over the tokens of the items.
+/// SHA-256 over the tokens of the items, as they are put to every system.
 fn hash(items: &[Item]) -> String {
-    let ids = items.iter().flat_map(|item| &item.ids);
+    let ids = items.iter().flat_map(Item::questions).flat_map(|q| &q.ids);
     let bytes: Vec<u8> = ids.flat_map(|id| id.to_le_bytes()).collect();
     cli::sha256_hex(&bytes)
 }

@@ -15,10 +15,13 @@ use qwen3::{
 use serde::Deserialize;
 use settings::TrainSettings;
 
-use crate::items::Item;
+use crate::items::{Item, Question};
 
 /// The name of the system without an adapter.
 pub const BASE: &str = "base";
+
+/// The name of the base with another prompt.
+pub const PROMPTED: &str = "prompted";
 
 /// Tokens of one scoring pass, unless a single row is longer.
 const PASS_TOKENS: usize = 2048;
@@ -46,9 +49,9 @@ impl Named {
         if name.is_empty() || folder.is_empty() {
             return Err("expected NAME=DIR or DIR".into());
         }
-        if name == BASE {
+        if name == BASE || name == PROMPTED {
             return Err(format!(
-                "`{BASE}` is the name of the model without an adapter"
+                "`{name}` is the name of the model without an adapter"
             ));
         }
         Ok(Self {
@@ -141,6 +144,8 @@ pub struct System<B: Backend> {
     /// Where the base is.
     base: PathBuf,
     adapter: Option<OwnedLora<B>>,
+    /// Which of an item's questions is put to it.
+    question: fn(&Item) -> Option<&Question>,
 }
 
 /// What a system says of the reference, and says itself.
@@ -176,6 +181,16 @@ impl<B: Backend> System<B> {
             name: BASE.into(),
             base: base.into(),
             adapter: None,
+            question: |item| Some(&item.plain),
+        }
+    }
+
+    /// The base that is shown examples.
+    pub fn prompted(base: &Path) -> Self {
+        Self {
+            name: PROMPTED.into(),
+            question: |item| item.prompted.as_ref(),
+            ..Self::base(base)
         }
     }
 
@@ -183,8 +198,8 @@ impl<B: Backend> System<B> {
     pub fn adapted(name: &str, adapter: &Adapter, model: &Model<B>, base: &Path) -> Result<Self> {
         Ok(Self {
             name: name.into(),
-            base: base.into(),
             adapter: Some(model.load_adapter(adapter)?),
+            ..Self::base(base)
         })
     }
 
@@ -221,16 +236,17 @@ impl<B: Backend> System<B> {
         decoding: &Decoding,
         progress: impl FnMut(usize),
     ) -> Result<Vec<Answer>> {
-        let losses = self.losses(model, &mut room.pass, items)?;
+        let questions = self.questions(items);
+        let losses = losses(model, self.lora(), &mut room.pass, &questions)?;
         if let Some(at) = losses.iter().position(|nll| !nll.is_finite()) {
             return Err(self.no_number(&items[at]).into());
         }
-        let prompts: Vec<Prompt> = items
+        let prompts: Vec<Prompt> = questions
             .iter()
             .zip(first..)
-            .map(|(item, number)| Prompt {
+            .map(|(question, number)| Prompt {
                 number,
-                ids: &item.prompt,
+                ids: &question.prompt,
             })
             .collect();
         let completions = room.slots.generate(
@@ -246,30 +262,40 @@ impl<B: Backend> System<B> {
             .collect())
     }
 
-    /// The negative log-likelihood of each item's reference.
-    fn losses(&self, model: &Model<B>, pass: &mut Pass<B>, items: &[Item]) -> Result<Vec<f64>> {
-        let mut sums = Vec::with_capacity(items.len());
-        for packed in passes(items) {
-            let batch = Batch::new(model.backend(), &rows(packed))?;
-            let nll = model.losses(pass, &batch, self.lora())?.wait()?;
-            let mut nll = nll.into_iter().map(f64::from);
-            sums.extend(
-                batch
-                    .labels()
-                    .iter()
-                    .map(|&labels| nll.by_ref().take(labels).sum::<f64>()),
-            );
-        }
-        Ok(sums)
+    /// What is put to it of items.
+    fn questions<'a>(&self, items: &'a [Item]) -> Vec<&'a Question> {
+        items.iter().filter_map(self.question).collect()
     }
 }
 
-/// The items of each scoring pass, in order.
-fn passes(mut rest: &[Item]) -> impl Iterator<Item = &[Item]> {
+/// The negative log-likelihood of each question's reference.
+fn losses<B: Backend>(
+    model: &Model<B>,
+    lora: Option<Lora<'_, B>>,
+    pass: &mut Pass<B>,
+    questions: &[&Question],
+) -> Result<Vec<f64>> {
+    let mut sums = Vec::with_capacity(questions.len());
+    for packed in passes(questions) {
+        let batch = Batch::new(model.backend(), &rows(packed))?;
+        let nll = model.losses(pass, &batch, lora)?.wait()?;
+        let mut nll = nll.into_iter().map(f64::from);
+        sums.extend(
+            batch
+                .labels()
+                .iter()
+                .map(|&labels| nll.by_ref().take(labels).sum::<f64>()),
+        );
+    }
+    Ok(sums)
+}
+
+/// The questions of each scoring pass, in order.
+fn passes<'a, 'q>(mut rest: &'a [&'q Question]) -> impl Iterator<Item = &'a [&'q Question]> {
     std::iter::from_fn(move || {
         let mut tokens = 0;
-        let fitting = rest.iter().take_while(|item| {
-            tokens += item.ids.len();
+        let fitting = rest.iter().take_while(|question| {
+            tokens += question.ids.len();
             tokens <= PASS_TOKENS
         });
         let packed;
@@ -278,13 +304,13 @@ fn passes(mut rest: &[Item]) -> impl Iterator<Item = &[Item]> {
     })
 }
 
-fn rows(items: &[Item]) -> Vec<Row<'_>> {
-    let numbered = items.iter().zip(0..);
+fn rows<'a>(questions: &[&'a Question]) -> Vec<Row<'a>> {
+    let numbered = questions.iter().zip(0..);
     numbered
-        .map(|(item, number)| Row {
+        .map(|(question, number)| Row {
             number,
-            ids: &item.ids,
-            labelled: &item.labelled,
+            ids: &question.ids,
+            labelled: &question.labelled,
         })
         .collect()
 }
@@ -307,11 +333,17 @@ impl<B: Backend> Room<B> {
         blocks: impl Iterator<Item = &'a [Item]> + Clone,
         decoding: &Decoding,
     ) -> Result<Self> {
-        let prompts = blocks.clone().flatten();
-        let lengths: Vec<usize> = prompts.map(|item| item.prompt.len()).collect();
+        let longest = |item: &Item| item.questions().map(|q| q.prompt.len()).max();
+        let lengths: Vec<usize> = blocks.clone().flatten().filter_map(longest).collect();
         let slots = Slots::new(model, &lengths, &decoding.generation())?;
-        let extents = blocks.flat_map(passes).map(|p| Extent::of(&rows(p)));
-        let scored = extents.fold(Extent::default(), Extent::max);
+        let mut scored = Extent::default();
+        for block in blocks {
+            for system in systems {
+                for packed in passes(&system.questions(block)) {
+                    scored = scored.max(Extent::of(&rows(packed)));
+                }
+            }
+        }
         // Nothing is kept for a backward pass.
         let mut pass = Pass::new(Keep::Nothing);
         for system in systems {

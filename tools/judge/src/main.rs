@@ -38,7 +38,8 @@ With ANTHROPIC_API_KEY set; the same command goes on where it stopped:
 /// Reads the items of gen-eval and adds `verdicts` to each: who is preferred with
 /// either reply shown first, and the outcome. A system wins an item only if it is
 /// preferred in both orders; else the item is a tie. `verdicts.score.NAME` is 1, 0.5 or 0,
-/// and null where the judge gave no verdict; `verdicts.winner` is NAME, `tie` or null.
+/// and null where the judge gave no verdict; `verdicts.winner` is NAME, `tie` or null. These
+/// are of the first comparison, `verdicts.scores.A:B.NAME` of any.
 ///
 /// With --provider anthropic Claude is asked which reply readers would rather like; it
 /// sees the tweet and two replies, no names, and not the reply that people liked. Every

@@ -202,6 +202,8 @@ pub struct Verdicts {
     pub winner: Option<String>,
     /// That of the first comparison, for `sigtest --a verdicts.score.NAME`.
     pub score: BTreeMap<String, Option<f64>>,
+    /// Those of all, by `A:B`, for `sigtest --a verdicts.scores.A:B.NAME`.
+    pub scores: IndexMap<String, BTreeMap<String, Option<f64>>>,
     pub comparisons: Vec<Comparison>,
     #[serde(skip_serializing_if = "Usage::is_none")]
     pub usage: Usage,
@@ -223,6 +225,10 @@ impl Verdicts {
             judge: judge.to_owned(),
             winner: first.and_then(|c| c.winner.clone()),
             score: first.map(|c| c.score.clone()).unwrap_or_default(),
+            scores: comparisons
+                .iter()
+                .map(|c| (c.pair(), c.score.clone()))
+                .collect(),
             comparisons,
             usage,
             cost_usd: None,
@@ -242,6 +248,11 @@ impl Comparison {
         let mut tie = Self::combine(a, b, Vec::new());
         tie.because = Some("identical replies");
         tie
+    }
+
+    /// `A:B`
+    fn pair(&self) -> String {
+        format!("{}:{}", self.a, self.b)
     }
 
     /// Combines `a` shown first and `b` shown first.
@@ -301,7 +312,7 @@ pub struct Tally {
 impl Tally {
     pub fn add(&mut self, comparison: &Comparison) {
         let Comparison { a, b, winner, .. } = comparison;
-        let pair = format!("{a}:{b}");
+        let pair = comparison.pair();
         *self.flipped.entry(pair.clone()).or_default() += u64::from(comparison.flipped);
         let counts = self.outcomes.entry(pair).or_insert_with(|| {
             [a, b, TIE, NO_VERDICT]

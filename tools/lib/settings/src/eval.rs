@@ -46,8 +46,30 @@ pub struct Generation {
     pub top_k: usize,
     /// Replies generated side by side.
     pub batch_size: usize,
-    /// Decides what is sampled.
+    /// Decides what is sampled, and which rows are shown as examples.
     pub seed: u64,
+    /// One more system.
+    pub prompted: Prompted,
+}
+
+/// The system `prompted`: the base with a prompt that shows, and may say, what is wanted.
+/// It is what training has to beat to be worth it. There is none without either.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Prompted {
+    /// Rows that were trained on, put before the question as turns of the conversation.
+    pub examples: usize,
+    /// In place of the other systems' system prompt; null: theirs.
+    pub system_prompt: Option<String>,
+}
+
+impl Default for Prompted {
+    fn default() -> Self {
+        Self {
+            examples: 8,
+            system_prompt: None,
+        }
+    }
 }
 
 impl Default for Generation {
@@ -65,6 +87,7 @@ impl Default for Generation {
             top_k: 0,
             batch_size: 16,
             seed: 42,
+            prompted: Prompted::default(),
         }
     }
 }
