@@ -25,6 +25,12 @@ PAIRS = [
     ("I painted the door blue\n\nTwice.", "Which blue? There are forty, at 3.5% off."),
     ("Monday", "No"),
 ]
+# Of split train, for the system `prompted`; which order they are drawn in is gen-eval's own.
+SHOWN = {
+    "a": ("Is soup a drink?", "Only if you are late for work 🥣"),
+    "b": ("New phone, same cracked screen", "At least it matches the old one"),
+    "c": ("Why is it always the last key", "Because then you stop looking."),
+}
 SYSTEM = "You write short replies."
 torch.manual_seed(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
 torch.use_deterministic_algorithms(True)
@@ -35,12 +41,15 @@ stops = stops if isinstance(stops, list) else [stops]
 REPLY_END = tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
-def messages(tweet):
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": tweet}]
+def messages(tweet, shown):
+    turns = [{"role": "system", "content": SYSTEM}]
+    for asked, said in shown:
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    return turns + [{"role": "user", "content": tweet}]
 
 
-def answer(model, tweet, reply):
-    prompt = tokenizer.apply_chat_template(messages(tweet), tokenize=False, add_generation_prompt=True, enable_thinking=False)
+def answer(model, tweet, reply, shown=()):
+    prompt = tokenizer.apply_chat_template(messages(tweet, shown), tokenize=False, add_generation_prompt=True, enable_thinking=False)
     # Tokenised as one text, as in training; the prompt is a whole number of its tokens.
     head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids = tokenizer(prompt + reply + "<|im_end|>", add_special_tokens=False)["input_ids"]
@@ -67,13 +76,19 @@ with tempfile.TemporaryDirectory() as folder:
     adapted.save_pretrained(folder)
     theirs["lora"] = [answer(adapted, *pair) for pair in PAIRS]
 
-    rows = "".join(json.dumps({"v": 1, "id": str(i), "tweet": t, "reply": r}) + "\n" for i, (t, r) in enumerate(PAIRS))
+    sides = {"eval": {str(i): pair for i, pair in enumerate(PAIRS)}, "train": SHOWN}
+    rows = "".join(json.dumps({"v": 1, "id": id, "tweet": t, "reply": r, "split": side}) + "\n"
+                   for side, pairs in sides.items() for id, (t, r) in pairs.items())
     config = Path(folder) / "eval.yaml"
     config.write_text(f"generation: {{system_prompt: {SYSTEM}, text: raw, quantization: none, max_new_tokens: {NEW_TOKENS}}}\n")
     run = subprocess.run(["gen-eval", "--model", MODEL, "--adapter", folder, "--config", config, "--quiet"],
                          input=rows.encode(), capture_output=True, check=True)
 
-*items, _corpus = [json.loads(line) for line in run.stdout.decode().split("\n") if line]
+*items, corpus = [json.loads(line) for line in run.stdout.decode().split("\n") if line]
+drawn = corpus["corpus"]["prompted"]["examples"]
+assert sorted(drawn) == sorted(SHOWN), drawn
+adapted.disable_adapter_layers()
+theirs["prompted"] = [answer(adapted, *pair, [SHOWN[name] for name in drawn]) for pair in PAIRS]
 worst, differing = 0.0, []
 for name, answers in theirs.items():
     for item, expected in zip(items, answers, strict=True):
@@ -82,6 +97,6 @@ for name, answers in theirs.items():
         same = all(ours[key] == expected[key] for key in ("prediction", "finish")) and item["reference_tokens"] == expected["tokens"]
         if not same or abs(ours["nll"] - expected["nll"]) > TOLERANCE:
             differing.append({"system": name, "ours": ours, "theirs": expected})
-print(json.dumps({"check": "gen-eval", "transformers": transformers.__version__, "peft": peft.__version__, "replies": 2 * len(PAIRS),
+print(json.dumps({"check": "gen-eval", "transformers": transformers.__version__, "peft": peft.__version__, "replies": len(theirs) * len(PAIRS),
                   "largest_nll_difference": worst, "differing": differing}, ensure_ascii=False))
 sys.exit(bool(differing))
