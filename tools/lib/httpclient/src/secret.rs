@@ -3,6 +3,8 @@
 use std::fmt;
 use std::net::IpAddr;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use reqwest::Url;
 use reqwest::header::{HeaderName, HeaderValue};
 
@@ -10,11 +12,13 @@ use crate::error::ConfigError;
 
 /// How a service wants to see its key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Scheme {
+pub enum Scheme<'a> {
     /// `Authorization: Bearer …`
     Bearer,
     /// `x-api-key: …`
     ApiKey,
+    /// `Authorization: Basic …` of this user, whose password the value is (RFC 7617).
+    Basic(&'a str),
 }
 
 /// A key or token bound to one origin (scheme, host and port). It has no way to be
@@ -24,7 +28,7 @@ pub struct Secret {
     name: String,
     value: String,
     header: HeaderValue,
-    scheme: Scheme,
+    header_name: HeaderName,
     home: Url,
 }
 
@@ -35,7 +39,12 @@ impl Secret {
     /// # Errors
     /// When the value cannot be a header (a stray newline), or `home` would send it in
     /// clear text over a network.
-    pub fn bind(name: &str, value: &str, scheme: Scheme, home: &str) -> Result<Self, ConfigError> {
+    pub fn bind(
+        name: &str,
+        value: &str,
+        scheme: Scheme<'_>,
+        home: &str,
+    ) -> Result<Self, ConfigError> {
         let home = crate::parse_base(home)?;
         if home.scheme() != "https" && !is_loopback(&home) {
             return Err(ConfigError::ClearText {
@@ -44,9 +53,14 @@ impl Secret {
             });
         }
         let value = value.trim().to_owned();
-        let text = match scheme {
-            Scheme::Bearer => format!("Bearer {value}"),
-            Scheme::ApiKey => value.clone(),
+        let authorization = reqwest::header::AUTHORIZATION;
+        let (header_name, text) = match scheme {
+            Scheme::Bearer => (authorization, format!("Bearer {value}")),
+            Scheme::ApiKey => (HeaderName::from_static("x-api-key"), value.clone()),
+            Scheme::Basic(user) => {
+                let both = STANDARD.encode(format!("{user}:{value}"));
+                (authorization, format!("Basic {both}"))
+            }
         };
         let unsendable = || ConfigError::Secret {
             name: name.to_owned(),
@@ -60,7 +74,7 @@ impl Secret {
             name: name.to_owned(),
             value,
             header,
-            scheme,
+            header_name,
             home,
         })
     }
@@ -73,16 +87,20 @@ impl Secret {
 
     /// The header for a request to `url`, if the secret belongs there.
     pub(crate) fn header_for(&self, url: &Url) -> Option<(HeaderName, HeaderValue)> {
-        let name = match self.scheme {
-            Scheme::Bearer => reqwest::header::AUTHORIZATION,
-            Scheme::ApiKey => HeaderName::from_static("x-api-key"),
-        };
-        (url.origin() == self.home.origin()).then(|| (name, self.header.clone()))
+        (url.origin() == self.home.origin())
+            .then(|| (self.header_name.clone(), self.header.clone()))
     }
 
-    /// `text` with the value, wherever it stands, replaced by the name.
+    /// `text` with the value, wherever it stands, replaced by the name; also as the header
+    /// has it, which a server may quote.
     pub(crate) fn redact(&self, text: &str) -> String {
-        text.replace(&self.value, &format!("[{}]", self.name))
+        let name = format!("[{}]", self.name);
+        let text = text.replace(&self.value, &name);
+        // The scheme's own word tells nothing.
+        match self.header.to_str().map(|sent| sent.rsplit(' ').next()) {
+            Ok(Some(sent)) if !sent.is_empty() => text.replace(sent, &name),
+            _ => text,
+        }
     }
 }
 
@@ -177,6 +195,20 @@ mod tests {
         assert_eq!(
             secret().redact("bad token s3cr3t-value."),
             "bad token [THE_KEY]."
+        );
+    }
+
+    #[test]
+    fn a_password_goes_with_its_user_and_is_shown_in_neither_form() {
+        // The example of RFC 7617, section 2.
+        let home = "https://example.com";
+        let secret = Secret::bind("PW", "open sesame", Scheme::Basic("Aladdin"), home).unwrap();
+        let (name, value) = secret.header_for(&Url::parse(home).unwrap()).unwrap();
+        assert_eq!(name, "authorization");
+        assert_eq!(value, "Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ==");
+        assert_eq!(
+            secret.redact("no `Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ==`, no `open sesame`"),
+            "no `Basic [PW]`, no `[PW]`"
         );
     }
 

@@ -1,0 +1,414 @@
+//! track sends a run's figures to where people look at them. It is a filter: lines pass
+//! through it at once and unchanged, and what is sent is sent beside them, so that a service
+//! that is slow or gone holds no training up.
+//!
+//! Three threads: one reads lines and writes them, one puts their figures into the state, one
+//! sends what the state holds.
+
+mod event;
+mod figures;
+mod link;
+mod mlflow;
+mod sender;
+mod spool;
+mod tensorboard;
+mod wandb;
+
+use std::panic::resume_unwind;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender as Channel, channel};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::Parser;
+use cli::{App, Common, Counts, Failure, Tool, env_or_dotenv};
+use httpclient::{Client, Scheme, Secret, confirm_host};
+use jsonl::{Lines, Output, Records, Rejects, WriteError};
+
+use figures::Line;
+use link::Link;
+use mlflow::Mlflow;
+use sender::{Destination, Sender};
+use spool::{Spool, lock};
+use tensorboard::TensorBoard;
+use wandb::Wandb;
+
+const EXAMPLES: &str = "\
+$ track --to tensorboard=runs/main < metrics.jsonl > passed.jsonl
+While a run goes on, with the settings that it is found to have:
+  qlora-train --data pairs.jsonl --out out | track --to tensorboard=runs/main \\
+    --settings out/run.json
+With MLFLOW_TRACKING_URI set, or WANDB_API_KEY; the same command goes on where it stopped:
+  track --to mlflow --experiment tweets --state state < metrics.jsonl > passed.jsonl
+  track --to wandb=me/tweets --name main --state state < metrics.jsonl > passed.jsonl
+To two of them:
+  track --to tensorboard=runs/main < metrics.jsonl | track --to mlflow --state state > passed.jsonl";
+
+/// Send a run's figures to TensorBoard, MLflow or Weights & Biases
+///
+/// Reads lines as qlora-train prints them and keeps them in metrics.jsonl: `step`, and
+/// figures under any other names. Each line passes to standard output at once. Figures go
+/// out every --every seconds beside that; what a service does not take is kept in --state
+/// and said, and the same command sends it later. A figure that was sent for a step is not
+/// sent again, so a run that goes on, or a file that is sent twice, doubles nothing.
+///
+/// TensorBoard's event file is written into the folder that is named, with the state beside
+/// it. Lines have no time of their own: they get that at which they were read.
+#[derive(Parser)]
+#[command(version, after_long_help = cli::after_help(EXAMPLES), max_term_width = 80)]
+struct Track {
+    /// Where figures go: tensorboard=DIR, mlflow[=URI] [env: MLFLOW_TRACKING_URI], or
+    /// wandb[=[ENTITY/]PROJECT] [env: WANDB_ENTITY, WANDB_PROJECT]
+    #[arg(long, value_name = "DESTINATION")]
+    to: String,
+    /// Folder for what was read and sent [default for tensorboard: its DIR]
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
+    /// The run's settings, sent as its parameters: run.json or train.yaml beside its
+    /// metrics.jsonl, or other YAML; read with the first line
+    #[arg(long, value_name = "FILE")]
+    settings: Option<PathBuf>,
+    /// The run's name for people [default: the service's choice]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// MLflow's experiment, made where it is missing [env: MLFLOW_EXPERIMENT_NAME]
+    /// [default: Default]
+    #[arg(long, value_name = "NAME")]
+    experiment: Option<String>,
+    /// Least time between two requests
+    #[arg(long, value_name = "SECONDS", default_value_t = 15.0, value_parser = seconds)]
+    every: f64,
+    /// Allow sending WANDB_API_KEY to the host of WANDB_BASE_URL: its HOST or HOST:PORT
+    #[arg(long, value_name = "HOST")]
+    send_key_to: Option<String>,
+    /// Write malformed lines here (with --max-bad-lines)
+    #[arg(long, value_name = "FILE")]
+    rejects: Option<PathBuf>,
+    #[command(flatten)]
+    common: Common,
+}
+
+fn main() -> ExitCode {
+    cli::main::<Track>()
+}
+
+impl Tool for Track {
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn run(self, app: &App) -> Result<()> {
+        for (flag, given) in [
+            ("--config", self.common.config.is_some()),
+            ("--print-config", self.common.print_config.is_some()),
+        ] {
+            if given {
+                let cause =
+                    format!("{flag}: track has no settings of its own; --settings names the run's");
+                return Err(Failure::Usage(cause).into());
+            }
+        }
+        if let Some(path) = &self.settings {
+            app.reads("--settings", path)?;
+        }
+        let hurry = AtomicBool::new(false);
+        let (to, destination) = self.destination(app, &hurry)?;
+        let folder = self.folder(&destination)?;
+        let rejects = app.rejects("--rejects", self.rejects.as_deref())?;
+        let records = app.records(Lines::open("-".as_ref())?);
+        let spool = Spool::open(folder, &to, self.name.as_deref())?;
+        let kept_in = folder.display().to_string();
+        app.interrupted()?;
+        app.keeps(format_args!("what was read is kept in {kept_in}"));
+        let before = spool.points();
+        let spool = Mutex::new(spool);
+        let sender = Sender {
+            app,
+            spool: &spool,
+            every: match destination {
+                Destination::TensorBoard(_) => Duration::ZERO,
+                _ => Duration::from_secs_f64(self.every),
+            },
+            destination,
+            to: &to,
+            kept_in: &kept_in,
+            hurry: &hurry,
+        };
+        let (read, kept, sent) = thread::scope(|scope| {
+            let (lines, to_keep) = channel();
+            let (news, is_news) = channel();
+            let keeper = scope.spawn(|| keep(app, &spool, to_keep, news));
+            let sender = scope.spawn(move || sender.run(&is_news));
+            let read = self.pass(app, (records, rejects), (&spool, &to), lines);
+            if read.is_err() {
+                hurry.store(true, Ordering::Relaxed);
+            }
+            let [kept, sent] = [keeper.join(), sender.join()]
+                .map(|ended| ended.unwrap_or_else(|panic| resume_unwind(panic)));
+            (read, kept, sent)
+        });
+        let spool = lock(&spool);
+        if let Err(error) = &read {
+            if !matches!(error.downcast_ref(), Some(WriteError::ReaderGone)) && spool.has_more() {
+                app.info(format_args!(
+                    "{} points are not sent, and kept in {kept_in}",
+                    spool.unsent()
+                ));
+            }
+            return read;
+        }
+        kept?;
+        if spool.differing > 0 {
+            app.warn(format_args!(
+                "{} points were sent before with other values, which stay: a run that began anew needs another --state",
+                spool.differing
+            ));
+        }
+        if let Err(error) = sent {
+            let what = match spool.unsent() {
+                0 => "all points are sent, but not that it was the end".to_owned(),
+                unsent => format!("{unsent} points are not sent, and kept in {kept_in}"),
+            };
+            let cause = format!("{error:#}: {what}; the same command sends it");
+            return Err(match app.interrupted()? {
+                true => Failure::Interrupted(cause),
+                false => Failure::World(cause),
+            }
+            .into());
+        }
+        app.detail(format_args!(
+            "{to} has {} points, {} of them new",
+            spool.points(),
+            spool.points() - before
+        ));
+        Ok(())
+    }
+}
+
+impl Track {
+    /// Where figures go, in words and ready to be sent to.
+    fn destination<'a>(
+        &self,
+        app: &'a App,
+        hurry: &'a AtomicBool,
+    ) -> Result<(String, Destination<'a>)> {
+        let usage = |cause: String| anyhow::Error::from(Failure::Usage(cause));
+        let (kind, place) = match self.to.split_once('=') {
+            Some((kind, place)) => (kind, Some(place).filter(|place| !place.is_empty())),
+            None => (self.to.as_str(), None),
+        };
+        for (flag, given, meant) in [
+            ("--experiment", self.experiment.is_some(), "mlflow"),
+            ("--send-key-to", self.send_key_to.is_some(), "wandb"),
+        ] {
+            if given && kind != meant {
+                return Err(usage(format!("{flag} is for --to {meant}")));
+            }
+        }
+        match kind {
+            "tensorboard" => {
+                let folder =
+                    place.ok_or_else(|| usage("--to tensorboard=DIR: name its folder".into()))?;
+                let to = Destination::TensorBoard(TensorBoard::new(folder.as_ref()));
+                // The folder may be moved, and the state with it.
+                Ok(("tensorboard".into(), to))
+            }
+            "mlflow" => {
+                let address = match place {
+                    Some(place) => place.to_owned(),
+                    None => env_or_dotenv("MLFLOW_TRACKING_URI")?.ok_or_else(|| {
+                        usage(
+                            "--to mlflow: name the server, mlflow=URI or MLFLOW_TRACKING_URI"
+                                .into(),
+                        )
+                    })?,
+                };
+                mlflow::check(&address)?;
+                let experiment = match &self.experiment {
+                    Some(name) => name.clone(),
+                    None => {
+                        env_or_dotenv("MLFLOW_EXPERIMENT_NAME")?.unwrap_or_else(|| "Default".into())
+                    }
+                };
+                let client = with_secret(client(&address)?, mlflow_secret(&address)?);
+                let link = Link::new(app, client, hurry)?;
+                let run = Mlflow::new(app, link, &address, &experiment);
+                let to = format!("mlflow={address}, experiment {experiment}");
+                Ok((to, Destination::Mlflow(run)))
+            }
+            "wandb" => {
+                let (entity, project) = match place.map(|place| place.split_once('/').ok_or(place))
+                {
+                    Some(Ok((entity, project))) => {
+                        (Some(entity.to_owned()), Some(project.to_owned()))
+                    }
+                    Some(Err(project)) => (None, Some(project.to_owned())),
+                    None => (None, env_or_dotenv("WANDB_PROJECT")?),
+                };
+                let entity = entity
+                    .map_or_else(|| env_or_dotenv("WANDB_ENTITY"), |entity| Ok(Some(entity)))?;
+                let project = project.ok_or_else(|| {
+                    usage(
+                        "--to wandb: name the project, wandb=ENTITY/PROJECT or WANDB_PROJECT"
+                            .into(),
+                    )
+                })?;
+                for name in entity.iter().chain([&project]) {
+                    wandb::check_name(name)
+                        .map_err(|cause| usage(format!("--to wandb: {cause}")))?;
+                }
+                let key = env_or_dotenv("WANDB_API_KEY")?.ok_or_else(|| {
+                    usage("WANDB_API_KEY is not set: put it into .env or the environment (https://wandb.ai/authorize)".into())
+                })?;
+                let base = env_or_dotenv("WANDB_BASE_URL")?.unwrap_or_else(|| wandb::HOME.into());
+                let wrong = |error: httpclient::ConfigError| usage(error.to_string());
+                confirm_host(
+                    "WANDB_API_KEY",
+                    wandb::HOME,
+                    &base,
+                    self.send_key_to.as_deref(),
+                )
+                .map_err(wrong)?;
+                let secret = Secret::bind("WANDB_API_KEY", &key, Scheme::Basic("api"), &base)
+                    .map_err(wrong)?;
+                let link = Link::new(app, with_secret(client(&base)?, Some(secret)), hurry)?;
+                let place = entity
+                    .as_ref()
+                    .map_or_else(|| project.clone(), |entity| format!("{entity}/{project}"));
+                let to = match base == wandb::HOME {
+                    true => format!("wandb={place}"),
+                    false => format!("wandb={place} at {base}"),
+                };
+                Ok((
+                    to,
+                    Destination::Wandb(Wandb::new(app, link, &base, (entity, project))),
+                ))
+            }
+            _ => Err(usage(format!(
+                "--to {}: there are tensorboard=DIR, mlflow=URI and wandb=ENTITY/PROJECT",
+                self.to
+            ))),
+        }
+    }
+
+    /// The state's folder.
+    fn folder(&self, destination: &Destination<'_>) -> Result<&Path> {
+        let beside = match destination {
+            Destination::TensorBoard(_) => {
+                self.to.split_once('=').map(|(_, folder)| Path::new(folder))
+            }
+            _ => None,
+        };
+        self.state.as_deref().or(beside).ok_or_else(|| {
+            let cause = "--state DIR is needed, so that what cannot be sent is kept, and nothing is sent twice";
+            Failure::Usage(cause.into()).into()
+        })
+    }
+
+    /// Passes lines on, each at once, and hands their figures to whoever keeps them.
+    fn pass(
+        &self,
+        app: &App,
+        (mut records, mut rejects): (Records, Rejects),
+        (spool, to): (&Mutex<Spool>, &str),
+        lines: Channel<Line>,
+    ) -> Result<()> {
+        let mut out = Output::stdout();
+        let mut counts = Counts::default();
+        let mut has_begun = false;
+        let understand = |record| Ok((Line::of(&record)?, record));
+        while let Some((_, (line, record))) = records.next_with(&mut rejects, understand)? {
+            if !std::mem::replace(&mut has_begun, true) {
+                let settings = self
+                    .settings
+                    .as_deref()
+                    .map(figures::settings)
+                    .transpose()?;
+                let mut spool = lock(spool);
+                spool.begin(to, self.name.as_deref())?;
+                settings.map_or(Ok(()), |settings| spool.add_settings(settings))?;
+            }
+            // Whoever keeps them says why they no longer do.
+            let _ = lines.send(line);
+            out.record(&record)?;
+            out.flush()?;
+            counts.written += 1;
+        }
+        rejects.commit()?;
+        out.finish()?;
+        let bad = records.bad();
+        if bad > 0 {
+            app.warn(format_args!("{bad} malformed lines passed over"));
+        }
+        (counts.read, counts.rejected) = (counts.written + bad, bad);
+        app.count(counts);
+        Ok(())
+    }
+}
+
+/// Puts figures into the state as they come, those that came meanwhile together.
+fn keep(app: &App, spool: &Mutex<Spool>, lines: Receiver<Line>, news: Channel<()>) -> Result<()> {
+    // What an earlier run left is news too.
+    let _ = news.send(());
+    while let Ok(first) = lines.recv() {
+        let together = std::iter::once(first).chain(lines.try_iter());
+        let kept = lock(spool).add(together);
+        if let Err(error) = kept {
+            app.warn(format_args!(
+                "{error:#}: lines go on, and are neither kept nor sent"
+            ));
+            let remedy = "the same command with the run's metrics.jsonl sends the rest";
+            return Err(error.context(remedy));
+        }
+        let _ = news.send(());
+    }
+    Ok(())
+}
+
+fn client(address: &str) -> Result<Client, Failure> {
+    Client::new(address, link::policy()).map_err(|error| Failure::Usage(error.to_string()))
+}
+
+fn with_secret(client: Client, secret: Option<Secret>) -> Client {
+    match secret {
+        Some(secret) => client.with_secret(secret),
+        None => client,
+    }
+}
+
+/// A user's password, or else a token, as MLflow's own client chooses.
+fn mlflow_secret(address: &str) -> Result<Option<Secret>> {
+    let user = env_or_dotenv("MLFLOW_TRACKING_USERNAME")?;
+    let password = env_or_dotenv("MLFLOW_TRACKING_PASSWORD")?;
+    let token = env_or_dotenv("MLFLOW_TRACKING_TOKEN")?;
+    let secret = match (&user, &password, &token) {
+        (Some(user), Some(password), _) => {
+            let scheme = Scheme::Basic(user);
+            Secret::bind("MLFLOW_TRACKING_PASSWORD", password, scheme, address)
+        }
+        (_, _, Some(token)) => {
+            Secret::bind("MLFLOW_TRACKING_TOKEN", token, Scheme::Bearer, address)
+        }
+        (None, None, None) => return Ok(None),
+        _ => {
+            let cause =
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD go together: one is not set";
+            return Err(Failure::Usage(cause.into()).into());
+        }
+    };
+    secret
+        .map(Some)
+        .map_err(|error| Failure::Usage(error.to_string()).into())
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    let seconds = text.parse::<f64>().map_err(|error| error.to_string())?;
+    match (0.0..=3600.0).contains(&seconds) {
+        true => Ok(seconds),
+        false => Err("it must be 0 to 3600".into()),
+    }
+}

@@ -1,0 +1,395 @@
+//! What was read and how much of it was sent, in a journal: what a service did not take is
+//! kept, and no point is sent twice.
+//!
+//! A point is a figure at a step. A run that goes on repeats the steps after its last
+//! checkpoint; the points that are here already stay as they were sent.
+
+use std::collections::HashMap;
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard};
+
+use anyhow::{Context, Result};
+use cli::Failure;
+use jsonl::{Journal, journal_lines};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::figures::{Line, now};
+
+/// Entries of one sending at most.
+const MOST: usize = 1000;
+
+/// Whose journal it is.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Head {
+    /// Format of the journal.
+    pub v: u64,
+    /// The run's name for the service, and for who looks for it there.
+    pub id: String,
+    /// Where the figures go, without secrets.
+    pub to: String,
+    /// The name that people see.
+    pub name: Option<String>,
+    /// When the first line was read, in milliseconds since 1970.
+    pub began: u64,
+}
+
+/// What is sent, in its order.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Entry {
+    /// Settings of the run that were not known before.
+    Settings(Map<String, Value>),
+    /// Figures that were not known before.
+    Line(Line),
+}
+
+/// How the run stands at the service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Standing {
+    /// It is being sent.
+    Running,
+    /// Its lines came to their end.
+    Finished,
+    /// A signal ended it.
+    Interrupted,
+}
+
+/// A line of the journal.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Note {
+    Track(Head),
+    Entries(Vec<Entry>),
+    /// What the service calls the run; null while it is being asked for.
+    Run(Value),
+    /// Entries up to here are being sent as one: they are sent so again if no `Sent` follows.
+    Sending(usize),
+    /// They were taken, and so many rows of the service's table are used.
+    Sent(usize, u64),
+    Standing(Standing),
+}
+
+/// The journal and what it says.
+#[derive(Debug)]
+pub struct Spool {
+    journal: Journal,
+    head: Option<Head>,
+    entries: Vec<Entry>,
+    settings: Map<String, Value>,
+    /// The last of each figure, in a line that has the last line's step and time.
+    latest: Option<Line>,
+    /// By name and step.
+    points: HashMap<String, HashMap<u64, f64>>,
+    run: Option<Value>,
+    sending: usize,
+    sent: usize,
+    rows: u64,
+    standing: Option<Standing>,
+    /// Points that were here already, and those of them that had another value.
+    pub known: usize,
+    pub differing: usize,
+}
+
+impl Spool {
+    /// Opens the journal in `folder`, which is made.
+    ///
+    /// # Errors
+    /// If it is another destination's or run's, or cannot be read.
+    pub fn open(folder: &Path, to: &str, name: Option<&str>) -> Result<Self> {
+        let path = folder.join("track.jsonl");
+        let (journal, bytes) = Journal::open(&path, "track")?;
+        let mut spool = Self {
+            journal,
+            head: None,
+            entries: Vec::new(),
+            settings: Map::new(),
+            latest: None,
+            points: HashMap::new(),
+            run: None,
+            sending: 0,
+            sent: 0,
+            rows: 0,
+            standing: None,
+            known: 0,
+            differing: 0,
+        };
+        let shown = path.display();
+        for (number, line) in journal_lines(&bytes) {
+            let note = serde_json::from_slice(line).map_err(|error| {
+                let cause = format!("{shown}:{number}: {error}: this is no state of track");
+                Failure::Usage(cause)
+            })?;
+            spool.read(note);
+        }
+        let Some(head) = &spool.head else {
+            return Ok(spool);
+        };
+        if head.v != 1 {
+            let cause = format!("{shown}: is of a newer track (format {})", head.v);
+            return Err(Failure::Usage(cause).into());
+        }
+        if head.to != to {
+            let cause = format!(
+                "{shown}: is of figures that go to {}, and not to {to}: name another folder with --state",
+                head.to
+            );
+            return Err(Failure::Usage(cause).into());
+        }
+        if name.is_some() && head.name.as_deref() != name {
+            let was = head.name.as_deref().unwrap_or("none");
+            let cause =
+                format!("{shown}: the run's name is {was}: another run needs another --state");
+            return Err(Failure::Usage(cause).into());
+        }
+        Ok(spool)
+    }
+
+    fn read(&mut self, note: Note) {
+        match note {
+            Note::Track(head) => self.head = Some(head),
+            Note::Entries(entries) => entries.into_iter().for_each(|entry| self.take(entry)),
+            Note::Run(run) => self.run = Some(run),
+            Note::Sending(to) => self.sending = to,
+            Note::Sent(to, rows) => (self.sent, self.rows) = (to, rows),
+            Note::Standing(standing) => self.standing = Some(standing),
+        }
+    }
+
+    fn take(&mut self, entry: Entry) {
+        match &entry {
+            Entry::Settings(settings) => self.settings.extend(settings.clone()),
+            Entry::Line(line) => {
+                for (name, value) in &line.figures {
+                    let steps = self.points.entry(name.clone()).or_default();
+                    steps.insert(line.step, value.as_f64().unwrap_or(f64::NAN));
+                }
+                match &mut self.latest {
+                    None => self.latest = Some(line.clone()),
+                    Some(latest) => {
+                        (latest.step, latest.at) = (line.step, line.at);
+                        latest.figures.extend(line.figures.clone());
+                    }
+                }
+            }
+        }
+        self.entries.push(entry);
+    }
+
+    fn note(&mut self, note: Note) -> Result<()> {
+        self.journal.append(&note)?;
+        self.read(note);
+        Ok(())
+    }
+
+    /// Begins the journal, where it has not begun.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn begin(&mut self, to: &str, name: Option<&str>) -> Result<()> {
+        if self.head.is_some() {
+            return Ok(());
+        }
+        self.note(Note::Track(Head {
+            v: 1,
+            id: id(),
+            to: to.to_owned(),
+            name: name.map(str::to_owned),
+            began: now(),
+        }))
+    }
+
+    /// Keeps what is new of some lines.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn add(&mut self, lines: impl IntoIterator<Item = Line>) -> Result<()> {
+        let mut new: Vec<Entry> = Vec::new();
+        // Of two lines that come together the second may repeat the first.
+        let mut coming: HashMap<(String, u64), f64> = HashMap::new();
+        for mut line in lines {
+            let step = line.step;
+            line.figures.retain(|name, value| {
+                let value = value.as_f64().unwrap_or(f64::NAN);
+                let here = self.points.get(name).and_then(|steps| steps.get(&step));
+                let here = here.or_else(|| coming.get(&(name.clone(), step)));
+                if let Some(here) = here {
+                    self.known += 1;
+                    self.differing += usize::from(*here != value);
+                    return false;
+                }
+                coming.insert((name.clone(), step), value);
+                true
+            });
+            if !line.figures.is_empty() {
+                new.push(Entry::Line(line));
+            }
+        }
+        match new.is_empty() {
+            true => Ok(()),
+            false => self.note(Note::Entries(new)),
+        }
+    }
+
+    /// Keeps what is new of the settings.
+    ///
+    /// # Errors
+    /// If one has changed, which is another run, or they cannot be written.
+    pub fn add_settings(&mut self, mut settings: Map<String, Value>) -> Result<()> {
+        for (key, value) in &settings {
+            if let Some(was) = self.settings.get(key).filter(|was| *was != value) {
+                let path = self.journal.path().display();
+                let cause = format!(
+                    "--settings: {key} is {value}, and {was} in {path}: another run needs another --state"
+                );
+                return Err(Failure::Usage(cause).into());
+            }
+        }
+        settings.retain(|key, _| !self.settings.contains_key(key));
+        match settings.is_empty() {
+            true => Ok(()),
+            false => self.note(Note::Entries(vec![Entry::Settings(settings)])),
+        }
+    }
+
+    /// Whose journal it is, once it has begun.
+    ///
+    /// # Errors
+    /// If it has not.
+    pub fn head(&self) -> Result<&Head> {
+        self.head.as_ref().context("the state has not begun")
+    }
+
+    /// All that was read.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// All settings that are known.
+    pub fn settings(&self) -> &Map<String, Value> {
+        &self.settings
+    }
+
+    /// The last of each figure.
+    pub fn latest(&self) -> Option<&Line> {
+        self.latest.as_ref()
+    }
+
+    /// What the service calls the run: `None` where it was never asked for, null where it
+    /// was and no answer came.
+    pub fn run(&self) -> Option<&Value> {
+        self.run.as_ref()
+    }
+
+    /// Notes what the service calls the run.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn set_run(&mut self, run: Value) -> Result<()> {
+        self.note(Note::Run(run))
+    }
+
+    /// How the run stands at the service, where that is known.
+    pub fn standing(&self) -> Option<Standing> {
+        self.standing
+    }
+
+    /// Notes how the run stands.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn set_standing(&mut self, standing: Standing) -> Result<()> {
+        match self.standing == Some(standing) {
+            true => Ok(()),
+            false => self.note(Note::Standing(standing)),
+        }
+    }
+
+    /// Rows of the service's table that are used.
+    pub fn rows(&self) -> u64 {
+        self.rows
+    }
+
+    /// All points.
+    pub fn points(&self) -> usize {
+        self.points.values().map(HashMap::len).sum()
+    }
+
+    /// Points that are not sent.
+    pub fn unsent(&self) -> usize {
+        let figures = |entry: &Entry| match entry {
+            Entry::Line(line) => line.figures.len(),
+            Entry::Settings(_) => 0,
+        };
+        self.entries[self.sent..].iter().map(figures).sum()
+    }
+
+    /// Whether anything is not sent.
+    pub fn has_more(&self) -> bool {
+        self.sent < self.entries.len()
+    }
+
+    /// The next entries to send as one. Where the last step may be `open`, so that more of its
+    /// figures may come, its lines wait.
+    ///
+    /// # Errors
+    /// If the journal cannot be written.
+    pub fn next(&mut self, open: bool) -> Result<Option<Range<usize>>> {
+        // What a run was killed at goes as it went: it may have arrived.
+        if self.sending > self.sent {
+            return Ok(Some(self.sent..self.sending));
+        }
+        let step = |at: usize| match self.entries.get(at) {
+            Some(Entry::Line(line)) => Some(line.step),
+            _ => None,
+        };
+        // Whether a cut before `at` would part the figures of a step.
+        let parts = |at: usize| match step(at - 1) {
+            Some(_) if at == self.entries.len() => open,
+            Some(before) => step(at) == Some(before),
+            None => false,
+        };
+        let most = self.entries.len().min(self.sent + MOST);
+        let whole = (self.sent + 1..=most).rev().find(|&at| !parts(at));
+        let Some(end) = whole.or((most == self.sent + MOST).then_some(most)) else {
+            return Ok(None);
+        };
+        self.note(Note::Sending(end))?;
+        Ok(Some(self.sent..end))
+    }
+
+    /// All entries are where they belong, which is seen from there and need not be noted.
+    pub fn all_sent(&mut self) {
+        self.sent = self.entries.len();
+    }
+
+    /// Notes that the entries up to `end` were taken, and the rows that are used.
+    ///
+    /// # Errors
+    /// If the journal cannot be written.
+    pub fn set_sent(&mut self, end: usize, rows: u64) -> Result<()> {
+        self.note(Note::Sent(end, rows))
+    }
+}
+
+/// Whoever panicked left what is on the disk.
+pub fn lock(spool: &Mutex<Spool>) -> MutexGuard<'_, Spool> {
+    spool.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// A name that no other run has, of the letters that W&B's own have. Two processes draw
+/// different ones, which is all that is asked of it.
+fn id() -> String {
+    const LETTERS: &[u8] = b"abcdefghijklmnopqrstuvwxyz0123456789";
+    let mut bits = RandomState::new().hash_one(now());
+    let mut letter = || {
+        let at = bits % LETTERS.len() as u64;
+        bits /= LETTERS.len() as u64;
+        char::from(LETTERS[at as usize])
+    };
+    (0..10).map(|_| letter()).collect()
+}

@@ -1,0 +1,283 @@
+//! A run at Weights & Biases. Its API is not documented; what is sent here is what its own
+//! client sends (`tests/parity/track` holds the two against each other).
+
+use std::sync::Mutex;
+
+use anyhow::{Context, Result};
+use cli::{App, Failure};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::figures::Line;
+use crate::link::Link;
+use crate::spool::{Entry, Head, Spool, Standing, lock};
+
+/// Where the service is.
+pub const HOME: &str = "https://api.wandb.ai";
+
+/// Where people look.
+const SEEN_AT: &str = "https://wandb.ai";
+
+/// Makes the run, or finds it by its name; settings are added to what it has.
+const UPSERT: &str = "mutation UpsertBucket($name: String, $project: String, $entity: String, $displayName: String, \
+     $config: JSONString) { upsertBucket(input: {name: $name, modelName: $project, entityName: $entity, \
+     displayName: $displayName, config: $config}) \
+     { bucket { id name project { name entity { name } } historyLineCount } inserted } }";
+
+/// Where the run's lines go.
+#[derive(Clone, Serialize, Deserialize)]
+struct Run {
+    entity: String,
+    project: String,
+}
+
+/// A run in a project.
+pub struct Wandb<'a> {
+    app: &'a App,
+    link: Link<'a>,
+    base: String,
+    /// None: the key's own.
+    entity: Option<String>,
+    project: String,
+    run: Option<Run>,
+    told_to_stop: bool,
+}
+
+impl<'a> Wandb<'a> {
+    /// A run that is made once there is something to send.
+    pub fn new(
+        app: &'a App,
+        link: Link<'a>,
+        base: &str,
+        (entity, project): (Option<String>, String),
+    ) -> Self {
+        Self {
+            app,
+            link,
+            base: base.trim_end_matches('/').to_owned(),
+            entity,
+            project,
+            run: None,
+            told_to_stop: false,
+        }
+    }
+
+    /// Sends some entries; returns how many rows of the history are used then.
+    ///
+    /// # Errors
+    /// Of the service, or of the state.
+    pub fn send(&mut self, spool: &Mutex<Spool>, entries: &[Entry]) -> Result<u64> {
+        if entries
+            .iter()
+            .any(|entry| matches!(entry, Entry::Settings(_)))
+        {
+            // They go with the run.
+            self.run = None;
+        }
+        let run = self.run(spool)?;
+        let (head, used, summary) = {
+            let spool = lock(spool);
+            (spool.head()?.clone(), spool.rows(), spool.latest().cloned())
+        };
+        let summary = summary.map(|line| row(&head, line)).unwrap_or_default();
+        let rows = rows(&head, entries);
+        if rows.is_empty() {
+            return Ok(used);
+        }
+        let count = rows.len() as u64;
+        let rows: Vec<String> = rows
+            .iter()
+            .map(|row| Value::from(row.clone()).to_string())
+            .collect();
+        let body = json!({"files": {
+            "wandb-history.jsonl": {"offset": used, "content": rows},
+            "wandb-summary.json": {"offset": 0, "content": [Value::from(summary).to_string()]},
+        }});
+        self.stream(spool, &run, &body)?;
+        Ok(used + count)
+    }
+
+    /// Says that the run is alive, though there is nothing new.
+    ///
+    /// # Errors
+    /// Of the service, or of the state.
+    pub fn heartbeat(&mut self, spool: &Mutex<Spool>) -> Result<()> {
+        match self.run.clone() {
+            Some(run) => self.stream(spool, &run, &json!({})),
+            None => Ok(()),
+        }
+    }
+
+    /// Says that the run is over, for now.
+    ///
+    /// # Errors
+    /// Of the service, or of the state.
+    pub fn end(&mut self, spool: &Mutex<Spool>, standing: Standing) -> Result<()> {
+        let run = self.run(spool)?;
+        let exit = match standing {
+            Standing::Interrupted => 255,
+            _ => 0,
+        };
+        self.stream(spool, &run, &json!({"complete": true, "exitcode": exit}))
+    }
+
+    fn run(&mut self, spool: &Mutex<Spool>) -> Result<Run> {
+        if let Some(run) = &self.run {
+            return Ok(run.clone());
+        }
+        let (head, noted, settings) = {
+            let spool = lock(spool);
+            (
+                spool.head()?.clone(),
+                spool.run().cloned(),
+                spool.settings().clone(),
+            )
+        };
+        // Once it is made it stays where it is, whatever the key's own entity becomes.
+        let noted: Option<Run> = noted.map(serde_json::from_value).transpose()?;
+        let entity = noted.as_ref().map(|run| run.entity.clone());
+        // All of them each time: what is sent takes the place of what was.
+        let config: Map<String, Value> = (settings.into_iter())
+            .map(|(key, value)| (key, json!({ "value": value })))
+            .collect();
+        let config = (!config.is_empty()).then(|| Value::from(config).to_string());
+        let answer: Answer = self.link.post(
+            "graphql",
+            &json!({"query": UPSERT, "operationName": "UpsertBucket", "variables": {
+                "name": head.id, "project": self.project, "entity": entity.or_else(|| self.entity.clone()),
+                "displayName": head.name, "config": config,
+            }}),
+        )?;
+        let bucket = answer.bucket()?;
+        let run = Run {
+            entity: bucket.project.entity.name,
+            project: bucket.project.name,
+        };
+        for name in [&run.entity, &run.project] {
+            check_name(name)
+                .map_err(|cause| Failure::World(format!("the service's answer: {cause}")))?;
+        }
+        if noted.is_none() {
+            lock(spool).set_run(serde_json::to_value(&run)?)?;
+            let site = match self.base == HOME {
+                true => SEEN_AT,
+                false => &self.base,
+            };
+            self.app.info(format_args!(
+                "the run is at {site}/{}/{}/runs/{}",
+                run.entity, run.project, head.id
+            ));
+        }
+        self.run = Some(run.clone());
+        Ok(run)
+    }
+
+    fn stream(&mut self, spool: &Mutex<Spool>, run: &Run, body: &Value) -> Result<()> {
+        #[derive(Deserialize)]
+        struct Streamed {
+            #[serde(default)]
+            stopped: Option<bool>,
+        }
+        let id = lock(spool).head()?.id.clone();
+        let path = format!("files/{}/{}/{id}/file_stream", run.entity, run.project);
+        let answer: Streamed = self.link.post(&path, body)?;
+        if answer.stopped == Some(true) && !std::mem::replace(&mut self.told_to_stop, true) {
+            self.app.warn(
+                "Weights & Biases asks to stop the run (its Stop button): it goes on, for only who began it ends it",
+            );
+        }
+        Ok(())
+    }
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    data: Option<Data>,
+    #[serde(default)]
+    errors: Vec<Message>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Data {
+    upsert_bucket: Option<Upserted>,
+}
+
+#[derive(Deserialize)]
+struct Upserted {
+    bucket: Bucket,
+}
+
+#[derive(Deserialize)]
+struct Bucket {
+    project: Project,
+}
+
+#[derive(Deserialize)]
+struct Project {
+    name: String,
+    entity: Entity,
+}
+
+#[derive(Deserialize)]
+struct Entity {
+    name: String,
+}
+
+#[derive(Deserialize)]
+struct Message {
+    message: String,
+}
+
+impl Answer {
+    fn bucket(self) -> Result<Bucket> {
+        if let Some(error) = self.errors.first() {
+            let cause = format!("Weights & Biases makes no run: {}", error.message);
+            return Err(Failure::World(cause).into());
+        }
+        let data = self.data.and_then(|data| data.upsert_bucket);
+        Ok(data
+            .context("Weights & Biases makes no run and does not say why")?
+            .bucket)
+    }
+}
+
+/// Lines as rows of the history. Those of one step that stand together are one row, as with
+/// the service's own client: of two rows of one step it would pass over the second.
+fn rows(head: &Head, entries: &[Entry]) -> Vec<Map<String, Value>> {
+    let mut lines: Vec<Line> = Vec::new();
+    for entry in entries {
+        let Entry::Line(line) = entry else { continue };
+        match lines.last_mut() {
+            Some(last) if last.step == line.step => {
+                last.at = line.at;
+                last.figures.extend(line.figures.clone());
+            }
+            _ => lines.push(line.clone()),
+        }
+    }
+    lines.into_iter().map(|line| row(head, line)).collect()
+}
+
+/// A line's figures, and the service's own columns.
+fn row(head: &Head, line: Line) -> Map<String, Value> {
+    let seconds = |milliseconds: u64| milliseconds as f64 / 1000.0;
+    let mut row = line.figures;
+    row.insert("_step".into(), line.step.into());
+    let since = line.at.saturating_sub(head.began);
+    row.insert("_runtime".into(), seconds(since).into());
+    row.insert("_timestamp".into(), seconds(line.at).into());
+    row
+}
+
+/// Refuses what is no name of an entity or project, and would be another path.
+///
+/// # Errors
+/// What is wrong with it, in words.
+pub fn check_name(name: &str) -> Result<(), String> {
+    let odd = |c: char| c.is_control() || "/\\#?%:".contains(c);
+    match name.is_empty() || name.contains(odd) || name.starts_with('.') {
+        true => Err(format!("`{name}` is no name of an entity or project")),
+        false => Ok(()),
+    }
+}
