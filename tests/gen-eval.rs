@@ -1721,3 +1721,16 @@ fn a_gpu_scores_and_answers_as_the_processor_does() {
         assert!((cpu - cuda).abs() < 5e-2, "{cpu} {cuda}");
     }
 }
+
+#[test]
+fn a_gpu_without_room_tells_what_needs_less() {
+    let tool = (tool().env("LD_LIBRARY_PATH", &cuda_on_cpu::STAND_IN.join(":")))
+        .env("CUDA_STAND_IN", "filling");
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/demo/model");
+    let model = model.display().to_string();
+    let row = r#"{"prompt":"Tea?","completion":"Always."}"#;
+    tool.run(&["--model", &model, "--device=cuda:0"], &format!("{row}\n"))
+        .exits(4)
+        .says("out of memory: no room for")
+        .says("; a lower --batch-size (now 16), fewer --prompted-examples (now 8) or");
+}

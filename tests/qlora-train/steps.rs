@@ -361,6 +361,17 @@ fn the_cuda_backend_learns_what_the_processor_learns() {
     assert!(!tool.folder().join("none").exists());
 }
 
+/// As above: others may have taken what the plan counted on.
+#[test]
+fn a_gpu_without_the_room_that_was_planned_tells_what_helps() {
+    let tool = (tool().env("LD_LIBRARY_PATH", &cuda_on_cpu::STAND_IN.join(":")))
+        .env("CUDA_STAND_IN", "filling");
+    train(&tool, "out", &["--steps", "1", "--device", "cuda:0"])
+        .exits(4)
+        .says("out of memory: no room for")
+        .says("or plan with less by --max-memory");
+}
+
 /// As above: a step is queued without waiting for the one before, but for its loss, which is
 /// read a step late.
 #[test]

@@ -4,15 +4,16 @@
 // say; what they do beyond that only a GPU shows.
 //
 // CUDA_STAND_IN makes it unfit: `old` (driver), `none` (no GPU), `old, none`, `ancient` (GPU),
-// `full` (memory), `stumbling` (refuses to launch add_noise), `crowded` (no page-locked memory that
-// the GPU sees), `swamped` (none at all), `another` (by its name), and for graphs `uncaptured`,
-// `uninstantiated`, `not uploaded`; `tallied` says at the end how often its stream
-// was waited for. `hollow` is one of another kind: it has an H200's memory, which is never
+// `full` (memory), `filling` (after 20 allocations), `stumbling` (refuses to launch add_noise),
+// `crowded` (no page-locked memory that the GPU sees), `swamped` (none at all), `another` (by its
+// name), and for graphs `uncaptured`, `uninstantiated`, `not uploaded`; `tallied` says at the end
+// how often its stream was waited for. `hollow` is one of another kind: it has an H200's memory, which is never
 // touched, and looks at what it is asked for, but does none of it and reads as zeros. So the
 // host's side of a model of any size is run here: what it allocates, and how long it takes to ask.
 #include "internal.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -291,6 +292,8 @@ EXPORTED int cuMemGetInfo_v2(size_t *free, size_t *total) {
 EXPORTED int cuMemAllocAsync(void **address, size_t bytes, void *) {
   IN_CONTEXT;
   if (unfit("full") && bytes < 16 << 20) return OutOfMemory;
+  static std::atomic<int> allocations = 0;
+  if (unfit("filling") && ++allocations > 20) return OutOfMemory;
   if (hollow) {
     *address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (*address == MAP_FAILED) return OutOfMemory;

@@ -21,17 +21,17 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Parser;
 use clap::builder::{OsStringValueParser, TypedValueParser};
-use cli::{App, Common, Counts, Flags, Resolved, Tool};
+use cli::{App, Common, Counts, Failure, Flags, Resolved, Tool};
 use engine::{Choice, Device};
 use jsonl::{Lines, Output, Position, Rejects};
 use qwen3::Model;
 use record::Record;
-use settings::{EvalSettings, LmHead, Quantization, TextChoice};
+use settings::{EvalSettings, Generation, LmHead, Quantization, TextChoice};
 
 use crate::held_out::HeldOut;
 use crate::items::{Item, Source};
 use crate::journal::Journal;
-use crate::lines::{CorpusLine, CorpusOnly, Ordered, Systems};
+use crate::lines::{CorpusLine, CorpusOnly, Ordered, SystemScores, Systems};
 use crate::prompted::Prompted;
 use crate::scores::Corpus;
 use crate::setup::Setup;
@@ -274,20 +274,8 @@ impl GenEval {
                 }
             }
             let kept = journal.as_mut();
-            let loading = "loading the base model";
-            let corpus = match device {
-                Device::Cpu(cpu) => {
-                    let model = Model::load(cpu, &setup.checkpoint, setup.held).context(loading)?;
-                    cpu.inside(|| {
-                        answers::write_items(app, settings, &setup, model, &items, kept, &mut out)
-                    })?
-                }
-                Device::Cuda(cuda) => {
-                    let model =
-                        Model::load(cuda, &setup.checkpoint, setup.held).context(loading)?;
-                    answers::write_items(app, settings, &setup, model, &items, kept, &mut out)?
-                }
-            };
+            let corpus = on_device(app, settings, &setup, device, &items, kept, &mut out)
+                .map_err(|error| with_remedy(error, settings))?;
             let signature = setup.signature(resolved, &items);
             let systems = Systems {
                 systems: Ordered(corpus),
@@ -303,4 +291,47 @@ impl GenEval {
         app.count(counts);
         Ok(())
     }
+}
+
+/// Loads the base onto the device and answers there; the figures of each system.
+fn on_device<'a>(
+    app: &App,
+    settings: &Generation,
+    setup: &'a Setup,
+    device: Device,
+    items: &[Item],
+    kept: Option<&mut Journal>,
+    out: &mut Output,
+) -> Result<Vec<(&'a str, SystemScores)>> {
+    let loading = "loading the base model";
+    match device {
+        Device::Cpu(cpu) => {
+            let model = Model::load(cpu, &setup.checkpoint, setup.held).context(loading)?;
+            cpu.inside(|| answers::write_items(app, settings, setup, model, items, kept, out))
+        }
+        Device::Cuda(cuda) => {
+            let model = Model::load(cuda, &setup.checkpoint, setup.held).context(loading)?;
+            answers::write_items(app, settings, setup, model, items, kept, out)
+        }
+    }
+}
+
+/// Names the settings that need memory, where there was too little.
+fn with_remedy(error: anyhow::Error, settings: &Generation) -> anyhow::Error {
+    if !qwen3::is_out_of_memory(error.as_ref()) {
+        return error;
+    }
+    let mut needs = vec![format!(
+        "a lower --batch-size (now {})",
+        settings.batch_size
+    )];
+    if settings.prompted.examples > 0 {
+        let examples = settings.prompted.examples;
+        needs.push(format!("fewer --prompted-examples (now {examples})"));
+    }
+    let needs = needs.join(", ");
+    let cause = format!(
+        "{error:#}; {needs} or --quantization nf4 needs less, or end what else uses that memory"
+    );
+    Failure::World(cause).into()
 }

@@ -38,7 +38,7 @@ use engine::{Choice, Device};
 use qwen3::{Adapter, Checkpoint, Config, Model, Seen};
 use settings::{LmHead, Quantization, TrainSettings};
 
-use crate::folder::{Folder, Found};
+use crate::folder::{Folder, Found, State};
 use crate::inputs::Inputs;
 use crate::rows::Rejected;
 
@@ -247,18 +247,29 @@ impl Tool for QloraTrain {
             origin: &inputs.origin,
             base: &inputs.base,
         };
-        let loading = "loading the base model";
-        match device {
-            Device::Cpu(cpu) => {
-                let model = Model::load(cpu, &inputs.checkpoint, inputs.held).context(loading)?;
-                cpu.inside(|| train::run(&job, &model, folder, state))
-            }
-            Device::Cuda(cuda) => {
-                let mut model =
-                    Model::load(cuda, &inputs.checkpoint, inputs.held).context(loading)?;
-                model.keep_decoded(fit.decoded).context(loading)?;
-                train::run(&job, &model, folder, state)
-            }
+        let done = on_device(&job, &inputs, device, folder, state);
+        done.map_err(|error| fit.with_remedy(error))
+    }
+}
+
+/// Loads the base onto the device and trains there.
+fn on_device(
+    job: &train::Job<'_>,
+    inputs: &Inputs,
+    device: Device,
+    folder: Folder,
+    state: Option<State>,
+) -> Result<()> {
+    let loading = "loading the base model";
+    match device {
+        Device::Cpu(cpu) => {
+            let model = Model::load(cpu, &inputs.checkpoint, inputs.held).context(loading)?;
+            cpu.inside(|| train::run(job, &model, folder, state))
+        }
+        Device::Cuda(cuda) => {
+            let mut model = Model::load(cuda, &inputs.checkpoint, inputs.held).context(loading)?;
+            model.keep_decoded(job.fit.decoded).context(loading)?;
+            train::run(job, &model, folder, state)
         }
     }
 }

@@ -220,6 +220,19 @@ impl Fit {
         Some(taken)
     }
 
+    /// Says what helps where the device had less room than was planned with.
+    pub fn with_remedy(&self, error: anyhow::Error) -> anyhow::Error {
+        if !qwen3::is_out_of_memory(error.as_ref()) {
+            return error;
+        }
+        Failure::World(format!(
+            "{error:#}; {} were planned, and there is less, as where others use that memory: end them, or plan \
+             with less by --max-memory; with --resume the same command goes on from the last checkpoint",
+            Size(self.planned())
+        ))
+        .into()
+    }
+
     /// What was taken beside what was planned; and whether that is so much more that
     /// whoever set training.max_memory is to be warned.
     pub fn outcome(&self, taken: Taken) -> (String, bool) {

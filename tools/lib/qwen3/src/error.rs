@@ -116,6 +116,18 @@ impl Error {
     }
 }
 
+/// Whether it comes of a device that had no room, for those who know what would need less.
+pub fn is_out_of_memory(error: &(dyn std::error::Error + 'static)) -> bool {
+    let of = |error: &engine::Error| matches!(error, engine::Error::OutOfMemory { .. });
+    std::iter::successors(Some(error), |error| error.source()).any(|error| {
+        let below = match error.downcast_ref::<Error>() {
+            Some(Error::Engine(below)) => Some(below),
+            _ => error.downcast_ref::<engine::Error>(),
+        };
+        below.is_some_and(of)
+    })
+}
+
 /// Opens a file of a model or an adapter.
 ///
 /// # Errors

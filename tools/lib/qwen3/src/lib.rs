@@ -41,7 +41,7 @@ pub use batch::{Batch, Row};
 pub use chat::{Chat, Encoded, LossOn};
 pub use config::{Config, Module, UnknownModule, stop_ids};
 pub use conversation::{Conversation, Form, Wording};
-pub use error::{Error, Result, read};
+pub use error::{Error, Result, is_out_of_memory, read};
 pub use generate::{Completion, Finish, Generation, Prompt, Slots, generate};
 pub use lora::{Lora, LoraLayout, OwnedLora};
 pub use merged::Merged;
