@@ -1,21 +1,29 @@
-//! The results of a run on one screen: what went in, what was learnt, whether
-//! the replies got better. It tests nothing: every figure is read from the
-//! file that the tool behind it wrote, or counted there.
+//! The results of a run on one screen, and as a page with charts: what went in,
+//! what was learnt, whether the replies got better. It tests nothing: every figure
+//! is read from the file that the tool behind it wrote, or counted there.
 
+mod charts;
+mod findings;
+mod harmless;
+mod page;
+mod screen;
 mod sources;
-mod table;
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::Parser;
 use cli::{App, Common, Failure, Tool};
 
-/// Print the results of a run as a table
+/// Print the results of a run as a table, or as a page with charts
 ///
 /// Reads what the tools left in data/processed/DATA, output/models/RUN and
 /// output/eval/RUN, and prints it within 80 columns. What is not there yet is
-/// said, with the command that makes it.
+/// said, with the command that makes it. The page is one file that needs no
+/// other and no network; replies stand on it side by side.
 #[derive(Parser)]
 #[command(version, after_long_help = cli::after_help(EXAMPLES))]
 struct Report {
@@ -28,6 +36,13 @@ struct Report {
     /// The folder that holds data/ and output/ [default: the current one]
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
+    /// Write the results as a page too, for a browser [`-`: to standard output, in place of the
+    /// table]
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Draws the rows whose replies the page shows
+    #[arg(long, value_name = "N", default_value_t = 42, requires = "html")]
+    seed: u64,
     #[command(flatten)]
     common: Common,
 }
@@ -35,6 +50,7 @@ struct Report {
 const EXAMPLES: &str = "
 $ report --run r --data d
 $ report --run main
+$ report --run r --data d --html output/figures/r.html
 ";
 
 fn main() -> ExitCode {
@@ -46,7 +62,7 @@ impl Tool for Report {
         &self.common
     }
 
-    fn run(self, _app: &App) -> anyhow::Result<()> {
+    fn run(self, app: &App) -> anyhow::Result<()> {
         // Of all tools' flags, those that would do nothing here.
         let common = &self.common;
         for (flag, given) in [
@@ -72,9 +88,30 @@ impl Tool for Report {
             return Err(Failure::Usage(cause).into());
         }
         let root = self.root.unwrap_or_default();
+        let to_stdout = self.html.as_deref() == Some(Path::new("-"));
+        let file = self.html.filter(|_| !to_stdout);
+        if let Some(file) = &file {
+            if let Some(folder) = file.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+                std::fs::create_dir_all(folder)
+                    .with_context(|| format!("--html {}", file.display()))?;
+            }
+            match is_page(file) {
+                true => app.reads("--html", file)?,
+                false => app.claim("--html", file, |_| false)?,
+            }
+        }
         let sources = sources::Sources::read(&root, &self.run, data)?;
-        // Names of systems, judges and filters are whatever the files say.
-        let text = cli::printable(&table::render(&sources));
+        let findings = findings::Findings::of(&sources);
+        let text = if to_stdout {
+            page::render(&sources, &findings, self.seed)?
+        } else {
+            if let Some(file) = &file {
+                let page = page::render(&sources, &findings, self.seed)?;
+                jsonl::write_atomically(file, page.as_bytes())?;
+            }
+            // Names of systems, judges and filters are whatever the files say.
+            cli::printable(&screen::render(&sources, &findings, file.as_deref()))
+        };
         let mut out = jsonl::Output::stdout();
         out.line(|out| out.write_all(text.as_bytes()))?;
         Ok(out.finish()?)
@@ -85,4 +122,12 @@ impl Tool for Report {
 fn is_folder_name(name: &str) -> bool {
     let mut parts = Path::new(name).components();
     matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name)
+}
+
+/// Whether a file begins as a page of this tool does, and so may be made anew.
+fn is_page(path: &Path) -> bool {
+    let mut begin = [0; 256];
+    let read = File::open(path).and_then(|mut file| file.read(&mut begin));
+    let own = br#"<meta name="generator" content="report">"#;
+    read.is_ok_and(|n| path.is_file() && begin[..n].windows(own.len()).any(|part| part == own))
 }

@@ -1,4 +1,4 @@
-//! The files of a run, and the figures that the table needs of each.
+//! The files of a run, and what the report needs of each.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -9,6 +9,7 @@ use cli::Failure;
 use jsonl::{Lines, Position, ReadError, Records};
 use record::{Dropped, Record, Rejected, Split};
 use serde::Deserialize;
+use serde_json::Value;
 
 /// A JSONL file that may not be there yet, each line as `read` understands it. A last line
 /// that was cut short by the end of whoever wrote it is none.
@@ -60,10 +61,10 @@ pub struct Sources {
     pub training: Option<Training>,
     /// How the replies compare.
     pub tests: Vec<Test>,
-    /// What the judge said.
-    pub verdicts: Option<Verdicts>,
-    /// How long the replies are.
-    pub replies: Option<Replies>,
+    /// The replies and what was said of them.
+    pub rows: Vec<Row>,
+    /// What the figures were made with, in the tools' own words, by file.
+    pub signatures: Vec<(&'static str, String)>,
 }
 
 /// Counts of the data phase.
@@ -94,6 +95,26 @@ pub struct Training {
     pub finished: bool,
     /// What the held-out rows decided.
     pub choice: Choice,
+    /// All updates.
+    pub updates: Vec<Update>,
+    /// All held-out losses by step.
+    pub evals: Vec<(f64, f64)>,
+}
+
+/// The figures of one update.
+pub struct Update {
+    /// Which one, from 1.
+    pub step: u64,
+    /// Mean loss of its rows, in nats a token.
+    pub loss: f64,
+    /// L2 norm of the gradient before clipping.
+    pub grad_norm: Option<f64>,
+    /// Learning rate.
+    pub learning_rate: Option<f64>,
+    /// Tokens of its rows.
+    pub tokens: Option<u64>,
+    /// How long it took, as told when it was done.
+    pub seconds: Option<f64>,
 }
 
 /// Held-out loss before training, and one after it, in nats a token.
@@ -152,6 +173,10 @@ pub struct Test {
     pub mean_a: Option<f64>,
     /// Mean of the other.
     pub mean_b: Option<f64>,
+    /// Mean of the differences, a − b.
+    pub mean_diff: Option<f64>,
+    /// That over their standard deviation.
+    pub d_z: Option<f64>,
     /// `key:value|…`: how it was made.
     pub signature: String,
 }
@@ -180,60 +205,84 @@ impl Test {
     }
 }
 
-/// Outcomes by winner.
-pub struct Verdicts {
-    /// The judge's name.
-    pub judge: String,
-    /// Outcomes by name of the winner, `tie`, or `none`.
-    pub outcomes: BTreeMap<String, u64>,
-    /// What the ties are.
-    pub ties: Ties,
-    /// Wins of the longer reply, and wins where one was longer.
-    pub longer: (u64, u64),
+/// A held-out row: what was asked, what people liked, what the systems replied.
+pub struct Row {
+    /// Its id, or where it stands in the file.
+    pub name: String,
+    /// The tweet.
+    pub tweet: Option<String>,
+    /// The reply that people liked.
+    pub liked: Option<String>,
+    /// What was replied, by system.
+    pub replies: BTreeMap<String, Reply>,
+    /// What the judge said.
+    pub given: Option<Given>,
+    /// Every number of the record by its dotted path, as sigtest reads it.
+    pub numbers: BTreeMap<String, f64>,
 }
 
-/// What the ties are, as far as the verdicts tell.
-#[derive(Default)]
-pub struct Ties {
-    /// All that tell.
-    pub known: u64,
-    /// The two orders disagree.
-    pub flipped: u64,
-    /// Both replies were the same, and nobody was asked.
-    pub identical: u64,
-}
+impl Row {
+    /// A side's figure: the path leads to it, or to what holds it.
+    pub fn figure(&self, path: &str, metric: &str) -> Option<f64> {
+        let below = || self.numbers.get(&format!("{path}.{metric}"));
+        self.numbers.get(path).or_else(below).copied()
+    }
 
-/// How long the replies are.
-#[derive(Default)]
-pub struct Replies {
-    /// Those that people liked.
-    pub liked: Lengths,
-    /// By system.
-    pub systems: BTreeMap<String, Lengths>,
-}
-
-/// Words, by white space.
-#[derive(Default)]
-pub struct Lengths {
-    /// Replies.
-    pub count: u64,
-    /// Words of all.
-    pub words: u64,
-    /// Replies that say how they ended.
-    pub ended: u64,
-    /// Those that were cut at `max_new_tokens`.
-    pub cut: u64,
-}
-
-impl Lengths {
-    fn add(&mut self, reply: &str) {
-        self.count += 1;
-        self.words += words(reply);
+    /// What the second side of a comparison brought in a figure.
+    pub fn difference(&self, a: &str, b: &str, metric: &str) -> Option<f64> {
+        Some(self.figure(b, metric)? - self.figure(a, metric)?)
     }
 }
 
-fn words(text: &str) -> u64 {
-    text.split_whitespace().count() as u64
+/// What a system replied.
+#[derive(Deserialize)]
+pub struct Reply {
+    /// The text.
+    pub prediction: String,
+    /// How it ended: `stop`, `length`.
+    pub finish: Option<String>,
+}
+
+/// What the judge said of a row.
+#[derive(Deserialize)]
+pub struct Given {
+    /// Its name.
+    pub judge: String,
+    /// Who won the first comparison.
+    pub winner: Option<String>,
+    /// Each pair of systems that was asked about.
+    #[serde(default)]
+    pub comparisons: Vec<Compared>,
+    signature: Option<String>,
+}
+
+/// One comparison of two replies.
+#[derive(Deserialize)]
+pub struct Compared {
+    /// The one system.
+    pub a: String,
+    /// The other.
+    pub b: String,
+    /// Who won.
+    pub winner: Option<String>,
+    /// Whether the two orders disagree.
+    pub flipped: bool,
+    /// Why nobody was asked.
+    pub because: Option<String>,
+    /// What was said in each order.
+    #[serde(default)]
+    pub orders: Vec<Order>,
+}
+
+/// What was said in one order.
+#[derive(Deserialize)]
+pub struct Order {
+    /// Whose reply stood first.
+    pub first: Option<String>,
+    /// Which was preferred.
+    pub preferred: Option<String>,
+    /// Why.
+    pub why: Option<String>,
 }
 
 impl Sources {
@@ -247,14 +296,24 @@ impl Sources {
             |_| Ok(()),
         )?
         .map(|all| all.len() as u64);
-        let (verdicts, replies) = read_judged(&eval_folder.join("judged.jsonl"))?;
+        let mut signatures = Vec::new();
+        for name in ["validate-summary.json", "dedup-summary.json"] {
+            if let Some(signature) = read_signature(&pairs_folder.join(name))? {
+                signatures.push((name, signature));
+            }
+        }
+        let rows = read_rows(&eval_folder.join("judged.jsonl"), &mut signatures)?;
+        let tests = read_tests(&eval_folder.join("tests.jsonl"))?;
+        for test in tests.iter().filter(|test| !test.signature.is_empty()) {
+            note(&mut signatures, "tests.jsonl", &test.signature);
+        }
         Ok(Self {
             collected,
             data: read_data(&pairs_folder)?,
             training: read_training(&model_folder)?,
-            tests: read_tests(&eval_folder.join("tests.jsonl"))?,
-            verdicts,
-            replies,
+            tests,
+            rows,
+            signatures,
             pairs_folder,
             model_folder,
             eval_folder,
@@ -303,32 +362,51 @@ fn read_data(folder: &Path) -> Result<Option<Data>> {
 }
 
 fn read_training(folder: &Path) -> Result<Option<Training>> {
-    let mut steps: Vec<(u64, f64)> = Vec::new();
+    let mut updates: Vec<Update> = Vec::new();
     let mut evals: Vec<(u64, f64)> = Vec::new();
     lines(&folder.join("metrics.jsonl"), |line| {
         if let Some(loss) = line.get("loss")? {
-            steps.push((line.require("step")?, loss));
+            updates.push(Update {
+                step: line.require("step")?,
+                loss,
+                grad_norm: line.get("grad_norm")?,
+                learning_rate: line.get("learning_rate")?,
+                tokens: line.get("tokens")?,
+                seconds: None,
+            });
         }
         if let Some(loss) = line.get("eval_loss")? {
             evals.push((line.require("step")?, loss));
         }
         Ok(())
     })?;
-    let (Some(&(_, first)), Some(&(last_step, last))) = (steps.first(), steps.last()) else {
+    let (Some(first), Some(last)) = (updates.first(), updates.last()) else {
         return Ok(None);
     };
-    let seconds = lines(&folder.join("timing.jsonl"), |line| {
-        Ok(line.get::<f64>("seconds")?.unwrap_or(0.0))
+    let (loss, last_step) = ((first.loss, last.loss), last.step);
+    let mut seconds = 0.0;
+    // Steps that a run which was killed repeats stand there twice: the last is the one kept.
+    let mut by_step: BTreeMap<u64, f64> = BTreeMap::new();
+    lines(&folder.join("timing.jsonl"), |line| {
+        let took = line.get::<f64>("seconds")?;
+        seconds += took.unwrap_or(0.0);
+        by_step.extend(line.get("step")?.zip(took));
+        Ok(())
     })?;
+    for update in &mut updates {
+        update.seconds = by_step.get(&update.step).copied();
+    }
     let finished = folder.join("adapter_model.safetensors").exists();
     let choice = read_choice(&folder.join("run.json"))?;
     Ok(Some(Training {
         steps: last_step,
-        loss: (first, last),
+        loss,
         held_out: held_out(&evals, last_step, choice.filter(|_| finished)),
-        seconds: seconds.into_iter().flatten().sum(),
+        seconds,
         finished,
         choice: choice.unwrap_or_default(),
+        updates,
+        evals: (evals.into_iter().map(|(at, loss)| (at as f64, loss))).collect(),
     }))
 }
 
@@ -392,95 +470,79 @@ fn read_tests(path: &Path) -> Result<Vec<Test>> {
             clusters: record.get("clusters")?,
             mean_a: record.get("mean_a")?,
             mean_b: record.get("mean_b")?,
+            mean_diff: record.get("mean_diff")?,
+            d_z: record.get("d_z")?,
             signature: record.get("signature")?.unwrap_or_default(),
         })
     })?;
     Ok(tests.unwrap_or_default())
 }
 
-fn read_judged(path: &Path) -> Result<(Option<Verdicts>, Option<Replies>)> {
-    let mut verdicts = Verdicts {
-        judge: String::new(),
-        outcomes: BTreeMap::new(),
-        ties: Ties::default(),
-        longer: (0, 0),
-    };
-    let mut replies = Replies::default();
-    lines(path, |item| {
-        let systems: BTreeMap<String, Reply> = item.get("systems")?.unwrap_or_default();
-        for (name, reply) in &systems {
-            let lengths = replies.systems.entry(name.clone()).or_default();
-            lengths.add(&reply.prediction);
-            lengths.ended += u64::from(reply.finish.is_some());
-            lengths.cut += u64::from(reply.finish.as_deref() == Some("length"));
+/// The rows of judged.jsonl. How their figures were made is noted beside them.
+fn read_rows(path: &Path, signatures: &mut Vec<(&'static str, String)>) -> Result<Vec<Row>> {
+    let mut line = 0;
+    let rows = lines(path, |record| {
+        line += 1;
+        if let Some(Value::Object(corpus)) = record.get("corpus")? {
+            let systems = corpus.get("systems").and_then(Value::as_object);
+            let own = corpus.get("signature").into_iter();
+            let of_figures = systems.into_iter().flat_map(|systems| systems.values());
+            let of_figures = of_figures
+                .filter_map(Value::as_object)
+                .flatten()
+                .filter(|(key, _)| key.ends_with("_signature"));
+            for signature in own.chain(of_figures.map(|(_, value)| value)) {
+                note(signatures, "items.jsonl", signature.as_str().unwrap_or_default());
+            }
+            return Ok(None);
         }
-        if let Some(liked) = item.get::<String>("reference")? {
-            replies.liked.add(&liked);
+        let given: Option<Given> = record.get("verdicts")?;
+        if let Some(signature) = given.as_ref().and_then(|given| given.signature.as_ref()) {
+            note(signatures, "judged.jsonl", signature);
         }
-        if let Some(given) = item.get::<Given>("verdicts")? {
-            verdicts.add(given, &systems);
+        let mut numbers = BTreeMap::new();
+        for (key, value) in record.values()? {
+            flatten(key, &value, &mut numbers);
         }
-        Ok(())
+        Ok(Some(Row {
+            name: record.id("id")?.unwrap_or_else(|| format!("line {line}")),
+            tweet: record.get("tweet")?,
+            liked: record.get("reference")?,
+            replies: record.get("systems")?.unwrap_or_default(),
+            given,
+            numbers,
+        }))
     })?;
-    Ok((
-        (!verdicts.outcomes.is_empty()).then_some(verdicts),
-        (!replies.systems.is_empty()).then_some(replies),
-    ))
+    Ok(rows.into_iter().flatten().flatten().collect())
 }
 
-impl Verdicts {
-    /// Counts what was said of one item.
-    fn add(&mut self, given: Given, systems: &BTreeMap<String, Reply>) {
-        let winner = given.winner.unwrap_or_else(|| "none".into());
-        // The outcome is that of the first comparison.
-        if let Some(Compared {
-            a,
-            b,
-            flipped,
-            because,
-        }) = given.comparisons.first()
-        {
-            if winner == "tie" {
-                self.ties.known += 1;
-                self.ties.flipped += u64::from(*flipped);
-                self.ties.identical += u64::from(because.is_some());
-            }
-            let length = |name: &String| systems.get(name).map(|reply| words(&reply.prediction));
-            if let Some((of_a, of_b)) = length(a).zip(length(b))
-                && of_a != of_b
-                && [a, b].contains(&&winner)
-            {
-                let longer = if of_a > of_b { a } else { b };
-                self.longer.0 += u64::from(winner == *longer);
-                self.longer.1 += 1;
+/// Every number in a value by its dotted path; true and false count as 1 and 0.
+fn flatten(path: String, value: &Value, numbers: &mut BTreeMap<String, f64>) {
+    match value {
+        Value::Bool(yes) => drop(numbers.insert(path, f64::from(*yes))),
+        Value::Number(number) => numbers.extend(number.as_f64().map(|x| (path, x))),
+        Value::Object(fields) => {
+            for (key, value) in fields {
+                flatten(format!("{path}.{key}"), value, numbers);
             }
         }
-        self.judge = given.judge;
-        *self.outcomes.entry(winner).or_default() += 1;
+        Value::Null | Value::String(_) | Value::Array(_) => {}
     }
 }
 
-/// What a system replied, as far as the table shows it.
-#[derive(Deserialize)]
-struct Reply {
-    prediction: String,
-    finish: Option<String>,
+/// Keeps a signature once.
+fn note(signatures: &mut Vec<(&'static str, String)>, file: &'static str, signature: &str) {
+    if !signatures.iter().any(|(_, known)| known == signature) {
+        signatures.push((file, signature.to_owned()));
+    }
 }
 
-/// What a judged item says of its replies, as far as the table shows it.
-#[derive(Deserialize)]
-struct Given {
-    judge: String,
-    winner: Option<String>,
-    #[serde(default)]
-    comparisons: Vec<Compared>,
-}
-
-/// One comparison of two replies.
-#[derive(Deserialize)]
-struct Compared {
-    a: String,
-    b: String,
-    flipped: bool,
-    because: Option<String>,
+/// The signature of a tool's summary.
+fn read_signature(path: &Path) -> Result<Option<String>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let signature = Record::parse(&text).and_then(|summary| summary.get("signature"));
+    signature.map_err(|error| Failure::Input(format!("{}: {error}", path.display())).into())
 }
