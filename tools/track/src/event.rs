@@ -90,9 +90,12 @@ impl Message {
         self.varint(field << 3 | kind);
     }
 
+    /// Nothing for 0, which is what a missing one means.
     fn whole(&mut self, field: u64, value: u64) {
-        self.tag(field, 0);
-        self.varint(value);
+        if value != 0 {
+            self.tag(field, 0);
+            self.varint(value);
+        }
     }
 
     fn double(&mut self, field: u64, value: f64) {

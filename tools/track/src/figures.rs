@@ -65,14 +65,14 @@ pub fn settings(path: &Path) -> Result<Map<String, Value>> {
     };
     let mut flat = Map::new();
     // run.json has the settings as `key = value` lines, and what else the run is beside them.
-    if let Some(Value::Array(lines)) = tree.remove("settings") {
+    if let Some(Value::Array(lines)) = tree.shift_remove("settings") {
         for line in lines.iter().filter_map(Value::as_str) {
             if let Some((key, value)) = line.split_once(" = ") {
                 let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
                 flat.insert(key.to_owned(), value);
             }
         }
-        tree.remove("v");
+        tree.shift_remove("v");
         tree = Map::from_iter([("run".to_owned(), Value::Object(tree))]);
     }
     flatten("", tree, &mut flat);

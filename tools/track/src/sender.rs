@@ -107,12 +107,17 @@ impl Sender<'_> {
             }
             return Ok(has_more);
         }
-        let open = open && matches!(self.destination, Destination::Wandb(_));
+        let holds = open && matches!(self.destination, Destination::Wandb(_));
         let mut has_sent = false;
+        // What comes meanwhile waits for the next time.
+        let goal = lock(self.spool).entries().len();
         loop {
             let (range, entries) = {
                 let mut spool = lock(self.spool);
-                let Some(range) = spool.next(open)? else {
+                if open && spool.sent() >= goal {
+                    return Ok(has_sent);
+                }
+                let Some(range) = spool.next(holds)? else {
                     return Ok(has_sent);
                 };
                 spool.set_standing(Standing::Running)?;

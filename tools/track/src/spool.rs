@@ -319,6 +319,11 @@ impl Spool {
         self.points.values().map(HashMap::len).sum()
     }
 
+    /// Entries that are sent.
+    pub fn sent(&self) -> usize {
+        self.sent
+    }
+
     /// Points that are not sent.
     pub fn unsent(&self) -> usize {
         let figures = |entry: &Entry| match entry {
