@@ -329,7 +329,7 @@ impl Track {
                     .map(figures::settings)
                     .transpose()?;
                 let mut spool = lock(spool);
-                spool.begin(to, self.name.as_deref())?;
+                spool.begin(to, self.name.as_deref(), line.at)?;
                 settings.map_or(Ok(()), |settings| spool.add_settings(settings))?;
             }
             // Whoever keeps them says why they no longer do.

@@ -190,7 +190,7 @@ impl Spool {
     ///
     /// # Errors
     /// If it cannot be written.
-    pub fn begin(&mut self, to: &str, name: Option<&str>) -> Result<()> {
+    pub fn begin(&mut self, to: &str, name: Option<&str>, began: u64) -> Result<()> {
         if self.head.is_some() {
             return Ok(());
         }
@@ -199,7 +199,7 @@ impl Spool {
             id: id(),
             to: to.to_owned(),
             name: name.map(str::to_owned),
-            began: now(),
+            began,
         }))
     }
 
