@@ -25,6 +25,7 @@ CONFIG ?= config
 CONTROL ?=
 TARGET ?=
 DEVICE ?= auto
+TRACK  ?=
 
 # The demo is the real pipeline with other inputs.
 ifneq ($(filter demo,$(MAKECMDGOALS)),)
@@ -103,6 +104,7 @@ help: ## this page
 	@echo '  JUDGE=anthropic or JUDGE=reference, offline [that of eval.yaml]'
 	@echo '  CONTROL=shuffled trains and evaluates the control too'
 	@echo '  DEVICE=auto     or cpu, cuda:N'
+	@echo '  TRACK=place     show training in tensorboard, mlflow[=URI] or wandb[=PROJECT]'
 	@echo '  CONFIG=folder   of data.yaml, train.yaml, eval.yaml [config]'
 
 setup: ## check what is installed, and say how to get what is missing
@@ -118,14 +120,14 @@ data: $(PAIRS)/pairs.jsonl ## collect, validate, deduplicate
 train: $(ADAPTER)/adapter_model.safetensors ## fine-tune
 eval: $(EVAL)/tests.jsonl ## generate, judge, test
 	@$(card)
-	@$(BIN)/report --run $(RUN) --data $(DATA)
+	@$(BIN)/report --run $(RUN) --data $(DATA) --html output/figures/$(RUN).html
 
-results: | build ## print the results again
-	@$(BIN)/report --run $(RUN) --data $(DATA)
+results: | build ## print the results again, and make their page anew
+	@$(BIN)/report --run $(RUN) --data $(DATA) --html output/figures/$(RUN).html
 
 demo: $(EVAL)/tests.jsonl ## the whole pipeline on bundled data and a tiny model, on the CPU
 	@$(card)
-	@$(BIN)/report --run $(RUN) --data $(DATA)
+	@$(BIN)/report --run $(RUN) --data $(DATA) --html output/figures/$(RUN).html
 
 # A key file is looked at in every run and changes only with its content. Another make may
 # do so at the same time: each has a draft of its own. Once the tools are built, `make -n`
@@ -189,8 +191,12 @@ provenance = $(foreach step,validate dedup,$(addprefix --provenance ,$(shell ls 
 # Training. qlora-train finishes what was begun, does nothing to what is done,
 # and refuses (2) where settings or data are no longer those of the run. The
 # control, RUN-shuffled, is trained alike, but each tweet has another's reply.
+# TRACK: a service that does not take the figures fails the step once the training is done;
+# the same command then sends them.
+tracked = $(if $(TRACK),| $(BIN)/track --to $(call quoted,$(TRACK)$(if $(filter tensorboard,$(TRACK)),=output/tensorboard/$(1))) \
+  --name $(1) --settings $(@D)/run.json --state output/track/$(1)/$(firstword $(subst =, ,$(TRACK))))
 %/adapter_model.safetensors: $(PAIRS)/pairs.jsonl %/train.key
-	$(BIN)/qlora-train $(train) --data $< $(provenance) --out $(@D) --resume --device $(DEVICE) $(call log,$(@D:output/models/%=train-%)) > /dev/null
+	$(BIN)/qlora-train $(train) --data $< $(provenance) --out $(@D) --resume --device $(DEVICE) $(call log,$(@D:output/models/%=train-%)) $(call tracked,$(@D:output/models/%=%)) > /dev/null
 	@touch $@
 
 # Evaluation. The judge's key is asked for before anything is generated.

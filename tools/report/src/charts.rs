@@ -405,7 +405,7 @@ pub fn forest(label: String, strips: &[Strip]) -> Result<Option<Chart>> {
                 .margin_right(px(18))
                 .margin_top(px(6))
                 .x_label_area_size(px(22))
-                .y_label_area_size(px(142))
+                .y_label_area_size(px(152))
                 .build_cartesian_2d(-reach..*reach, 0.0..1.0)?;
             let side = if strip.lower { -reach } else { *reach };
             let better = [(0.0, 0.0), (side, 1.0)];

@@ -150,14 +150,19 @@ fn words(text: &str) -> u64 {
     text.split_whitespace().count() as u64
 }
 
-/// The system that a path leads to.
+/// The system that a path leads to. Its name may hold dots.
 pub fn system(path: &str) -> &str {
+    path.strip_prefix("systems.").unwrap_or_else(|| last(path))
+}
+
+/// The last part of a path.
+pub fn last(path: &str) -> &str {
     path.rsplit('.').next().unwrap_or(path)
 }
 
 /// Whether less of a figure is better.
 pub fn lower_is_better(metric: &str) -> bool {
-    LOWER_IS_BETTER.contains(&system(metric))
+    LOWER_IS_BETTER.contains(&last(metric))
 }
 
 /// What is not there, and the command that makes it.

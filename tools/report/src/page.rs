@@ -45,7 +45,7 @@ pub fn render(s: &Sources, f: &Findings, seed: u64) -> Result<String> {
         style: STYLE,
         style_hash: style,
         run: plain(&s.run),
-        none: Missing {
+        missing: Missing {
             data: plain(&none_yet("data", &s.named)),
             training: plain(&none_yet("train", &s.named)),
             evaluation: plain(&none_yet("eval", &s.named)),
@@ -66,7 +66,7 @@ pub fn render(s: &Sources, f: &Findings, seed: u64) -> Result<String> {
         drawn: drawn(&s.rows, seed),
         rows: s.rows.iter().filter(|row| !row.replies.is_empty()).count(),
         seed,
-        files: (files(s).into_iter())
+        files: (files(s).into_iter().filter(|(path, _)| path.exists()))
             .map(|(path, what)| (plain(&path.display().to_string()), what))
             .collect(),
         signatures: (signatures.chain([("this page", &own)]))
@@ -82,7 +82,7 @@ struct Page<'f> {
     style: &'static str,
     style_hash: String,
     run: String,
-    none: Missing,
+    missing: Missing,
     cautions: Vec<String>,
     collected: Option<u64>,
     data: Option<DataView>,
@@ -211,10 +211,12 @@ fn curves(t: &Training, trained: &Trained) -> Result<TrainingView> {
         label += &format!(" The adapter is that of step {step}.");
     }
     let mut others = Vec::new();
+    let window = charts::window(train.len());
+    let speeds = format!("tokens/s, over {window} steps");
     for (what, unit, points) in [
         ("Learning rate", "learning rate", of(|update| update.learning_rate)),
         ("Gradient norm before clipping", "gradient norm", of(|update| update.grad_norm)),
-        ("Tokens a second", "tokens/s", speed(t)),
+        ("Tokens a second", &speeds, speed(t, window)),
     ] {
         let (Some(first), Some(last)) = (points.first(), points.last()) else {
             continue;
@@ -229,7 +231,7 @@ fn curves(t: &Training, trained: &Trained) -> Result<TrainingView> {
         seconds: format!("{:.0}", t.seconds),
         unfinished: trained.unfinished.as_deref().map(plain),
         learnt: trained.learnt.clone(),
-        window: charts::window(train.len()),
+        window,
         chosen,
         held_out: t.evals.len(),
         losses: charts::losses(label, &train, &t.evals, chosen.map(|step| step as f64))?,
@@ -239,11 +241,11 @@ fn curves(t: &Training, trained: &Trained) -> Result<TrainingView> {
 
 /// Tokens a second around each step. One step's own time says little: it is taken when its
 /// figures arrive, and those of two steps may arrive at once.
-fn speed(t: &Training) -> Vec<(f64, f64)> {
+fn speed(t: &Training, window: usize) -> Vec<(f64, f64)> {
     let timed: Vec<(f64, f64, f64)> = (t.updates.iter())
         .filter_map(|u| Some((u.step as f64, u.tokens? as f64, u.seconds?)))
         .collect();
-    let half = charts::window(t.updates.len()) / 2;
+    let half = window / 2;
     let around = |at: usize| {
         let near = &timed[at.saturating_sub(half)..timed.len().min(at + half + 1)];
         let (tokens, seconds) = (near.iter()).fold((0.0, 0.0), |(tokens, seconds), near| {
@@ -303,10 +305,11 @@ struct Ends {
 
 /// In what a figure is counted.
 fn unit(metric: &str) -> &'static str {
-    match system(metric) {
+    match metric {
         "nll" => "nats/token",
-        "score" | "rouge1" | "rouge2" | "rougeL" => "0 to 1",
+        "rouge1" | "rouge2" | "rougeL" => "0 to 1",
         "bleu" | "chrf" => "0 to 100",
+        _ if metric.starts_with("verdicts.score") => "0 to 1",
         _ => "",
     }
 }
@@ -341,7 +344,7 @@ fn view(c: &Comparison, rows: &[Row]) -> Result<View> {
         let way = if lower { "lower is better" } else { "higher is better" };
         let comma = if unit.is_empty() { "" } else { ", " };
         strips.push(Strip {
-            name: short(of.metric, 18),
+            name: short(of.metric, 20),
             unit: format!("{unit}{comma}{way}"),
             lower,
             mean: of.difference,
