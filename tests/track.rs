@@ -193,8 +193,7 @@ fn a_run_that_goes_on_sends_no_point_twice() {
 #[test]
 fn settings_are_sent_once_and_other_ones_are_another_run() {
     let tool = tool();
-    let run =
-        json!({"v": 3, "settings": ["lora.rank = 8", "data.text = \"raw\""], "device": "cpu"});
+    let run = json!({"v": 3, "settings": ["lora.rank = 8", "lora.alpha = 32.0", "data.text = \"raw\""], "device": "cpu"});
     let run = tool.file("run.json", &run.to_string());
     let send = |settings: &str| {
         tool.run(
@@ -204,7 +203,10 @@ fn settings_are_sent_once_and_other_ones_are_another_run() {
     };
     send(&run).exits(0);
     // The train.yaml of the same run has more keys; those that both have are the same.
-    let yaml = tool.file("train.yaml", "lora:\n  rank: 8\n  dropout: 0.05\n");
+    let yaml = tool.file(
+        "train.yaml",
+        "lora:\n  rank: 8\n  alpha: 32\n  dropout: 0.05\n",
+    );
     send(&yaml).exits(0);
     send(&yaml).exits(0);
     let state = tool.read("runs/track.jsonl");
@@ -212,7 +214,7 @@ fn settings_are_sent_once_and_other_ones_are_another_run() {
     assert_eq!(
         sent,
         [
-            r#"{"entries":[{"settings":{"lora.rank":8,"data.text":"raw","run.device":"cpu"}}]}"#,
+            r#"{"entries":[{"settings":{"lora.rank":8,"lora.alpha":32.0,"data.text":"raw","run.device":"cpu"}}]}"#,
             r#"{"entries":[{"settings":{"lora.dropout":0.05}}]}"#
         ]
     );

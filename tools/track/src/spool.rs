@@ -241,7 +241,7 @@ impl Spool {
     /// If one has changed, which is another run, or they cannot be written.
     pub fn add_settings(&mut self, mut settings: Map<String, Value>) -> Result<()> {
         for (key, value) in &settings {
-            if let Some(was) = self.settings.get(key).filter(|was| *was != value) {
+            if let Some(was) = self.settings.get(key).filter(|was| !is_same(was, value)) {
                 let path = self.journal.path().display();
                 let cause = format!(
                     "--settings: {key} is {value}, and {was} in {path}: another run needs another --state"
@@ -378,6 +378,14 @@ impl Spool {
     /// If the journal cannot be written.
     pub fn set_sent(&mut self, end: usize, rows: u64) -> Result<()> {
         self.note(Note::Sent(end, rows))
+    }
+}
+
+/// Whether two values are one; 32 in a YAML is 32.0 in a run.json.
+fn is_same(a: &Value, b: &Value) -> bool {
+    match (a.as_f64(), b.as_f64()) {
+        (Some(a), Some(b)) => a == b,
+        _ => a == b,
     }
 }
 
