@@ -4,9 +4,9 @@
 // say; what they do beyond that only a GPU shows.
 //
 // CUDA_STAND_IN makes it unfit: `old` (driver), `none` (no GPU), `old, none`, `ancient` (GPU),
-// `full` (memory), `filling` (after 20 allocations), `stumbling` (refuses to launch add_noise),
+// `poolless` (memory), `full`, `filling` (after 20 allocations), `stumbling` (refuses to launch add_noise),
 // `crowded` (no page-locked memory that the GPU sees), `swamped` (none at all), `another` (by its
-// name), and for graphs `uncaptured`, `uninstantiated`, `not uploaded`; `tallied` says at the end
+// name), for graphs `uncaptured`, `uninstantiated`, `not uploaded`; `tallied` says at the end
 // how often its stream was waited for. `hollow` is one of another kind: it has an H200's memory, which is never
 // touched, and looks at what it is asked for, but does none of it and reads as zeros. So the
 // host's side of a model of any size is run here: what it allocates, and how long it takes to ask.
@@ -128,8 +128,10 @@ EXPORTED int cuDeviceGetName(char *name, int size, int) {
   return snprintf(name, size, unfit("another") ? "another stand-in" : "stand-in"), Success;
 }
 EXPORTED int cuDeviceGetAttribute(int *value, int attribute, int) {
-  *value = attribute == 75 ? (unfit("ancient") ? 7 : 8) : attribute == 76 ? 5 : 0;
-  return attribute == 75 || attribute == 76 ? Success : Invalid;
+  const std::map<int, int> has{{75, unfit("ancient") ? 7 : 8}, {76, 5}, {115, !unfit("poolless")}};
+  const auto found = has.find(attribute);
+  if (found == has.end()) return Invalid;
+  return *value = found->second, Success;
 }
 EXPORTED int cuDevicePrimaryCtxRetain(void **context, int) { return *context = &the_context, Success; }
 EXPORTED int cuDevicePrimaryCtxRelease_v2(int) { return Success; }
@@ -165,18 +167,19 @@ EXPORTED int cuStreamDestroy_v2(void *stream) {
 
 // Graphs: what a stream was given is done when one is launched, as often as it is. The
 // arguments of kernels, factors of products and so on are those of the time of the capture.
+thread_local bool capturing = false;
 EXPORTED int cuStreamBeginCapture_v2(void *stream, int) {
   std::lock_guard lock(one);
   if (!streams.count(stream) || captured(stream)) return Invalid;
   if (unfit("uncaptured")) return CaptureUnsupported;
   static_cast<Stream *>(stream)->capturing = new Graph;
-  return Success;
+  return capturing = true, Success;
 }
 EXPORTED int cuStreamEndCapture(void *stream, void **graph) {
   std::lock_guard lock(one);
   if (!captured(stream)) return Invalid;
   *graph = std::exchange(static_cast<Stream *>(stream)->capturing, nullptr);
-  return Success;
+  return capturing = false, Success;
 }
 EXPORTED int cuGraphInstantiateWithFlags(void **executable, void *graph, unsigned long long flags) {
   if (unfit("uninstantiated")) return OutOfMemory;
@@ -398,6 +401,7 @@ struct Heuristic {
 };
 EXPORTED int cublasLtMatmulAlgoGetHeuristic(void *, void *, void *, void *, void *, void *, void *, int wanted,
                                             Heuristic *found, int *count) {
+  if (capturing) return 14; // as versions from CUDA 13.3 on
   memset(found, 0, sizeof *found);
   return *count = wanted, 0;
 }
@@ -409,6 +413,7 @@ EXPORTED int cublasLtMatmul(void *, void *description, const float *alpha, const
   const bool ta = t[0], tb = t[1];
   const uint64_t m = ta ? la->cols : la->rows, k = ta ? la->rows : la->cols;
   const uint64_t n = tb ? lb->rows : lb->cols;
+  if (!m || !n || !k) return 7; // the library does not say what it makes of these
   if ((tb ? lb->cols : lb->rows) != k || ld->rows != m || ld->cols != n || lc->rows != m || lc->cols != n) return 7;
   if (hollow) {
     std::lock_guard lock(one);

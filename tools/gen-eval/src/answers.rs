@@ -222,6 +222,9 @@ pub fn write_items<'a, B: Backend>(
         out.flush()?;
         first += block.len() as u32;
     }
+    if let Some(why) = model.backend().unrecorded() {
+        app.detail(format_args!("decoding was slower than it could be: {why}"));
+    }
     Ok(names
         .into_iter()
         .zip(tallies.iter().map(Tally::scores))

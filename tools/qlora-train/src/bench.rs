@@ -383,7 +383,6 @@ impl Bench {
             false => Ok(None),
         };
         let device = backend.describe();
-        let before = free(&backend)?;
         let side = self.side.unwrap_or(if OF_ITS_OWN { 8192 } else { 1024 });
         // A weight in bf16, what goes in and what comes out.
         let square = side * side * (2 + 2 * B::ACT_BYTES);
@@ -396,6 +395,8 @@ impl Bench {
             "measuring the device's own rates by a product of {side}³"
         ));
         let rates = rates(&backend, side)?;
+        // What the first products make a library load is the context's.
+        let before = free(&backend)?;
         let storage = |dense| match dense {
             true => Storage::AsStored,
             false => Storage::Nf4,
@@ -509,6 +510,9 @@ impl Bench {
                 continue;
             }
             write(self.generate(&trainer, lengths, slots, free)?)?;
+            if let Some(why) = model.backend().unrecorded() {
+                app.warn(format_args!("decoding was slower than it could be: {why}"));
+            }
         }
         Ok(())
     }

@@ -306,7 +306,12 @@ fn training_and_generation_follow_the_cpu() {
         assert_eq!(got.replies, exact.replies, "{name}");
         // Four steps of two replies and four of one, all of two rows; the first was new.
         let recorded = recorded(model.backend());
-        assert_eq!(model.backend().played(), if recorded { 7 } else { 0 });
+        let why = model.backend().unrecorded();
+        assert_eq!(
+            model.backend().played(),
+            if recorded { 7 } else { 0 },
+            "{why:?}"
+        );
     }
 }
 
@@ -333,6 +338,7 @@ fn steps_of_several_sizes_are_recorded() {
     let model = model(gpu);
     let replies = generate(&model, None, &prompts, &how, |_| {}).unwrap();
     println!("replies: {replies:?}");
+    println!("unrecorded: {:?}", model.backend().unrecorded());
     println!("played: {}", model.backend().played());
     assert_eq!(model.backend().played() > 0, recorded(model.backend()));
 }

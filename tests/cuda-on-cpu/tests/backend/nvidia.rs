@@ -97,12 +97,18 @@ fn replies_are_the_same_where_nothing_can_be_recorded() {
         assert!(output.status.success(), "{text}");
         let line = |what| text.lines().find_map(|line| line.strip_prefix(what));
         let played: usize = line("played: ").unwrap().parse().unwrap();
-        (line("replies: ").unwrap().to_owned(), played)
+        let why = line("unrecorded: ").unwrap().to_owned();
+        (line("replies: ").unwrap().to_owned(), played, why)
     };
-    let (replies, played) = generated("");
-    assert!(played > 3, "{played}");
+    let (replies, played, why) = generated("");
+    assert!(played > 3 && why == "None", "{played}, {why}");
     for unfit in UNRECORDING {
-        assert_eq!(generated(unfit), (replies.clone(), 0), "{unfit}");
+        let (one_by_one, played, why) = generated(unfit);
+        assert_eq!((&one_by_one, played), (&replies, 0), "{unfit}");
+        assert!(
+            why.contains("recording work that comes again: "),
+            "{unfit}: {why}"
+        );
     }
 }
 
@@ -176,6 +182,7 @@ fn what_is_missing_or_too_old_is_said_with_its_remedy() {
         ("cuda:0", "none", "there is no GPU 0: 0 found"),
         ("cuda:0", "old, none", "there is no GPU 0: 0 found"),
         ("auto", "ancient", "compute capability 7.5"),
+        ("auto", "poolless", "has no memory pools"),
         ("cuda", "full", "out of memory"),
         // Not on the device instead: nobody has planned it there.
         ("auto", "crowded", "page-locked host memory, for embeddings"),

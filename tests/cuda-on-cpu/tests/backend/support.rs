@@ -5,7 +5,7 @@ use std::sync::{LazyLock, Mutex};
 use std::time::UNIX_EPOCH;
 
 use cuda_on_cpu::{Emulated, Kernels, Order, Processor, Ptx};
-use engine::cuda::{Address, Launch, Nvidia};
+use engine::cuda::{Address, Driver, Launch, Nvidia};
 use engine::{Backend, Cuda, Rounded};
 use half::bf16;
 
@@ -137,7 +137,9 @@ pub fn gpu() -> Option<Cuda> {
         let wanted = std::env::var_os(ONLY_PTX).is_none();
         let found = wanted && Nvidia::count().expect("the driver works") > 0;
         assert!(found || !only_gpu(), "no GPU");
-        found.then(|| Nvidia::open(0).unwrap())
+        let gpu = found.then(|| Nvidia::open(0).unwrap())?;
+        println!("hardware: {}", gpu.hardware());
+        Some(gpu)
     });
     KEPT.as_ref()
         .map(|_| Cuda::new(Box::new(Nvidia::open(0).unwrap())).unwrap())

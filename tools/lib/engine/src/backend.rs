@@ -438,6 +438,12 @@ pub trait Backend: Sized + Send + Sync + 'static {
         work()
     }
 
+    /// Why something that came [again](Self::repeat) was not taken at once, the first time,
+    /// on a device that could have. It is slower for it, and no less right.
+    fn unrecorded(&self) -> Option<String> {
+        None
+    }
+
     /// Does something and says what the device spent its time on, the most first. Every
     /// piece of work stands between two looks at the clock then, and nothing is played as a
     /// whole ([`repeat`](Self::repeat)): all of it takes longer than it would. A backend

@@ -100,7 +100,7 @@ pub enum Precision {
 /// `out [m, n] = scale · a [m, k] b [k, n] (+ add)`, row-major.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Product {
-    /// `[m, n, k]`
+    /// `[m, n, k]`; `k` is at least 1.
     pub size: [usize; 3],
     /// `[m, k]`
     pub a: Operand,
@@ -114,6 +114,14 @@ pub struct Product {
     pub add: Option<(Address, usize)>,
     /// Factor of the product.
     pub scale: f32,
+}
+
+impl Product {
+    /// Whether there is nothing to compute.
+    pub fn is_empty(&self) -> bool {
+        let [m, n, _] = self.size;
+        m == 0 || n == 0
+    }
 }
 
 /// Something to be queued, as it was asked for.
@@ -255,7 +263,10 @@ pub trait Driver: Send + Sync {
 
     /// Makes one of what is to be queued again and again in this order; it has been
     /// queued before. Nothing is queued now. None: the device has no such thing.
-    fn record(&self, _work: &[Work]) -> Option<Box<dyn Recording>> {
-        None
+    ///
+    /// # Errors
+    /// If it has, and refuses this.
+    fn record(&self, _work: &[Work]) -> Result<Option<Box<dyn Recording>>> {
+        Ok(None)
     }
 }

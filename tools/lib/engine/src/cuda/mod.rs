@@ -52,7 +52,10 @@ const NORM_BLOCKS: usize = 256;
 /// Most blocks that a grid has in its second dimension.
 const GRID_Y: usize = 65_535;
 
-/// Blocks of 256 threads that a large GPU runs at once, two a multiprocessor.
+/// Blocks of 256 threads that an H100 or H200 runs at once, two for each of 132
+/// multiprocessors. Not asked of the device: in what order gradients are summed, and what
+/// scratch is planned, then depend on sizes alone. A chip of other size computes the same,
+/// with a round of blocks that is not full (docs/gpu.md).
 const AT_ONCE: usize = 264;
 
 /// Features of a head for which `attention.cu` makes kernels.
@@ -333,6 +336,10 @@ impl Backend for Cuda {
 
     fn describe(&self) -> String {
         self.queue.describe()
+    }
+
+    fn unrecorded(&self) -> Option<String> {
+        self.queue.unrecorded()
     }
 
     fn accepts(&self, heads: Heads) -> Result<()> {
@@ -764,7 +771,10 @@ impl Backend for Cuda {
     ) {
         let (tokens, count) = (rows.tokens(), rows.bounds().len() - 1);
         let names = ["attention_32", "attention_64", "attention_128"];
-        let (kernel, shared) = Self::attention_kernel(heads, names, 5);
+        // Where no row has more than one tile of keys, there is no next one to load while it is
+        // multiplied, and more blocks have room.
+        let tiles = if rows.longest() <= TILE { 3 } else { 5 };
+        let (kernel, shared) = Self::attention_kernel(heads, names, tiles);
         let args = args![
             qk.first(tokens * heads.qk()),
             qkv.first(tokens * heads.qkv()),

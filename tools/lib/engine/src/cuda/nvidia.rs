@@ -68,6 +68,14 @@ fn failed(what: &str, error: cuda::DriverError) -> Error {
     )
 }
 
+/// A product that cuBLASLt does not do.
+fn refused(product: &Product, error: blas::CublasError) -> Error {
+    unusable(
+        format!("{product:?}: {error}"),
+        "try another version of cuBLAS; or use --device cpu",
+    )
+}
+
 /// Milliseconds between two events that have passed. Not cudarc's, which asks for a
 /// function that drivers have only since CUDA 12.8.
 ///
@@ -356,6 +364,12 @@ impl Nvidia {
                 "use a GPU of the Ampere generation (RTX 30, A100) or later; or --device cpu",
             ));
         }
+        if attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)? == 0 {
+            return Err(unusable(
+                format!("the {name}, as it is shared out here, has no memory pools"),
+                "use a whole GPU, or a virtual one with unified memory enabled; or --device cpu",
+            ));
+        }
         open_cublas()?;
 
         // SAFETY: `device` comes from the driver; the context is released on drop.
@@ -431,7 +445,7 @@ impl Nvidia {
     }
 
     /// The layouts and the algorithm of a product.
-    fn plan(&self, product: &Product) -> Result<Arc<Plan>, blas::CublasError> {
+    fn plan(&self, product: &Product) -> Result<Arc<Plan>> {
         let alignment = |address: Address| address.trailing_zeros().min(4);
         let (to, _) = product.out;
         let added = product.add.map_or(to, |(added, _)| added);
@@ -446,7 +460,8 @@ impl Nvidia {
         if let Some(plan) = plans.get(&key) {
             return Ok(plan.clone());
         }
-        let plan = Arc::new(self.choose(product, key.alignment)?);
+        let choice = self.choose(product, key.alignment);
+        let plan = Arc::new(choice.map_err(|e| refused(product, e))?);
         if plans.len() == PLANS {
             // What a product is computed with depends on nothing but its shape.
             plans.clear();
@@ -566,16 +581,10 @@ impl Nvidia {
     }
 
     fn multiply_on(&self, stream: sys::CUstream, product: &Product) -> Result<()> {
-        let with = |e: blas::CublasError| {
-            unusable(
-                format!("{product:?}: {e}"),
-                "try another version of cuBLAS; or use --device cpu",
-            )
-        };
-        if product.size[0] == 0 {
+        if product.is_empty() {
             return Ok(());
         }
-        let plan = self.plan(product).map_err(with)?;
+        let plan = self.plan(product)?;
         let (alpha, beta) = (
             product.scale,
             if product.add.is_some() { 1f32 } else { 0f32 },
@@ -603,7 +612,7 @@ impl Nvidia {
                 stream.cast(),
             )
         }
-        .map_err(with)
+        .map_err(|e| refused(product, e))
     }
 
     fn queue_on(&self, stream: sys::CUstream, work: &Work) -> Result<()> {
@@ -856,32 +865,46 @@ impl Driver for Nvidia {
         Ok(f64::from(milliseconds) / 1e3)
     }
 
-    fn record(&self, work: &[Work]) -> Option<Box<dyn Recording>> {
-        self.context.enter().ok()?;
-        let aside = CaptureStream::new().ok()?;
+    fn record(&self, work: &[Work]) -> Result<Option<Box<dyn Recording>>> {
+        self.context.enter()?;
+        // Some versions of cuBLASLt choose no algorithm while anything is captured.
+        for work in work {
+            match work {
+                Work::Launch(shape, args) => drop(self.function(&Launch { args, ..*shape })?),
+                Work::Multiply(product) if !product.is_empty() => drop(self.plan(product)?),
+                Work::Multiply(_) | Work::Zero(..) => {}
+            }
+        }
+        let with = |e| failed("recording work that comes again", e);
+        let aside = CaptureStream::new().map_err(with)?;
         // In this thread alone: others may go on with the device's own stream.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: a fresh stream, on which nothing but what is captured is queued.
-        unsafe { cuda::stream::begin_capture(aside.0, mode) }.ok()?;
+        unsafe { cuda::stream::begin_capture(aside.0, mode) }.map_err(with)?;
         let captured = work
             .iter()
             .try_for_each(|work| self.queue_on(aside.0, work));
-        // SAFETY: as above; the graph is destroyed once there is an executable one.
-        let executable = unsafe {
-            let graph = cuda::stream::end_capture(aside.0).ok()?;
+        // SAFETY: as above.
+        let graph = unsafe { cuda::stream::end_capture(aside.0) };
+        let executable = captured.and_then(|()| {
+            let graph = graph.map_err(with)?;
             let flags = sys::CUgraphInstantiate_flags(0);
-            let executable = captured.map(|()| cuda::graph::instantiate(graph, flags));
-            let _ = cuda::graph::destroy(graph);
-            executable.ok()?.ok()?
-        };
+            // SAFETY: the graph is whole.
+            unsafe { cuda::graph::instantiate(graph, flags) }.map_err(with)
+        });
+        if let Ok(graph) = graph {
+            // SAFETY: an executable one needs it no more.
+            let _ = unsafe { cuda::graph::destroy(graph) };
+        }
+        let executable = executable?;
         let graph = Graph {
             context: self.context.clone(),
             executable,
         };
         // What memory it takes it takes now, where the work can still go one by one.
         // SAFETY: both are live.
-        unsafe { cuda::graph::upload(executable, self.context.stream) }.ok()?;
-        Some(Box::new(graph))
+        unsafe { cuda::graph::upload(executable, self.context.stream) }.map_err(with)?;
+        Ok(Some(Box::new(graph)))
     }
 }
 
@@ -923,11 +946,9 @@ impl Recording for Graph {
 impl Drop for Graph {
     fn drop(&mut self) {
         if self.context.enter().is_ok() {
-            // SAFETY: its only owner lets go of it; it may still be under way before.
-            unsafe {
-                let _ = cuda::stream::synchronize(self.context.stream);
-                let _ = cuda::graph::exec_destroy(self.executable);
-            }
+            // SAFETY: its only owner lets go of it. Where it is under way it goes once it is
+            // done, by the manual.
+            let _ = unsafe { cuda::graph::exec_destroy(self.executable) };
         }
     }
 }

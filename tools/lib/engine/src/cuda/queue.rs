@@ -26,6 +26,8 @@ pub(super) struct Queue {
     failure: Mutex<Option<String>>,
     gathered: Mutex<Option<Vec<Work>>>,
     played: AtomicUsize,
+    /// Why something could not be recorded, the first time.
+    unrecorded: Mutex<Option<String>>,
     profile: Mutex<Option<Profile>>,
 }
 
@@ -112,6 +114,7 @@ impl Queue {
             failure: Mutex::new(None),
             gathered: Mutex::new(None),
             played: AtomicUsize::new(0),
+            unrecorded: Mutex::new(None),
             profile: Mutex::new(None),
         }
     }
@@ -136,6 +139,11 @@ impl Queue {
     /// How often what was repeated was queued as a whole.
     pub fn played(&self) -> usize {
         self.played.load(Relaxed)
+    }
+
+    /// Why it was not, where the device could have.
+    pub fn unrecorded(&self) -> Option<String> {
+        lock(&self.unrecorded).clone()
     }
 
     /// The failure so far, if any.
@@ -249,6 +257,17 @@ impl Queue {
         result
     }
 
+    fn record(&self, driver: &dyn Driver, work: &[Work]) -> State {
+        match driver.record(work) {
+            Ok(Some(recording)) => State::Recorded(recording),
+            Ok(None) => State::Unrecordable,
+            Err(error) => {
+                lock(&self.unrecorded).get_or_insert_with(|| error.to_string());
+                State::Unrecordable
+            }
+        }
+    }
+
     fn play(&self, driver: &dyn Driver, work: Vec<Work>) -> Result<()> {
         if lock(&self.profile).is_some() {
             return work.iter().try_for_each(|work| self.queue(driver, work));
@@ -258,9 +277,7 @@ impl Queue {
             Some(i) => {
                 let Kept { work, state } = kept.remove(i);
                 let state = match state {
-                    State::SeenOnce => driver
-                        .record(&work)
-                        .map_or(State::Unrecordable, State::Recorded),
+                    State::SeenOnce => self.record(driver, &work),
                     state => state,
                 };
                 Kept { work, state }
