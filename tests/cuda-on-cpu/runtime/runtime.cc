@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <map>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -253,7 +254,8 @@ bool on_own_stack(const void *p) {
   return p >= base && p < base + STACK;
 }
 
-Shared::Shared(size_t size) : bytes(new unsigned char[size]), size(size), next(all_shared) {
+Shared::Shared(size_t size)
+    : bytes(static_cast<unsigned char *>(operator new(size, std::align_val_t(256)))), size(size), next(all_shared) {
   memset(bytes, 0xff, size);
   all_shared = this;
 }

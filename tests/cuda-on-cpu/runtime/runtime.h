@@ -31,7 +31,8 @@ extern Fiber *current;
 extern uint3 block_index, block_size, grid_size;
 extern unsigned char *dynamic_shared;
 
-// A `__shared__` array: a heap block of exactly its size, found by check.cc.
+// A `__shared__` array: a heap block of exactly its size, as much aligned as any is that a
+// kernel has, found by check.cc.
 struct Shared {
   unsigned char *bytes;
   size_t size;
@@ -89,7 +90,12 @@ template <class... A> static int add(const char *name, void (*f)(A...)) {
 #define blockDim (cpu::block_size)
 #define gridDim (cpu::grid_size)
 
-DEVICE u32 multiply_high(u32 a, u32 b) { return (u32)((u64)a * b >> 32); }
+DEVICE void multiply_wide(u32 a, u32 b, u32 &low, u32 &high) {
+  const u64 product = (u64)a * b;
+  low = (u32)product;
+  high = (u32)(product >> 32);
+}
+DEVICE float look_up(const float *table, u32 offsets, int byte) { return table[(offsets >> 8 * byte & 255) / 4]; }
 DEVICE float mul_rn(float a, float b) { return a * b; } // built with -ffp-contract=off
 DEVICE float add_rn(float a, float b) { return a + b; }
 DEVICE float as_float(u32 bits) {

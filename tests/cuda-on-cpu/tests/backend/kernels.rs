@@ -286,6 +286,16 @@ fn long_row() -> usize {
     asked.map_or(1_100, |tokens| tokens.parse().unwrap())
 }
 
+/// One tile of keys: less shared memory than with a second.
+#[test]
+fn attention_of_short_rows() {
+    fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
+        let each = HEADS.map(|heads| attend(b, heads, &[64, 1, 40]));
+        each.concat()
+    }
+    compare("attention, short", &[BF16, F32, BF16], run(&Rounded), run);
+}
+
 #[test]
 fn attention_of_a_long_row() {
     const ONE: Heads = Heads {
@@ -1564,6 +1574,9 @@ fn what_was_not_repeated_for_long_is_forgotten() {
 
 #[test]
 fn sampling_chooses_the_same_tokens() {
+    /// The first takes the likeliest.
+    const SETTINGS: usize = 6;
+
     // Of logits in steps many are equal: of those the lower id comes first. In the last
     // rows all are, or all but the likeliest.
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
@@ -1591,7 +1604,7 @@ fn sampling_chooses_the_same_tokens() {
         let [items, positions] = [2, 1].map(|divisor| b.upload_ids(&ids(divisor)).unwrap());
         let mut out = b.upload_ids(&vec![u32::MAX; rows]).unwrap();
         let mut scratch = b.alloc_workspace(2 * rows * width * 4).unwrap();
-        let settings = [
+        let settings: [_; SETTINGS] = [
             (0.0, 0, 1.0),
             (1.0, 0, 1.0),
             (0.7, 20, 0.8),
@@ -1613,5 +1626,33 @@ fn sampling_chooses_the_same_tokens() {
         });
         chosen.into()
     }
-    compare("sample", &[0.0], run(&Rounded), run);
+    /// Forgives a GPU some tokens that were drawn: the last bits of its exponentials are its
+    /// own. By 2^-22 of a weight at most, so where two tokens meet in the running sum moves by
+    /// less than 2.4e-7 of all: one draw among 40,001 tokens as likely meets such a place once
+    /// in a hundred times, that of `top_p` as often; all 75 of them 0.1 times, and three once
+    /// in some thousand runs. The likeliest is not forgiven.
+    fn forgive(got: &mut [Vec<f32>], want: &[Vec<f32>]) {
+        let pairs = || got.iter().zip(want).enumerate();
+        let drawn = pairs().filter(|(i, _)| i % SETTINGS > 0);
+        let off = drawn.flat_map(|(_, (got, want))| got.iter().zip(want));
+        let off = off.filter(|(got, want)| got != want).count();
+        println!("sample: {off} drawn otherwise");
+        if off > 2 {
+            return;
+        }
+        for (i, (got, want)) in got.iter_mut().zip(want).enumerate() {
+            if i % SETTINGS > 0 {
+                got.clone_from(want);
+            }
+        }
+    }
+
+    let reference = run(&Rounded);
+    compare("sample", &[0.0], reference.clone(), |cuda| {
+        let mut chosen = run(cuda);
+        if cuda.describe().starts_with("cuda:") {
+            forgive(&mut chosen, &reference);
+        }
+        chosen
+    });
 }

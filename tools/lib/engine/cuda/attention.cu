@@ -137,18 +137,21 @@ struct Head {
   }
 };
 
-// Grid [rows, query heads, tiles of the longest row].
+// Grid [rows, query heads, tiles of the longest row], of which the last, that meets the most
+// keys, is begun first: blocks start in their order, and what starts last should be short.
+DEVICE int tile_of_queries() { return gridDim.z - 1 - blockIdx.z; }
+
 template <int D>
 DEVICE void attention(const bf16 *qk, const bf16 *qkv, const u32 *bounds, u32 query, u32 kv,
                       float scale, bf16 *out, float *lse) {
   DYNAMIC_SHARED(Tile<D>, tiles); // queries; two each of keys and values
   Tile<D> &q_tile = tiles[0];
   const Head head(bounds, query, kv);
-  const int from = blockIdx.z * TILE, count = head.count;
+  const int last = tile_of_queries(), from = last * TILE, count = head.count;
   if (from >= count) return;
   const u32 h = blockIdx.y, kv_head = h * kv / query;
   const Rows q = head.q<D>(qk, h), k = head.k<D>(qk, kv_head), v = head.v<D>(qkv, kv_head);
-  const int first = warp() * 16, last = blockIdx.z;
+  const int first = warp() * 16;
 
   load_tile(q_tile, q, from, count);
   load_tile(tiles[1], k, 0, count);
@@ -236,7 +239,7 @@ DEVICE void attention_backward_q(const bf16 *qk, const bf16 *qkv, const bf16 *ou
   SHARED(float, delta, TILE);
   SHARED(float, denominator, TILE);
   const Head head(bounds, query, kv);
-  const int from = blockIdx.z * TILE, count = head.count;
+  const int from = tile_of_queries() * TILE, count = head.count;
   if (from >= count) return;
   const u32 h = blockIdx.y, kv_head = h * kv / query;
   const Rows q = head.q<D>(qk, h), k = head.k<D>(qk, kv_head), v = head.v<D>(qkv, kv_head);
@@ -247,7 +250,7 @@ DEVICE void attention_backward_q(const bf16 *qk, const bf16 *qkv, const bf16 *ou
   load_tile(tiles[1], d, from, count);
   load_statistics<D>(head, h, o, d, lse, from, delta, denominator);
   float acc[D / 8][4] = {};
-  for (int j = 0; j <= (int)blockIdx.z; j++) {
+  for (int j = 0; j * TILE <= from; j++) {
     sync_block(); // the last tiles have been read
     load_tile(tiles[2], k, j * TILE, count);
     load_tile(tiles[3], v, j * TILE, count);

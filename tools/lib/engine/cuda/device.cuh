@@ -31,7 +31,13 @@ struct bf16 {
 #define DYNAMIC_SHARED(T, name) T *name = reinterpret_cast<T *>(dynamic_shared)
 extern __shared__ uint4 dynamic_shared[];
 
-DEVICE u32 multiply_high(u32 a, u32 b) { return __umulhi(a, b); }
+// One instruction, as which the compiler takes neither a product shifted by 32 nor the
+// halves asked for one by one.
+DEVICE void multiply_wide(u32 a, u32 b, u32 &low, u32 &high) {
+  u64 product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  asm("mov.b64 {%0, %1}, %2;" : "=r"(low), "=r"(high) : "l"(product));
+}
 
 // Products and sums that must not be contracted, where bits have to match.
 DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
@@ -87,6 +93,16 @@ DEVICE u64 shuffle_xor(u64 x, int lane_mask) { return __shfl_xor_sync(~0u, x, la
 DEVICE u32 atomic_add(u32 *p, u32 x) { return atomicAdd(p, x); }
 
 DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+// An entry of a table in shared memory, which begins where the lowest byte of an address
+// is zero. `byte` of `offsets`, four times the entry's number, becomes that byte: in one
+// instruction. Volatile: it stays behind the barrier that the table was filled before.
+DEVICE float look_up(const float *table, u32 offsets, int byte) {
+  float x;
+  const u32 at = permute(offsets, shared_address(table), 0x7650 | byte);
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at));
+  return x;
+}
 
 // Four 8×8 matrices of 16-bit values from shared memory: lane 8i + r points to
 // row r of matrix i, 16 bytes aligned to 16; lane l receives, of each matrix,
@@ -190,6 +206,21 @@ DEVICE size_t global_thread() { return (size_t)blockIdx.x * blockDim.x + threadI
 DEVICE float infinity() { return as_float(0x7f800000u); }
 // Below every value, and no infinity: the difference of two is 0.
 constexpr float LOWEST = -3e38f;
+
+// A table for `look_up`.
+struct alignas(256) Sixteen {
+  float x[16];
+};
+
+// A product of 64 bits by its halves.
+struct Long {
+  u32 low, high;
+};
+DEVICE Long long_product(u32 a, u32 b) {
+  Long halves;
+  multiply_wide(a, b, halves.low, halves.high);
+  return halves;
+}
 
 // Two neighbouring values as the tensor cores take them; those from `count` on are 0.
 DEVICE u32 pair_of(const bf16 *x, u32 i, u32 count) {

@@ -5,6 +5,11 @@ CONSTANT float LEVELS[16] = {
     -0.091050036f,  0.0f,          0.0795803f,    0.1609302f,   0.2461123f,   0.33791524f,
     0.44070983f,    0.562617f,     0.72295684f,   1.0f};
 
+// Of eight codes every other one, times four, as `look_up` takes them: the earlier of a
+// byte's two is in its high half.
+DEVICE u32 earlier(u32 codes) { return codes >> 2 & 0x3c3c3c3c; }
+DEVICE u32 later(u32 codes) { return codes << 2 & 0x3c3c3c3c; }
+
 // out[0..count] = the values from flat index `start` on; both multiples of 8. A
 // block of 64 values has the scale absmax[block] (`nested` null), or
 // map[nested[block]] · absmax[block / 256] + offset. A thread has PIECES times eight values,
@@ -17,8 +22,8 @@ KERNEL(256)
 nf4_decode(const u8 *__restrict__ codes, const u8 *__restrict__ nested,
            const float *__restrict__ absmax, const float *__restrict__ map, float offset, u64 start,
            u64 count, bf16 *__restrict__ out) {
-  SHARED(float, levels, 16);
-  if (threadIdx.x < 16) levels[threadIdx.x] = LEVELS[threadIdx.x];
+  SHARED(Sixteen, levels, 1);
+  if (threadIdx.x < 16) levels[0].x[threadIdx.x] = LEVELS[threadIdx.x];
   sync_block();
   const u64 first = (u64)blockIdx.x * (PIECES * 2048) + threadIdx.x * 8;
   if (first >= count) return;
@@ -49,10 +54,9 @@ nf4_decode(const u8 *__restrict__ codes, const u8 *__restrict__ nested,
   for (int p = 0; p < PIECES; p++) {
     if (left <= p * 2048) return;
     Eight v;
-    for (int b = 0; b < 4; b++) { // the earlier value is in the high half of its byte
-      const u32 byte = words[p] >> 8 * b;
-      v.x[2 * b] = mul_rn(levels[byte >> 4 & 15], scale[p]);
-      v.x[2 * b + 1] = mul_rn(levels[byte & 15], scale[p]);
+    for (int b = 0; b < 4; b++) {
+      v.x[2 * b] = mul_rn(look_up(levels[0].x, earlier(words[p]), b), scale[p]);
+      v.x[2 * b + 1] = mul_rn(look_up(levels[0].x, later(words[p]), b), scale[p]);
     }
     store8(out + p * 2048, v);
   }
@@ -120,7 +124,7 @@ template <int N, class T>
 DEVICE void nf4_product(const Quantised &w, const Update &update, u32 first, const float *map,
                         const bf16 *x, u32 tokens, u32 inputs, const bf16 *residual, u32 width,
                         T *out) {
-  SHARED(float, levels, 16);
+  SHARED(Sixteen, levels, 1);
   SHARED(float, scales, 256);
   constexpr int TILES = N * 8 * (OUTPUTS + 4); // the padding spreads tokens over the banks
   SHARED(float, partial, (SPLIT + 1) * TILES); // of each warp, and the update
@@ -142,7 +146,7 @@ DEVICE void nf4_product(const Quantised &w, const Update &update, u32 first, con
   };
   Weights now, next;
   load(next, warp());
-  if (threadIdx.x < 16) levels[threadIdx.x] = LEVELS[threadIdx.x];
+  if (threadIdx.x < 16) levels[0].x[threadIdx.x] = LEVELS[threadIdx.x];
   if (w.nested) scales[threadIdx.x] = map[threadIdx.x];
   sync_block();
   float acc[2][N][4] = {};
@@ -183,9 +187,9 @@ DEVICE void nf4_product(const Quantised &w, const Update &update, u32 first, con
           const u32 codes = word(now.codes[2 * m + h], q);
           const float by = scale[2 * m + h];
 #pragma unroll
-          for (int b = 0; b < 4; b++) // the earlier value is in the high half of its byte
-            pairs[h][b] = pack(mul_rn(levels[codes >> (8 * b + 4) & 15], by),
-                               mul_rn(levels[codes >> 8 * b & 15], by));
+          for (int b = 0; b < 4; b++)
+            pairs[h][b] = pack(mul_rn(look_up(levels[0].x, earlier(codes), b), by),
+                               mul_rn(look_up(levels[0].x, later(codes), b), by));
         }
 #pragma unroll
         for (int step = 0; step < 2; step++) {

@@ -9,9 +9,8 @@ DEVICE Bits philox(u64 seed, u32 x, u32 y, u32 z, u32 tag) {
   u32 key0 = (u32)seed, key1 = (u32)(seed >> 32);
   Bits c = {{x, y, z, tag}};
   for (int round = 0; round < 10; round++) {
-    const u32 high0 = multiply_high(0xD2511F53u, c.word[0]), low0 = 0xD2511F53u * c.word[0];
-    const u32 high1 = multiply_high(0xCD9E8D57u, c.word[2]), low1 = 0xCD9E8D57u * c.word[2];
-    c = Bits{{high1 ^ c.word[1] ^ key0, low1, high0 ^ c.word[3] ^ key1, low0}};
+    const Long x = long_product(0xD2511F53u, c.word[0]), z = long_product(0xCD9E8D57u, c.word[2]);
+    c = Bits{{z.high ^ c.word[1] ^ key0, z.low, x.high ^ c.word[3] ^ key1, x.low}};
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }

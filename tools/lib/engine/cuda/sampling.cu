@@ -15,6 +15,8 @@ struct Logits {
   u32 width;
   float top, temperature;
 
+  // The last bit of an exponential is the device's own, so that a draw next to where two
+  // tokens meet may take the other one than on the CPU; the likeliest is the same.
   DEVICE_MEMBER u64 weight(float x) const { return (u64)(expf((x - top) / temperature) * ONE); }
 };
 

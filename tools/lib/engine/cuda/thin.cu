@@ -34,12 +34,6 @@ struct Cut {
   }
 };
 
-// A product of 64 bits, which is one instruction, by its halves.
-struct Long {
-  u32 low, high;
-};
-DEVICE Long long_product(u32 a, u32 b) { return Long{a * b, multiply_high(a, b)}; }
-
 // `philox` at (row, step, position), for several blocks: of the first three rounds most
 // depends on the token alone.
 struct Draws {

@@ -8,17 +8,27 @@ use super::driver::{Address, Operand, Precision, Product};
 use super::memory::{Buffer, Room, piece};
 use super::{Cuda, Matrix, Store, args, few};
 
-/// What a chunk's logits and their gradient may take together.
-const CHUNK_BYTES: usize = 256 << 20;
+/// What a chunk's logits and their gradient may take together, of few rows and of many:
+/// 256 rows of a Qwen3's vocabulary, and 1,024. The head is read for every chunk, and the
+/// gradient by the hidden states has tiles of only so many rows for all multiprocessors.
+const CHUNK_BYTES: [usize; 2] = [256 << 20, 900 << 20];
+
+/// Chunks that rows are cut into before chunks grow: so scratch grows with a pass, of which
+/// it is a small part, and small passes take no more of it.
+const CHUNKS: usize = 4;
 
 /// Rows of a quantised head that are decoded at a time; a multiple of 64, so that
 /// a slice starts with a block of NF4.
 const SLICE: usize = 8192;
 
 /// Rows whose logits exist at the same time: whole tiles of a product, if it is several.
+/// Of the rows of a pass alone, so that a run that goes on sums as it began; more rows never
+/// have smaller chunks.
 fn chunk_rows(vocabulary: usize, rows: usize) -> usize {
     const TILE: usize = 128;
-    let fitting = CHUNK_BYTES / (vocabulary * (size_of::<f32>() + size_of::<bf16>()));
+    let bytes_of_row = vocabulary * (size_of::<f32>() + size_of::<bf16>());
+    let [few, many] = CHUNK_BYTES.map(|bytes| bytes / bytes_of_row);
+    let fitting = (rows / CHUNKS).clamp(few, many);
     let fitting = match fitting {
         ..TILE => fitting.max(TILE / 2),
         _ => fitting - fitting % TILE,
@@ -144,15 +154,24 @@ mod tests {
 
     #[test]
     fn chunks_are_whole_tiles_that_fit() {
-        for (vocabulary, want) in [
-            (151_936, 256),
-            (50_000, 768),
-            (400_000, 111),
-            (1_000_000, 64),
+        for (vocabulary, few, many) in [
+            (151_936, 256, 1_024),
+            (50_000, 768, 2_432),
+            (400_000, 111, 384),
+            (1_000_000, 64, 128),
         ] {
-            assert_eq!(chunk_rows(vocabulary, 10_000), want, "{vocabulary}");
+            assert_eq!(chunk_rows(vocabulary, 1_000), few, "{vocabulary}");
+            assert_eq!(chunk_rows(vocabulary, 10_000), many, "{vocabulary}");
         }
         assert_eq!(chunk_rows(151_936, 255), 255);
         assert_eq!(chunk_rows(8, 10_000), 10_000);
+    }
+
+    #[test]
+    fn more_rows_have_no_smaller_chunks() {
+        for vocabulary in [8, 50_000, 151_936, 400_000, 1_000_000] {
+            let chunks = (0..6_000).map(|rows| chunk_rows(vocabulary, rows));
+            assert!(chunks.is_sorted(), "{vocabulary}");
+        }
     }
 }

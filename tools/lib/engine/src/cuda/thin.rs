@@ -48,6 +48,16 @@ fn stretches(tokens: usize, inputs: usize) -> usize {
     blocks.min(tokens / 512).max(1)
 }
 
+/// How many blocks of `thin_inputs` share so many tiles of tokens, for each of so many
+/// columns: such that the rounds in which all blocks run take the fewest tiles one after
+/// the other, and of equals the most blocks, for a device that has room for fewer. Four
+/// rounds at most: each block reads its part of the factors.
+fn sharing(tiles: usize, columns: usize) -> usize {
+    let most = (4 * AT_ONCE).div_ceil(columns).min(tiles);
+    let turns = |blocks: usize| (blocks * columns).div_ceil(AT_ONCE) * tiles.div_ceil(blocks);
+    (1..=most).rev().min_by_key(|&b| turns(b)).unwrap_or(0)
+}
+
 /// Whether a group of so many members, of this rank together, makes copies of its input.
 /// The product and the gradient of `A` take 48 ranks at a time; in two passes their
 /// instructions take as long as a copy's bytes, in more longer (docs/gpu.md).
@@ -224,9 +234,23 @@ impl Thin<'_> {
     pub fn inputs(&self, dxa: Address, dx: Address) {
         let args = self.args([dxa, self.factors], args![dx]);
         let columns = self.inputs.div_ceil(WIDE);
-        // Four rounds of all blocks at most: each reads its part of the factors.
-        let most = (4 * AT_ONCE).div_ceil(columns);
-        let grid = [columns, self.tokens.div_ceil(128).min(most), 1];
+        let grid = [columns, sharing(self.tokens.div_ceil(128), columns), 1];
         self.cuda.launch_shaped("thin_inputs", grid, 256, 0, &args);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::sharing;
+
+    #[test]
+    fn blocks_come_in_whole_rounds() {
+        // 4,096 inputs and 12,288, by tiles of 128 tokens: 4 rounds of 8, 3 of 32.
+        assert_eq!(sharing(128, 64), 16);
+        assert_eq!(sharing(128, 192), 4);
+        // No more than there are tiles; no tokens, no blocks.
+        assert_eq!(sharing(2, 64), 2);
+        assert_eq!(sharing(1, 300), 1);
+        assert_eq!(sharing(0, 64), 0);
     }
 }
