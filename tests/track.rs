@@ -83,6 +83,14 @@ fn wrong_use_is_told_before_anything_is_read() {
             &["--to", "mlflow=http://me:pw@127.0.0.1:1", "--state", "s"],
             "MLFLOW_TRACKING_PASSWORD",
         ),
+        (
+            &["--to", "mlflow=ftp://me:pw@127.0.0.1:1", "--state", "s"],
+            "is no http",
+        ),
+        (
+            &["--to", "mlflow=http://127.0.0.1:1?token=x", "--state", "s"],
+            "has a `?`",
+        ),
         (&["--to", "wandb"], "WANDB_PROJECT"),
         (&["--to", "wandb=me/a/b"], "no name of an entity or project"),
         (&["--to", "wandb=me/tweets"], "WANDB_API_KEY is not set"),
@@ -244,10 +252,16 @@ fn a_state_is_of_one_destination_and_one_process() {
         .exits(4)
         .says("another track is at work here");
     first.end();
-    tool.file("runs/track.jsonl", "{\"precious\":1}\n");
-    tool.run(&["--to", "tensorboard=runs"], "")
-        .exits(2)
-        .says("track.jsonl:1: ");
+    for (text, said) in [
+        ("{\"precious\":1}\n", "track.jsonl:1: "),
+        ("{\"sent\":[3,0]}\n", "more is sent than was read"),
+    ] {
+        tool.file("runs/track.jsonl", text);
+        tool.run(&["--to", "tensorboard=runs"], "")
+            .exits(2)
+            .says(said);
+        assert_eq!(tool.read("runs/track.jsonl"), text);
+    }
 }
 
 // ---- a run under way ----
@@ -722,7 +736,7 @@ fn an_answer_that_is_no_json_is_none() {
 
 #[test]
 fn a_signal_ends_the_waiting_and_keeps_what_is_not_sent() {
-    let server = mlflow(|_, _| Some(Reply::text(503, "").header("retry-after", "300")));
+    let server = mlflow(|_, _| Some(Reply::text(503, "").header("retry-after", "50")));
     let tool = tool();
     let run = tool.interrupt(&to_mlflow(&server), &lines(1..=4), || {
         !server.requests().is_empty()

@@ -27,6 +27,8 @@ pub fn policy() -> Policy {
     Policy {
         attempts: 4,
         timeout: Duration::from_secs(30),
+        // The end of a training waits for it.
+        longest_wait: Duration::from_secs(60),
         ..Policy::default()
     }
 }

@@ -33,7 +33,7 @@ use figures::Line;
 use link::Link;
 use mlflow::Mlflow;
 use sender::{Destination, Sender};
-use spool::{Spool, lock};
+use spool::{ANOTHER, Spool, lock};
 use tensorboard::TensorBoard;
 use wandb::Wandb;
 
@@ -164,7 +164,7 @@ impl Tool for Track {
         kept?;
         if spool.differing > 0 {
             app.warn(format_args!(
-                "{} points were sent before with other values, which stay: a run that began anew needs another --state",
+                "{} points were sent before with other values, which stay: {ANOTHER}",
                 spool.differing
             ));
         }
@@ -180,8 +180,12 @@ impl Tool for Track {
             }
             .into());
         }
+        let shown = match to == "tensorboard" {
+            true => &self.to,
+            false => &to,
+        };
         app.detail(format_args!(
-            "{to} has {} points, {} of them new",
+            "{shown} has {} points, {} of them new",
             spool.points(),
             spool.points() - before
         ));

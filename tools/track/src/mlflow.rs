@@ -234,19 +234,20 @@ struct Info {
 /// # Errors
 /// If it is none of a server, or holds a password, which the state would keep.
 pub fn check(address: &str) -> Result<(), Failure> {
-    let rest = address
-        .strip_prefix("https://")
-        .or_else(|| address.strip_prefix("http://"));
+    // It may hold a password, and is not shown.
+    let refuse = |cause: &str| Err(Failure::Usage(format!("--to mlflow=URI: {cause}")));
+    let rest = (address.strip_prefix("https://")).or_else(|| address.strip_prefix("http://"));
     let Some(rest) = rest else {
-        let cause = format!(
-            "--to mlflow={address}: is no http:// or https:// address of a tracking server (`mlflow server`)"
-        );
-        return Err(Failure::Usage(cause));
+        return refuse("is no http:// or https:// address of a tracking server (`mlflow server`)");
     };
     if rest.split('/').next().unwrap_or_default().contains('@') {
-        let cause = "--to mlflow=…: holds a user or password: put them into MLFLOW_TRACKING_USERNAME and \
-                     MLFLOW_TRACKING_PASSWORD";
-        return Err(Failure::Usage(cause.into()));
+        return refuse(
+            "holds a user or password: put them into MLFLOW_TRACKING_USERNAME and \
+             MLFLOW_TRACKING_PASSWORD",
+        );
+    }
+    if rest.contains(['?', '#']) {
+        return refuse("has a `?` or `#`: name the server alone");
     }
     Ok(())
 }

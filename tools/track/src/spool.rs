@@ -19,6 +19,9 @@ use serde_json::{Map, Value};
 
 use crate::figures::{Line, now};
 
+/// What to do about a state of another run.
+pub const ANOTHER: &str = "another run needs another --state, or tensorboard=DIR";
+
 /// Entries of one sending at most.
 const MOST: usize = 1000;
 
@@ -90,8 +93,7 @@ pub struct Spool {
     sent: usize,
     rows: u64,
     standing: Option<Standing>,
-    /// Points that were here already, and those of them that had another value.
-    pub known: usize,
+    /// Points that were here already with another value.
     pub differing: usize,
 }
 
@@ -115,7 +117,6 @@ impl Spool {
             sent: 0,
             rows: 0,
             standing: None,
-            known: 0,
             differing: 0,
         };
         let shown = path.display();
@@ -125,6 +126,11 @@ impl Spool {
                 Failure::Usage(cause)
             })?;
             spool.read(note);
+        }
+        let known = spool.entries.len();
+        if spool.sent > known || spool.sending > known {
+            let cause = format!("{shown}: more is sent than was read: this is no state of track");
+            return Err(Failure::Usage(cause).into());
         }
         let Some(head) = &spool.head else {
             return Ok(spool);
@@ -142,8 +148,7 @@ impl Spool {
         }
         if name.is_some() && head.name.as_deref() != name {
             let was = head.name.as_deref().unwrap_or("none");
-            let cause =
-                format!("{shown}: the run's name is {was}: another run needs another --state");
+            let cause = format!("{shown}: the run's name is {was}: {ANOTHER}");
             return Err(Failure::Usage(cause).into());
         }
         Ok(spool)
@@ -218,7 +223,6 @@ impl Spool {
                 let here = self.points.get(name).and_then(|steps| steps.get(&step));
                 let here = here.or_else(|| coming.get(&(name.clone(), step)));
                 if let Some(here) = here {
-                    self.known += 1;
                     self.differing += usize::from(*here != value);
                     return false;
                 }
@@ -243,9 +247,7 @@ impl Spool {
         for (key, value) in &settings {
             if let Some(was) = self.settings.get(key).filter(|was| !is_same(was, value)) {
                 let path = self.journal.path().display();
-                let cause = format!(
-                    "--settings: {key} is {value}, and {was} in {path}: another run needs another --state"
-                );
+                let cause = format!("--settings: {key} is {value}, and {was} in {path}: {ANOTHER}");
                 return Err(Failure::Usage(cause).into());
             }
         }
