@@ -65,7 +65,9 @@ fn chart(
         width,
         height,
         label,
-        body: body.replace("font-family=\"sans-serif\" ", "").replace("opacity=\"1\" ", ""),
+        body: body
+            .replace("font-family=\"sans-serif\" ", "")
+            .replace("opacity=\"1\" ", ""),
         wide: width > PANEL.0 * FINE,
     })
 }
@@ -313,7 +315,12 @@ pub fn stacked(
 ) -> Result<Chart> {
     let names: Vec<String> = bars.iter().map(|(name, _)| name.clone()).collect();
     let sum = |parts: &[(u64, RGBColor)]| parts.iter().map(|part| part.0).sum::<u64>();
-    let most = bars.iter().map(|(_, parts)| sum(parts)).max().unwrap_or(0).max(1) as f64;
+    let most = bars
+        .iter()
+        .map(|(_, parts)| sum(parts))
+        .max()
+        .unwrap_or(0)
+        .max(1) as f64;
     chart((COLUMN, height(names.len(), 46)), label, |area| {
         let mut plane = rows(area, &names, 128, 0.0..most, unit)?;
         for (at, (_, parts)) in bars.iter().enumerate() {
@@ -352,10 +359,17 @@ pub fn boxes(label: String, unit: &str, of: &[(String, Vec<u64>)]) -> Result<Cha
             values
         })
         .collect();
-    let most = sorted.iter().map(|values| quantile(values, 0.95)).fold(1.0, f64::max);
+    let most = sorted
+        .iter()
+        .map(|values| quantile(values, 0.95))
+        .fold(1.0, f64::max);
     chart((COLUMN, height(names.len(), 28)), label, |area| {
         let mut plane = rows(area, &names, 112, 0.0..1.05 * most, unit)?;
-        for (at, values) in sorted.iter().enumerate().filter(|(_, values)| !values.is_empty()) {
+        for (at, values) in sorted
+            .iter()
+            .enumerate()
+            .filter(|(_, values)| !values.is_empty())
+        {
             let (at, of) = (at as f64, |share| quantile(values, share));
             let whiskers = [(of(0.05), at + 0.5), (of(0.95), at + 0.5)];
             plane.draw_series([PathElement::new(whiskers, line(DARK_GREY, 1.5))])?;
@@ -437,8 +451,16 @@ pub fn forest(label: String, strips: &[Strip]) -> Result<Option<Chart>> {
             let (x, y) = plane.backend_coord(&(-reach, 0.5));
             let (x, y) = part.strip_origin(x, y);
             let gap = px(10) as i32;
-            part.draw_text(&strip.name, &right(font(13.0, INK)), (x - gap, y - px(7) as i32))?;
-            part.draw_text(&strip.unit, &right(font(11.0, MUTED)), (x - gap, y + px(9) as i32))?;
+            part.draw_text(
+                &strip.name,
+                &right(font(13.0, INK)),
+                (x - gap, y - px(7) as i32),
+            )?;
+            part.draw_text(
+                &strip.unit,
+                &right(font(11.0, MUTED)),
+                (x - gap, y + px(9) as i32),
+            )?;
         }
         Ok(())
     })
@@ -480,7 +502,9 @@ pub fn histogram(label: String, unit: &str, lower: bool, values: &[f64]) -> Resu
         *counts.entry(if x == 0.0 { 0 } else { bin(x) }).or_default() += 1;
     }
     let most = counts.values().copied().max().unwrap_or(0) as f64;
-    let ends = counts.keys().fold((-1, 1), |(low, high), &bin| (low.min(bin), high.max(bin)));
+    let ends = counts
+        .keys()
+        .fold((-1, 1), |(low, high), &bin| (low.min(bin), high.max(bin)));
     let (from, to) = (ends.0 as f64 * width, ends.1 as f64 * width);
     let room = 0.02 * (to - from);
     chart(PANEL, label, |area| {

@@ -198,15 +198,18 @@ impl<'s> Findings<'s> {
         for test in &s.tests {
             let (a, b) = (&*test.a, &*test.b);
             if !comparisons.iter().any(|known| (known.a, known.b) == (a, b)) {
-                let of_both: Vec<&Test> =
-                    (s.tests.iter()).filter(|t| (&*t.a, &*t.b) == (a, b)).collect();
+                let of_both: Vec<&Test> = (s.tests.iter())
+                    .filter(|t| (&*t.a, &*t.b) == (a, b))
+                    .collect();
                 let (comparison, without_star) = compare(a, b, &of_both);
                 withheld |= without_star;
                 comparisons.push(comparison);
             }
         }
         let is_control = |path: &str| system(path) == "shuffled";
-        let controlled = comparisons.iter().any(|c| is_control(c.a) || is_control(c.b));
+        let controlled = comparisons
+            .iter()
+            .any(|c| is_control(c.a) || is_control(c.b));
         Self {
             training: s.training.as_ref().map(|t| trained(t, &s.named)),
             comparisons,
@@ -258,7 +261,10 @@ fn trained(t: &Training, named: &str) -> Trained {
             (true, false) => format!("{after:.3} after"),
             (false, _) => format!("{after:.3} at the last evaluation (step {step})"),
         };
-        learnt.push(format!("held-out loss {:.3} before, {whose}", held_out.before));
+        learnt.push(format!(
+            "held-out loss {:.3} before, {whose}",
+            held_out.before
+        ));
     }
     let chosen = match (t.choice.end, t.choice.step) {
         (false, false) => None,
@@ -355,7 +361,10 @@ impl Comparison<'_> {
 
     /// `95% of the difference`
     pub fn level(&self) -> String {
-        format!("{} of the difference", self.alpha.map_or("interval".into(), level))
+        format!(
+            "{} of the difference",
+            self.alpha.map_or("interval".into(), level)
+        )
     }
 }
 
@@ -545,14 +554,22 @@ fn judged(rows: &[Row]) -> Option<Judged<'_>> {
 impl<'s> Outcomes<'s> {
     /// Counts what was said of one item.
     fn add(&mut self, winner: &'s str, compared: Option<&'s Compared>, row: &Row) {
-        if let Some(Compared { a, b, flipped, because, .. }) = compared {
+        if let Some(Compared {
+            a,
+            b,
+            flipped,
+            because,
+            ..
+        }) = compared
+        {
             self.systems = self.systems.or(Some((a, b)));
             if winner == "tie" {
                 self.ties += 1;
                 self.flipped += u64::from(*flipped);
                 self.identical += u64::from(because.is_some());
             }
-            let length = |name: &String| row.replies.get(name).map(|reply| words(&reply.prediction));
+            let length =
+                |name: &String| row.replies.get(name).map(|reply| words(&reply.prediction));
             if let Some((of_a, of_b)) = length(a).zip(length(b))
                 && of_a != of_b
                 && [a, b].contains(&&winner.to_owned())

@@ -91,7 +91,10 @@ impl Tool for Report {
         let to_stdout = self.html.as_deref() == Some(Path::new("-"));
         let file = self.html.filter(|_| !to_stdout);
         if let Some(file) = &file {
-            if let Some(folder) = file.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+            if let Some(folder) = file
+                .parent()
+                .filter(|folder| !folder.as_os_str().is_empty())
+            {
                 std::fs::create_dir_all(folder)
                     .with_context(|| format!("--html {}", file.display()))?;
             }

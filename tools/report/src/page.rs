@@ -40,7 +40,10 @@ pub fn render(s: &Sources, f: &Findings, seed: u64) -> Result<String> {
     page.add_template("page.html", TEMPLATE)?;
     let style = base64::engine::general_purpose::STANDARD.encode(Sha256::digest(STYLE));
     let own = cli::Signature::new("report").with("seed", seed).to_string();
-    let signatures = s.signatures.iter().map(|(file, signature)| (*file, signature));
+    let signatures = s
+        .signatures
+        .iter()
+        .map(|(file, signature)| (*file, signature));
     let page_of_run = Page {
         style: STYLE,
         style_hash: style,
@@ -73,7 +76,9 @@ pub fn render(s: &Sources, f: &Findings, seed: u64) -> Result<String> {
             .map(|(file, signature)| (file, plain(signature)))
             .collect(),
     };
-    Ok(page.get_template("page.html")?.render(Value::from(Serde(&page_of_run)))?)
+    Ok(page
+        .get_template("page.html")?
+        .render(Value::from(Serde(&page_of_run)))?)
 }
 
 /// What the template is given.
@@ -108,10 +113,17 @@ struct Missing {
 
 /// What takes away from all that follows.
 fn cautions(f: &Findings) -> Vec<String> {
-    let chosen = f.training.as_ref().and_then(|trained| trained.chosen.clone());
+    let chosen = f
+        .training
+        .as_ref()
+        .and_then(|trained| trained.chosen.clone());
     let uncontrolled = f.uncontrolled.filter(|_| !f.comparisons.is_empty());
     let offline = f.judged.as_ref().and_then(|judged| {
-        Some(format!("Judge: {}. {}", short(judged.judge, 60), judged.offline?))
+        Some(format!(
+            "Judge: {}. {}",
+            short(judged.judge, 60),
+            judged.offline?
+        ))
     });
     let never = f.comparisons.iter().filter_map(|c| {
         let (a, b) = (plain(system(c.a)), plain(system(c.b)));
@@ -162,11 +174,16 @@ fn data(data: &Data) -> Result<DataView> {
     for (what, counts, color) in reasons {
         let mut counts: Vec<_> = counts.iter().collect();
         counts.sort_by_key(|(name, count)| (std::cmp::Reverse(**count), name.as_str()));
-        bars.extend(counts.into_iter().map(|(name, count)| {
-            (short(&format!("{what}{name}"), 28), *count, color)
-        }));
+        bars.extend(
+            counts
+                .into_iter()
+                .map(|(name, count)| (short(&format!("{what}{name}"), 28), *count, color)),
+        );
     }
-    let told: Vec<String> = bars.iter().map(|(name, n, _)| format!("{name} {n}")).collect();
+    let told: Vec<String> = bars
+        .iter()
+        .map(|(name, n, _)| format!("{name} {n}"))
+        .collect();
     Ok(DataView {
         train: data.train,
         eval: data.eval,
@@ -193,7 +210,9 @@ struct TrainingView {
 fn curves(t: &Training, trained: &Trained) -> Result<TrainingView> {
     let of = |value: fn(&crate::sources::Update) -> Option<f64>| -> Vec<(f64, f64)> {
         let points = t.updates.iter();
-        points.filter_map(|update| Some((update.step as f64, value(update)?))).collect()
+        points
+            .filter_map(|update| Some((update.step as f64, value(update)?)))
+            .collect()
     };
     let train = of(|update| Some(update.loss));
     // The step whose adapter this is, where that was a choice.
@@ -214,8 +233,16 @@ fn curves(t: &Training, trained: &Trained) -> Result<TrainingView> {
     let window = charts::window(train.len());
     let speeds = format!("tokens/s, over {window} steps");
     for (what, unit, points) in [
-        ("Learning rate", "learning rate", of(|update| update.learning_rate)),
-        ("Gradient norm before clipping", "gradient norm", of(|update| update.grad_norm)),
+        (
+            "Learning rate",
+            "learning rate",
+            of(|update| update.learning_rate),
+        ),
+        (
+            "Gradient norm before clipping",
+            "gradient norm",
+            of(|update| update.grad_norm),
+        ),
         ("Tokens a second", &speeds, speed(t, window)),
     ] {
         let (Some(first), Some(last)) = (points.first(), points.last()) else {
@@ -330,18 +357,28 @@ fn view(c: &Comparison, rows: &[Row]) -> Result<View> {
         };
         let signed = |x: Option<f64>| x.map_or("-".into(), |x| figure(x, "+"));
         side.push(format!("{name} ({})", signed(of.difference)));
-        told.push(format!("{name} {} ({})", signed(of.difference), of.interval()));
+        told.push(format!(
+            "{name} {} ({})",
+            signed(of.difference),
+            of.interval()
+        ));
         figures.push(FigureView {
             name: name.clone(),
             unit: unit.into(),
-            means: of.means.map(|mean| mean.map_or("-".into(), |mean| figure(mean, ""))),
+            means: of
+                .means
+                .map(|mean| mean.map_or("-".into(), |mean| figure(mean, ""))),
             difference: signed(of.difference),
             interval: of.interval(),
             d_z: signed(of.d_z),
             p: of.p(),
             star: of.star,
         });
-        let way = if lower { "lower is better" } else { "higher is better" };
+        let way = if lower {
+            "lower is better"
+        } else {
+            "higher is better"
+        };
         let comma = if unit.is_empty() { "" } else { ", " };
         strips.push(Strip {
             name: short(of.metric, 20),
@@ -357,7 +394,10 @@ fn view(c: &Comparison, rows: &[Row]) -> Result<View> {
             continue;
         }
         let zero = values.iter().filter(|x| **x == 0.0).count();
-        let gain = values.iter().filter(|x| **x != 0.0 && (**x < 0.0) == lower).count();
+        let gain = values
+            .iter()
+            .filter(|x| **x != 0.0 && (**x < 0.0) == lower)
+            .count();
         let (of_rows, loss) = (values.len(), values.len() - zero - gain);
         let label = format!(
             "{name} of {b} less that of {a}, by row: better in {gain} of {of_rows}, worse in {loss}, equal in {zero}."
@@ -375,7 +415,10 @@ fn view(c: &Comparison, rows: &[Row]) -> Result<View> {
             chart: charts::histogram(label, &axis, lower, &values)?,
         });
     }
-    let label = format!("What {b} brought against {a}, with intervals: {}.", told.join("; "));
+    let label = format!(
+        "What {b} brought against {a}, with intervals: {}.",
+        told.join("; ")
+    );
     Ok(View {
         title: c.title(|name| short(name, 40)),
         level: c.level(),
@@ -383,7 +426,11 @@ fn view(c: &Comparison, rows: &[Row]) -> Result<View> {
         worse,
         open,
         figures,
-        notes: c.notes.iter().map(|note| note.said(|name| short(name, 24))).collect(),
+        notes: c
+            .notes
+            .iter()
+            .map(|note| note.said(|name| short(name, 24)))
+            .collect(),
         forest: charts::forest(label, &strips)?,
         differences,
         most: most(c, rows),
@@ -398,7 +445,9 @@ fn most(c: &Comparison, rows: &[Row]) -> Option<Ends> {
         return None;
     }
     let metrics = || c.figures.iter().map(|figure| figure.metric);
-    let metric = metrics().find(|metric| *metric == "nll").or(metrics().next())?;
+    let metric = metrics()
+        .find(|metric| *metric == "nll")
+        .or(metrics().next())?;
     let mut by_gain: Vec<(f64, &Row)> = (rows.iter())
         .filter(|row| !row.replies.is_empty())
         .filter_map(|row| Some((row.difference(c.a, c.b, metric)?, row)))
@@ -445,11 +494,17 @@ fn judged(f: &Findings) -> Result<Option<JudgedView>> {
             None => "outcomes".into(),
         };
         let parts = portions(outcomes);
-        let words: Vec<String> = parts.iter().map(|(n, _, what)| format!("{what} {n}")).collect();
+        let words: Vec<String> = parts
+            .iter()
+            .map(|(n, _, what)| format!("{what} {n}"))
+            .collect();
         told.push(format!("{title}: {}", words.join(", ")));
         bars.push((
             short(&title, 20),
-            parts.iter().map(|&(count, color, _)| (count, color)).collect(),
+            parts
+                .iter()
+                .map(|&(count, color, _)| (count, color))
+                .collect(),
         ));
         pairs.push(OutcomesView {
             title,
@@ -459,7 +514,11 @@ fn judged(f: &Findings) -> Result<Option<JudgedView>> {
             said: outcomes.said(),
         });
     }
-    let label = format!("Outcomes by {}. {}.", short(judged.judge, 40), told.join(". "));
+    let label = format!(
+        "Outcomes by {}. {}.",
+        short(judged.judge, 40),
+        told.join(". ")
+    );
     Ok(Some(JudgedView {
         judge: short(judged.judge, 60),
         pairs,
@@ -572,7 +631,9 @@ fn card(row: &Row, said: Option<String>) -> Card {
             name: short(name, 24),
             text: text(&reply.prediction),
             cut: reply.finish.as_deref() == Some("length"),
-            figures: own.map(|(key, value)| (short(key, 24), figure(value, ""))).collect(),
+            figures: own
+                .map(|(key, value)| (short(key, 24), figure(value, "")))
+                .collect(),
         }
     };
     let mut verdicts = Vec::new();
@@ -619,7 +680,10 @@ fn card(row: &Row, said: Option<String>) -> Card {
 /// Rows by the draw of a seed, in the file's order: each row's lot is a hash, so that it is
 /// the same whatever other rows there are.
 fn drawn(rows: &[Row], seed: u64) -> Vec<Card> {
-    let rows = rows.iter().filter(|row| !row.replies.is_empty()).enumerate();
+    let rows = rows
+        .iter()
+        .filter(|row| !row.replies.is_empty())
+        .enumerate();
     let lot = |row: &Row| cli::sha256_hex(format!("{seed} {}", row.name).as_bytes());
     let mut lots: Vec<(String, usize, &Row)> = rows.map(|(at, row)| (lot(row), at, row)).collect();
     lots.sort_by(|x, y| (&x.0, x.1).cmp(&(&y.0, y.1)));

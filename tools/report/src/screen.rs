@@ -131,7 +131,13 @@ fn compare(out: &mut String, c: &Comparison) -> std::fmt::Result {
     let (a, b) = (cut(system(c.a), 9), cut(system(c.b), 9));
     writeln!(out)?;
     wrap(out, "", "  ", &c.title(|name| cut(name, 9)))?;
-    writeln!(out, "  {:<14}{a:>10}{b:>10}  {:>22}   {:>8}", "figure", c.level(), "p")?;
+    writeln!(
+        out,
+        "  {:<14}{a:>10}{b:>10}  {:>22}   {:>8}",
+        "figure",
+        c.level(),
+        "p"
+    )?;
     for of in &c.figures {
         let mean = |m: Option<f64>| m.map_or("-".into(), |m| figure(m, ""));
         let [of_a, of_b] = of.means.map(mean);
@@ -165,7 +171,11 @@ fn verdicts(out: &mut String, judged: &Judged) -> std::fmt::Result {
             }
             _ => String::new(),
         };
-        let text = format!("{}{asked}: {}", cut(judged.judge, 24), list(&outcomes.by_winner));
+        let text = format!(
+            "{}{asked}: {}",
+            cut(judged.judge, 24),
+            list(&outcomes.by_winner)
+        );
         wrap(out, first, &" ".repeat(13), &text)?;
         if let Some(text) = judged.offline.filter(|_| first != indent) {
             wrap(out, &indent, &indent, text)?;

@@ -492,7 +492,11 @@ fn read_rows(path: &Path, signatures: &mut Vec<(&'static str, String)>) -> Resul
                 .flatten()
                 .filter(|(key, _)| key.ends_with("_signature"));
             for signature in own.chain(of_figures.map(|(_, value)| value)) {
-                note(signatures, "items.jsonl", signature.as_str().unwrap_or_default());
+                note(
+                    signatures,
+                    "items.jsonl",
+                    signature.as_str().unwrap_or_default(),
+                );
             }
             return Ok(None);
         }
