@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use harness::server::{Reply, Request, Server};
-use harness::{Conventions, Run, Tool, check_examples};
+use harness::{Conventions, Run, Tool, behind, check_examples};
 use serde_json::{Value, json};
 
 const KEY: &str = "wandb-0123456789abcdef0123456789abcdef01";
@@ -262,6 +262,27 @@ fn a_state_is_of_one_destination_and_one_process() {
             .says(said);
         assert_eq!(tool.read("runs/track.jsonl"), text);
     }
+}
+
+#[test]
+fn a_disk_that_is_full_stops_no_line_and_loses_no_point() {
+    let tool = tool();
+    let all = lines(1..=900);
+    // Files of at most 20 KB.
+    let limited = ["-c", "ulimit -f 20; exec \"$@\"", "-"];
+    let mut command = behind(
+        "bash",
+        &limited,
+        &tool.command(&["--to", "tensorboard=runs"]),
+    );
+    let run = Run::of(&mut command, all.as_bytes());
+    assert_eq!(run.stdout, all);
+    run.exits(4).says("too large").says("lines go on");
+    tool.run(&["--to", "tensorboard=runs"], &all)
+        .exits(0)
+        .says("has 3600 points");
+    let points = points(&tool, "runs/track.jsonl");
+    assert!(points.len() == 3600 && points.values().all(|&n| n == 1));
 }
 
 // ---- a run under way ----
@@ -551,13 +572,15 @@ fn a_repeated_batch_is_the_same_to_the_millisecond() {
 #[test]
 fn a_run_whose_making_was_not_answered_is_found_again() {
     let run = json!({"info": {"run_id": "found", "experiment_id": "1"}});
+    let is_found = Arc::new(AtomicBool::new(false));
+    let found = Arc::clone(&is_found);
     let server = mlflow(
         move |request, n| match (request.path.rsplit('/').next()?, n) {
             ("create", 0) if request.path.contains("/runs/") => {
                 Some(Reply::json(200, &json!({"run": {}})).cut_after(3))
             }
             // Nor can it be found at once.
-            ("search", 0 | 1) => Some(Reply::text(403, "not now")),
+            ("search", _) if !found.load(Ordering::SeqCst) => Some(Reply::text(403, "not now")),
             ("search", _) => Some(Reply::json(200, &json!({"runs": [run]}))),
             _ => None,
         },
@@ -566,6 +589,7 @@ fn a_run_whose_making_was_not_answered_is_found_again() {
     tool.run(&to_mlflow(&server), &lines(1..=2))
         .exits(4)
         .says("8 points are not sent, and kept in state");
+    is_found.store(true, Ordering::SeqCst);
     let run = tool.run(&to_mlflow(&server), "").exits(0);
     assert!(run.stdout.is_empty());
     assert_eq!(bodies(&server, "runs/create").len(), 1, "one run, not two");
