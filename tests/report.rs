@@ -1,5 +1,7 @@
 //! report through the real binary, on a run laid out by hand. What the page's charts show is
-//! measured on the page: a point is where its axis' own labels say it is.
+//! measured on the page: a point is where its axis' own labels say it is. How it looks no test
+//! tells: a change of it is looked at in a browser, in light and dark, 1280 and 400 pixels wide,
+//! and printed, with hostile texts too.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
@@ -1018,6 +1020,15 @@ fn bars_are_as_long_as_what_they_count() {
             "base won 3",
         ],
     );
+    // No colour of the light page is left as it is on the dark one.
+    let style = text(all(html.root_element(), "style")[0]);
+    for part in all(html.root_element(), "svg *") {
+        for name in ["fill", "stroke"] {
+            let color = part.attr(name).filter(|color| color.starts_with('#'));
+            let dark = color.is_none_or(|color| style.contains(&format!("[{name}=\"{color}\"]")));
+            assert!(dark, "{name} {color:?}");
+        }
+    }
     // Of lora's lengths 1, 2 ×5, 4 ×5, 6 the quarters are 2, 3 and 4.
     let svg = chart(&html, "Lengths of the replies");
     let (x, unit) = axis(svg, "x", |_| true);

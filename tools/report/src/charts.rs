@@ -448,8 +448,7 @@ pub fn forest(label: String, strips: &[Strip]) -> Result<Option<Chart>> {
             if let Some(mean) = strip.mean {
                 plane.draw_series([Circle::new((mean, 0.5), px(3), INK.filled())])?;
             }
-            let (x, y) = plane.backend_coord(&(-reach, 0.5));
-            let (x, y) = part.strip_origin(x, y);
+            let (x, y) = within(part, plane.backend_coord(&(-reach, 0.5)));
             let gap = px(10) as i32;
             part.draw_text(
                 &strip.name,
@@ -468,15 +467,9 @@ pub fn forest(label: String, strips: &[Strip]) -> Result<Option<Chart>> {
 }
 
 /// A chart tells where a point is on the whole image; an area draws from its own corner.
-trait Origin {
-    fn strip_origin(&self, x: i32, y: i32) -> (i32, i32);
-}
-
-impl Origin for Area<'_> {
-    fn strip_origin(&self, x: i32, y: i32) -> (i32, i32) {
-        let (left, top) = self.get_base_pixel();
-        (x - left, y - top)
-    }
+fn within(area: &Area, (x, y): (i32, i32)) -> (i32, i32) {
+    let (left, top) = area.get_base_pixel();
+    (x - left, y - top)
 }
 
 /// A round width, this or a little more.

@@ -107,13 +107,7 @@ fn write(out: &mut String, s: &Sources, f: &Findings, page: Option<&Path>) -> st
             "make setup, then make data train eval MODEL=…/Qwen3-8B (see README.md)".into()
         }
         (_, Some(_)) => "read a few replies: they are on the page, drawn by chance".into(),
-        (_, None) => {
-            let data = match named.split_once(" DATA=") {
-                Some((_, data)) => format!(" --data {data}"),
-                None => String::new(),
-            };
-            format!("read a few replies: report --run {run}{data} --html FILE")
-        }
+        (_, None) => format!("read a few replies: report {} --html FILE", s.asked),
     };
     writeln!(out, "\nNext       {next}")
 }

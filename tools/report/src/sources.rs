@@ -53,6 +53,8 @@ pub struct Sources {
     pub run: String,
     /// The variables that name it, and its data if that has another name, to make.
     pub named: String,
+    /// The flags that do, to report.
+    pub asked: String,
     /// How many pairs were collected.
     pub collected: Option<u64>,
     /// What was done with them.
@@ -321,6 +323,10 @@ impl Sources {
             named: match run == data {
                 true => format!("RUN={run}"),
                 false => format!("RUN={run} DATA={data}"),
+            },
+            asked: match run == data {
+                true => format!("--run {run}"),
+                false => format!("--run {run} --data {data}"),
             },
         })
     }
