@@ -44,6 +44,160 @@ pub fn check(resolved: &Resolved<EvalSettings>) -> Result<(), Failure> {
     Ok(())
 }
 
+/// An adapter's name, and what it was trained with, where that is known.
+type Trained<'a> = (&'a str, Option<TrainSettings>);
+
+/// How rows are worded and the base is held: as eval.yaml says, else as an adapter was
+/// trained.
+struct How<'a> {
+    text: TextChoice,
+    system_prompt: &'a str,
+    prompt_template: &'a str,
+    quantization: Quantization,
+    lm_head: LmHead,
+}
+
+impl<'a> How<'a> {
+    fn new(asked: &'a Generation, trained: &'a TrainSettings) -> Self {
+        let system_prompt = asked.system_prompt.as_ref();
+        let prompt_template = asked.prompt_template.as_ref();
+        Self {
+            text: asked.text.unwrap_or(trained.data.text),
+            system_prompt: system_prompt.unwrap_or(&trained.data.system_prompt),
+            prompt_template: prompt_template.unwrap_or(&trained.data.prompt_template),
+            quantization: asked.quantization.unwrap_or(trained.model.quantization),
+            lm_head: asked.lm_head.unwrap_or(trained.model.lm_head),
+        }
+    }
+
+    /// Says which adapters were trained otherwise.
+    fn warn_of_others(&self, app: &App, trained: &[Trained]) {
+        for (name, settings) in trained {
+            let Some(TrainSettings { data, model, .. }) = settings else {
+                app.warn(format_args!(
+                    "adapter {name} has no train.yaml beside it: whether it was trained with these prompts is not known"
+                ));
+                continue;
+            };
+            for (what, differs) in [
+                ("text", data.text != self.text),
+                ("system prompt", data.system_prompt != self.system_prompt),
+                (
+                    "prompt template",
+                    data.prompt_template != self.prompt_template,
+                ),
+                ("quantization", model.quantization != self.quantization),
+                ("lm_head", model.lm_head != self.lm_head),
+            ] {
+                if differs {
+                    app.warn(format_args!(
+                        "adapter {name} was trained with another {what}"
+                    ));
+                }
+            }
+        }
+    }
+
+    fn wording(&self) -> Result<Wording, Failure> {
+        let prompt = PromptTemplate::new(self.prompt_template)
+            .map_err(|error| Failure::Usage(format!("generation.prompt_template: {error}")))?;
+        Ok(Wording {
+            normalized: self.text == TextChoice::Normalized,
+            system_prompt: self.system_prompt.to_owned(),
+            prompt,
+        })
+    }
+
+    fn held(&self) -> Held {
+        Held {
+            products: match self.quantization {
+                Quantization::Nf4 => Storage::Nf4,
+                Quantization::None => Storage::AsStored,
+            },
+            head: match self.lm_head {
+                LmHead::Nf4 => Storage::Nf4,
+                LmHead::AsStored => Storage::AsStored,
+            },
+        }
+    }
+}
+
+/// That each is there, and by a name of its own.
+fn check_names(named: &[Named]) -> Result<(), Failure> {
+    for (i, adapter) in named.iter().enumerate() {
+        adapter.check()?;
+        if named[..i].iter().any(|other| other.name == adapter.name) {
+            let name = &adapter.name;
+            return Err(Failure::Usage(format!(
+                "two adapters are called {name}; name them: --adapter NAME=DIR"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The base model: what was asked for, else what an adapter was trained on.
+fn base(settings: &Generation, named: &[Named], trained: &[Trained]) -> Result<String> {
+    if let Some(model) = &settings.model {
+        return Ok(model.clone());
+    }
+    let first = trained.iter().position(|(_, settings)| settings.is_some());
+    let names_base = || -> Result<Option<String>> {
+        let of = named.get(first.unwrap_or(0));
+        Ok(of.map(Named::names_base).transpose()?.flatten())
+    };
+    let path = first.and_then(|at| Some(&trained[at].1.as_ref()?.model.path));
+    let base = match path {
+        Some(path) if Path::new(path).exists() => Some(path.clone()),
+        // A relative path is none from another folder; the adapter has it whole.
+        Some(path) => {
+            let is_whole =
+                |base: &String| Path::new(base).is_absolute() && Path::new(base).exists();
+            let whole = names_base()?.filter(is_whole);
+            Some(whole.unwrap_or_else(|| path.clone()))
+        }
+        None => names_base()?,
+    };
+    base.ok_or_else(|| {
+        let cause = "--model is needed: no adapter says which base it was trained on";
+        Failure::Usage(cause.into()).into()
+    })
+}
+
+/// That the adapters were trained on the files of this base, where they tell.
+fn check_base(
+    app: &App,
+    named: &[Named],
+    fingerprint: &str,
+    folder: &Path,
+    any_base: bool,
+) -> Result<()> {
+    for adapter in named {
+        let Some(was) = adapter.trained_on()? else {
+            continue;
+        };
+        if was == fingerprint {
+            continue;
+        }
+        let other = format!(
+            "adapter {}: {} was trained on other files than those of the base {} \
+             (SHA-256 {was:.12}, here {fingerprint:.12})",
+            adapter.name,
+            adapter.folder.display(),
+            folder.display()
+        );
+        if !any_base {
+            return Err(Failure::Usage(format!(
+                "{other}: name its base with --model; a 4-bit or merged copy has another \
+                 SHA-256 as well: --any-base goes on with it"
+            ))
+            .into());
+        }
+        app.warn(other);
+    }
+    Ok(())
+}
+
 /// Everything but the weights.
 pub struct Setup {
     pub checkpoint: Checkpoint,
@@ -63,112 +217,20 @@ impl Setup {
     /// An adapter that was trained on other files than the base's is refused, unless
     /// `any_base`.
     pub fn new(app: &App, settings: &Generation, named: &[Named], any_base: bool) -> Result<Self> {
-        for (i, adapter) in named.iter().enumerate() {
-            adapter.check()?;
-            if named[..i].iter().any(|other| other.name == adapter.name) {
-                let name = &adapter.name;
-                return Err(Failure::Usage(format!(
-                    "two adapters are called {name}; name them: --adapter NAME=DIR"
-                ))
-                .into());
-            }
-        }
-        let trained: Vec<(&str, Option<TrainSettings>)> = named
+        check_names(named)?;
+        let trained: Vec<Trained> = named
             .iter()
             .map(|n| Ok((n.name.as_str(), n.trained_with()?)))
             .collect::<Result<_>>()?;
-        let first = trained.iter().position(|(_, settings)| settings.is_some());
-        let of_training = first.and_then(|at| trained[at].1.as_ref());
-
-        let named_base = || -> Result<Option<String>> {
-            let of = named.get(first.unwrap_or(0));
-            Ok((of.map(Named::names_base).transpose()?).flatten())
-        };
-        let base = match (&settings.model, of_training) {
-            (Some(model), _) => Some(model.clone()),
-            // A relative path is none from another folder; the adapter has it whole.
-            (None, Some(training)) if !Path::new(&training.model.path).exists() => {
-                let is_whole =
-                    |base: &String| Path::new(base).is_absolute() && Path::new(base).exists();
-                let whole = named_base()?.filter(is_whole);
-                Some(whole.unwrap_or_else(|| training.model.path.clone()))
-            }
-            (None, Some(training)) => Some(training.model.path.clone()),
-            (None, None) => named_base()?,
-        };
-        let base = base.ok_or_else(|| {
-            let cause = "--model is needed: no adapter says which base it was trained on";
-            Failure::Usage(cause.into())
-        })?;
-        let folder = hub::fetch(app, &base, "--model")?;
+        let folder = hub::fetch(app, &base(settings, named, &trained)?, "--model")?;
         let defaults = TrainSettings::default();
-        let like = of_training.unwrap_or(&defaults);
-        let template = (settings.prompt_template.as_ref()).unwrap_or(&like.data.prompt_template);
-        let text = settings.text.unwrap_or(like.data.text);
-        let wording = Wording {
-            normalized: text == TextChoice::Normalized,
-            system_prompt: settings
-                .system_prompt
-                .clone()
-                .unwrap_or_else(|| like.data.system_prompt.clone()),
-            prompt: PromptTemplate::new(template)
-                .map_err(|error| Failure::Usage(format!("generation.prompt_template: {error}")))?,
-        };
-        let quantization = settings.quantization.unwrap_or(like.model.quantization);
-        let lm_head = settings.lm_head.unwrap_or(like.model.lm_head);
-        for (name, settings) in &trained {
-            let Some(settings) = settings else {
-                app.warn(format_args!(
-                    "adapter {name} has no train.yaml beside it: whether it was trained with these prompts is not known"
-                ));
-                continue;
-            };
-            for (what, differs) in [
-                ("text", settings.data.text != text),
-                (
-                    "system prompt",
-                    settings.data.system_prompt != wording.system_prompt,
-                ),
-                (
-                    "prompt template",
-                    settings.data.prompt_template != *template,
-                ),
-                ("quantization", settings.model.quantization != quantization),
-                ("lm_head", settings.model.lm_head != lm_head),
-            ] {
-                if differs {
-                    app.warn(format_args!(
-                        "adapter {name} was trained with another {what}"
-                    ));
-                }
-            }
-        }
+        let first = trained.iter().find_map(|(_, settings)| settings.as_ref());
+        let how = How::new(settings, first.unwrap_or(&defaults));
+        how.warn_of_others(app, &trained);
 
         let checkpoint = Checkpoint::open(&folder)?;
         let fingerprint = checkpoint.fingerprint().context("hashing the base model")?;
-        for adapter in named {
-            let Some(was) = adapter.trained_on()? else {
-                continue;
-            };
-            if was == fingerprint {
-                continue;
-            }
-            let other = format!(
-                "adapter {}: {} was trained on other files than those of the base {} \
-                 (SHA-256 {was:.12}, here {fingerprint:.12})",
-                adapter.name,
-                adapter.folder.display(),
-                folder.display()
-            );
-            if !any_base {
-                return Err(Failure::Usage(format!(
-                    "{other}: name its base with --model; a 4-bit or merged copy has another \
-                     SHA-256 as well: --any-base goes on with it"
-                ))
-                .into());
-            }
-            app.warn(other);
-        }
+        check_base(app, named, &fingerprint, &folder, any_base)?;
         let config = checkpoint.config();
         let stop_ids = qwen3::stop_ids(&folder)?;
         let chat = Chat::load(&folder)?;
@@ -177,25 +239,15 @@ impl Setup {
             .iter()
             .map(|n| Ok((n.name.clone(), n.load(&folder, config)?)))
             .collect::<Result<_>>()?;
-        let held = Held {
-            products: match quantization {
-                Quantization::Nf4 => Storage::Nf4,
-                Quantization::None => Storage::AsStored,
-            },
-            head: match lm_head {
-                LmHead::Nf4 => Storage::Nf4,
-                LmHead::AsStored => Storage::AsStored,
-            },
-        };
         Ok(Self {
             stop_ids,
             checkpoint,
             fingerprint,
             chat,
             adapters,
-            has_own_template: *template != defaults.data.prompt_template,
-            wording,
-            held,
+            has_own_template: how.prompt_template != defaults.data.prompt_template,
+            held: how.held(),
+            wording: how.wording()?,
         })
     }
 
