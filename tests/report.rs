@@ -362,6 +362,16 @@ fn rows_that_say_nothing_are_counted_and_take_the_star() {
         ],
     );
     assert!(!text.contains("0.0010 *"), "{text}");
+    let html = page(&tool);
+    let found = self::text(all(html.root_element(), "#found")[0]);
+    says(
+        &found,
+        &[
+            "42 without a figure on either side",
+            "Not shown to differ in score",
+            "No * where over 5% of the rows lack the figure",
+        ],
+    );
     // 5 of 100 are no more than 5%.
     let text = gaps(r#""n":95,"missing":4,"unpaired":1"#);
     says(&text, &["95 of 100 held-out rows (4 without", "0.0010 *"]);

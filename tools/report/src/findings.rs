@@ -25,6 +25,8 @@ pub struct Findings<'s> {
     pub comparisons: Vec<Comparison<'s>>,
     /// How the figures are to be read.
     pub legend: Vec<String>,
+    /// Said where a star was withheld.
+    pub withheld: Option<String>,
     /// Said where no control was compared.
     pub uncontrolled: Option<&'static str>,
     /// What the judge said.
@@ -213,7 +215,14 @@ impl<'s> Findings<'s> {
         Self {
             training: s.training.as_ref().map(|t| trained(t, &s.named)),
             comparisons,
-            legend: legend(&s.tests, withheld),
+            legend: legend(&s.tests),
+            withheld: withheld.then(|| {
+                format!(
+                    "No * where over {:.0}% of the rows lack the figure on a side: those that \
+                     have it may not be like the others.",
+                    100.0 * MOST_GAPS
+                )
+            }),
             uncontrolled: (!controlled)
                 .then_some("No control (CONTROL=shuffled): part of a gain may be style alone."),
             judged: judged(&s.rows),
@@ -475,7 +484,7 @@ fn never(shown: &[&Test], alpha: Option<f64>) -> Option<String> {
 }
 
 /// How the figures are to be read.
-fn legend(tests: &[Test], withheld: bool) -> Vec<String> {
+fn legend(tests: &[Test]) -> Vec<String> {
     let shown = || tests.iter().filter(|t| t.test == "permutation");
     // One run's comparisons are made with the same settings; if not, all are named.
     let distinct = |of: &dyn Fn(&Test) -> Option<String>| {
@@ -512,13 +521,6 @@ fn legend(tests: &[Test], withheld: bool) -> Vec<String> {
         "p: permutation test{kind}, adjusted over the figures of a table (Holm), over these \
          held-out rows, for this one adapter (one seed, one decoding){star}."
     ));
-    if withheld {
-        said.push(format!(
-            "No * where over {:.0}% of the rows lack the figure on a side: those that have it may \
-             not be like the others.",
-            100.0 * MOST_GAPS
-        ));
-    }
     said
 }
 

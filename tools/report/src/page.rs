@@ -40,10 +40,8 @@ pub fn render(s: &Sources, f: &Findings, seed: u64) -> Result<String> {
     page.add_template("page.html", TEMPLATE)?;
     let style = base64::engine::general_purpose::STANDARD.encode(Sha256::digest(STYLE));
     let own = cli::Signature::new("report").with("seed", seed).to_string();
-    let signatures = s
-        .signatures
-        .iter()
-        .map(|(file, signature)| (*file, signature));
+    let of_files = s.signatures.iter();
+    let signatures = of_files.map(|(file, signature)| (*file, signature));
     let page_of_run = Page {
         style: STYLE,
         style_hash: style,
@@ -113,10 +111,8 @@ struct Missing {
 
 /// What takes away from all that follows.
 fn cautions(f: &Findings) -> Vec<String> {
-    let chosen = f
-        .training
-        .as_ref()
-        .and_then(|trained| trained.chosen.clone());
+    let chosen = f.training.as_ref();
+    let chosen = chosen.and_then(|trained| trained.chosen.clone());
     let uncontrolled = f.uncontrolled.filter(|_| !f.comparisons.is_empty());
     let offline = f.judged.as_ref().and_then(|judged| {
         Some(format!(
@@ -132,6 +128,7 @@ fn cautions(f: &Findings) -> Vec<String> {
     chosen
         .into_iter()
         .chain(uncontrolled.map(String::from))
+        .chain(f.withheld.clone())
         .chain(offline)
         .chain(never)
         .collect()

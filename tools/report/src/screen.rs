@@ -80,7 +80,10 @@ fn write(out: &mut String, s: &Sources, f: &Findings, page: Option<&Path>) -> st
         compare(out, comparison)?;
     }
     writeln!(out)?;
-    wrap(out, "  ", "  ", &f.legend.join(" "))?;
+    let legend: Vec<&str> = (f.legend.iter().chain(&f.withheld))
+        .map(String::as_str)
+        .collect();
+    wrap(out, "  ", "  ", &legend.join(" "))?;
     if let Some(text) = f.uncontrolled {
         wrap(out, "  ", "  ", text)?;
     }
