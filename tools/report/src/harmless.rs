@@ -22,6 +22,15 @@ pub fn plain(name: &str) -> String {
     shown
 }
 
+/// A name of at most so many characters.
+pub fn short(name: &str, most: usize) -> String {
+    let name = plain(name);
+    if name.chars().count() <= most {
+        return name;
+    }
+    name.chars().take(most - 1).chain(['…']).collect()
+}
+
 /// A text, whose hidden characters are marks, such as `U+202E`.
 pub fn parts(text: &str) -> Vec<Part> {
     let mut parts: Vec<Part> = Vec::new();

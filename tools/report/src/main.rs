@@ -6,6 +6,7 @@ mod charts;
 mod findings;
 mod harmless;
 mod page;
+mod rows;
 mod screen;
 mod sources;
 

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use crate::findings::{Comparison, Findings, Judged, figure, files, none_yet, system};
-use crate::harmless::plain;
+use crate::harmless::short;
 use crate::sources::Sources;
 
 /// Columns of the screen.
@@ -93,7 +93,7 @@ fn write(out: &mut String, s: &Sources, f: &Findings, page: Option<&Path>) -> st
     if let Some(replies) = &f.replies {
         writeln!(out)?;
         let mut first = "Replies    ";
-        for text in replies.said(|name| cut(name, 16)) {
+        for text in replies.said(|name| short(name, 16)) {
             wrap(out, first, &indent, &text)?;
             first = &indent;
         }
@@ -125,9 +125,9 @@ fn show_page(out: &mut String, page: &Path) -> std::fmt::Result {
 
 /// A table of one comparison.
 fn compare(out: &mut String, c: &Comparison) -> std::fmt::Result {
-    let (a, b) = (cut(system(c.a), 9), cut(system(c.b), 9));
+    let (a, b) = (short(system(c.a), 9), short(system(c.b), 9));
     writeln!(out)?;
-    wrap(out, "", "  ", &c.title(|name| cut(name, 9)))?;
+    wrap(out, "", "  ", &c.title(|name| short(name, 9)))?;
     writeln!(
         out,
         "  {:<14}{a:>10}{b:>10}  {:>22}   {:>8}",
@@ -141,14 +141,14 @@ fn compare(out: &mut String, c: &Comparison) -> std::fmt::Result {
         writeln!(
             out,
             "  {:<14}{of_a:>10}{of_b:>10}  {:>22}   {:>8}{}",
-            cut(of.metric, 14),
+            short(of.metric, 14),
             of.interval(),
             of.p(),
             if of.star { " *" } else { "" },
         )?;
     }
     for note in &c.notes {
-        wrap(out, "  ", "    ", &note.said(|name| cut(name, 14)))?;
+        wrap(out, "  ", "    ", &note.said(|name| short(name, 14)))?;
     }
     match &c.never {
         Some(text) => wrap(out, "  ", "    ", text),
@@ -164,13 +164,13 @@ fn verdicts(out: &mut String, judged: &Judged) -> std::fmt::Result {
     for outcomes in &judged.pairs {
         let asked = match outcomes.systems {
             Some((a, b)) if judged.pairs.len() > 1 => {
-                format!(", {} against {}", cut(b, 9), cut(a, 9))
+                format!(", {} against {}", short(b, 9), short(a, 9))
             }
             _ => String::new(),
         };
         let text = format!(
             "{}{asked}: {}",
-            cut(judged.judge, 24),
+            short(judged.judge, 24),
             list(&outcomes.by_winner)
         );
         wrap(out, first, &" ".repeat(13), &text)?;
@@ -190,7 +190,7 @@ fn wrap(out: &mut String, first: &str, others: &str, text: &str) -> std::fmt::Re
     let mut line = String::from(first);
     let mut begun = false;
     let widest = WIDTH - first.len().max(others.len());
-    for word in text.split(' ').map(|word| cut(word, widest)) {
+    for word in text.split(' ').map(|word| short(word, widest)) {
         if begun && line.chars().count() + 1 + word.chars().count() > WIDTH {
             writeln!(out, "{line}")?;
             line = String::from(others);
@@ -205,15 +205,6 @@ fn wrap(out: &mut String, first: &str, others: &str, text: &str) -> std::fmt::Re
     writeln!(out, "{line}")
 }
 
-/// A name that fits its column.
-fn cut(name: &str, width: usize) -> String {
-    let name = plain(name);
-    if name.chars().count() <= width {
-        return name;
-    }
-    name.chars().take(width - 1).chain(['…']).collect()
-}
-
 /// `name 12, other 3`, the largest first, as many as fit the line.
 fn list<N: AsRef<str> + Ord>(counts: &BTreeMap<N, u64>) -> String {
     let mut sorted: Vec<_> = counts.iter().collect();
@@ -221,7 +212,7 @@ fn list<N: AsRef<str> + Ord>(counts: &BTreeMap<N, u64>) -> String {
     let mut text = String::new();
     for (at, (name, count)) in sorted.iter().enumerate() {
         let separator = if at == 0 { "" } else { ", " };
-        let item = format!("{separator}{} {count}", cut(name.as_ref(), 24));
+        let item = format!("{separator}{} {count}", short(name.as_ref(), 24));
         if text.chars().count() + item.chars().count() > 44 {
             text.push_str(", …");
             break;
