@@ -696,8 +696,8 @@ fn the_page_says_what_the_screen_says() {
         &[
             "3 refused, 1 duplicates, 5 to train on, 2 held out",
             "Better in nll (-1.750)",
-            "alternative:two-sided|alpha:0.05|resamples:10000",
-            "tool:report|",
+            "tests.jsonl, nlltool:sigtest|a:x|alternative:two-sided|alpha:0.05|resamples:10000",
+            "this pagetool:report|",
         ],
     );
 }

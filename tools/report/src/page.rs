@@ -32,8 +32,7 @@ pub fn render(s: &Sources, f: &Findings, seed: u64) -> Result<String> {
     page.add_template("page.html", TEMPLATE)?;
     let style = base64::engine::general_purpose::STANDARD.encode(Sha256::digest(STYLE));
     let own = cli::Signature::new("report").with("seed", seed).to_string();
-    let of_files = s.signatures.iter();
-    let signatures = of_files.map(|(file, signature)| (*file, signature));
+    let own = [("this page".to_owned(), own)];
     let page_of_run = Page {
         style: STYLE,
         style_hash: style,
@@ -62,8 +61,8 @@ pub fn render(s: &Sources, f: &Findings, seed: u64) -> Result<String> {
         files: (files(s).into_iter().filter(|(path, _)| path.exists()))
             .map(|(path, what)| (plain(&path.display().to_string()), what))
             .collect(),
-        signatures: (signatures.chain([("this page", &own)]))
-            .map(|(file, signature)| (file, plain(signature)))
+        signatures: (s.signatures.iter().chain(&own))
+            .map(|(of, signature)| (plain(of), plain(signature)))
             .collect(),
     };
     Ok(page
@@ -90,7 +89,7 @@ struct Page<'f> {
     rows: usize,
     seed: u64,
     files: Vec<(String, &'static str)>,
-    signatures: Vec<(&'static str, String)>,
+    signatures: Vec<(String, String)>,
 }
 
 /// What is said where there is nothing yet.

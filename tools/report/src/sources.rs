@@ -65,8 +65,8 @@ pub struct Sources {
     pub tests: Vec<Test>,
     /// The replies and what was said of them.
     pub rows: Vec<Row>,
-    /// What the figures were made with, in the tools' own words, by file.
-    pub signatures: Vec<(&'static str, String)>,
+    /// What the figures were made with, in the tools' own words, by file and figure.
+    pub signatures: Vec<(String, String)>,
 }
 
 /// Counts of the data phase.
@@ -301,13 +301,14 @@ impl Sources {
         let mut signatures = Vec::new();
         for name in ["validate-summary.json", "dedup-summary.json"] {
             if let Some(signature) = read_signature(&pairs_folder.join(name))? {
-                signatures.push((name, signature));
+                note(&mut signatures, name, &signature);
             }
         }
         let rows = read_rows(&eval_folder.join("judged.jsonl"), &mut signatures)?;
         let tests = read_tests(&eval_folder.join("tests.jsonl"))?;
         for test in tests.iter().filter(|test| !test.signature.is_empty()) {
-            note(&mut signatures, "tests.jsonl", &test.signature);
+            let of = format!("tests.jsonl, {}", test.metric);
+            note(&mut signatures, &of, &test.signature);
         }
         Ok(Self {
             collected,
@@ -485,24 +486,22 @@ fn read_tests(path: &Path) -> Result<Vec<Test>> {
 }
 
 /// The rows of judged.jsonl. How their figures were made is noted beside them.
-fn read_rows(path: &Path, signatures: &mut Vec<(&'static str, String)>) -> Result<Vec<Row>> {
+fn read_rows(path: &Path, signatures: &mut Vec<(String, String)>) -> Result<Vec<Row>> {
     let mut line = 0;
     let rows = lines(path, |record| {
         line += 1;
         if let Some(Value::Object(corpus)) = record.get("corpus")? {
+            if let Some(Value::String(signature)) = corpus.get("signature") {
+                note(signatures, "items.jsonl", signature);
+            }
             let systems = corpus.get("systems").and_then(Value::as_object);
-            let own = corpus.get("signature").into_iter();
-            let of_figures = systems.into_iter().flat_map(|systems| systems.values());
-            let of_figures = of_figures
-                .filter_map(Value::as_object)
-                .flatten()
-                .filter(|(key, _)| key.ends_with("_signature"));
-            for signature in own.chain(of_figures.map(|(_, value)| value)) {
-                note(
-                    signatures,
-                    "items.jsonl",
-                    signature.as_str().unwrap_or_default(),
-                );
+            let figures = systems.into_iter().flat_map(|systems| systems.values());
+            for (key, value) in figures.filter_map(Value::as_object).flatten() {
+                if let (Some(figure), Some(signature)) =
+                    (key.strip_suffix("_signature"), value.as_str())
+                {
+                    note(signatures, &format!("items.jsonl, {figure}"), signature);
+                }
             }
             return Ok(None);
         }
@@ -540,10 +539,10 @@ fn flatten(path: String, value: &Value, numbers: &mut BTreeMap<String, f64>) {
     }
 }
 
-/// Keeps a signature once.
-fn note(signatures: &mut Vec<(&'static str, String)>, file: &'static str, signature: &str) {
+/// Keeps a signature once, with what it is of.
+fn note(signatures: &mut Vec<(String, String)>, of: &str, signature: &str) {
     if !signatures.iter().any(|(_, known)| known == signature) {
-        signatures.push((file, signature.to_owned()));
+        signatures.push((of.to_owned(), signature.to_owned()));
     }
 }
 
