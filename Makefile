@@ -193,8 +193,9 @@ provenance = $(foreach step,validate dedup,$(addprefix --provenance ,$(shell ls 
 # control, RUN-shuffled, is trained alike, but each tweet has another's reply.
 # TRACK: a service that does not take the figures fails the step once the training is done;
 # the same command then sends them.
-tracked = $(if $(TRACK),| $(BIN)/track --to $(call quoted,$(TRACK)$(if $(filter tensorboard,$(TRACK)),=output/tensorboard/$(1))) \
-  --name $(1) --settings $(@D)/run.json --state output/track/$(1)/$(firstword $(subst =, ,$(TRACK))))
+to_board = $(filter tensorboard%,$(TRACK))
+tracked = $(if $(TRACK),| $(BIN)/track --settings $(@D)/run.json --to $(call quoted,$(TRACK)$(if $(to_board),$(if $(findstring =,$(TRACK)),,=output/tensorboard)/$(1))) \
+  $(if $(to_board),,--name $(1) --state output/track/$(1)/$(firstword $(subst =, ,$(TRACK)))) $(call log,track-$(1)))
 %/adapter_model.safetensors: $(PAIRS)/pairs.jsonl %/train.key
 	$(BIN)/qlora-train $(train) --data $< $(provenance) --out $(@D) --resume --device $(DEVICE) $(call log,$(@D:output/models/%=train-%)) $(call tracked,$(@D:output/models/%=%)) > /dev/null
 	@touch $@

@@ -55,6 +55,7 @@ mod conventions {
 fn examples_of_the_help_run() {
     let tool = tool();
     tool.file("metrics.jsonl", &lines(1..=3));
+    tool.file("train.yaml", "lora: {rank: 8}\n");
     check_examples(&tool);
 }
 
@@ -428,11 +429,10 @@ fn plain(requests: Vec<(String, Value)>) -> Vec<Value> {
 fn mlflow_is_sent_what_a_real_server_took() {
     let server = mlflow(|_, _| None);
     let tool = tool();
-    let provenance: Value = serde_json::from_str(&fixture("wandb.json")).unwrap();
-    let settings: BTreeMap<&str, &Value> =
-        (provenance["run"]["config"].as_object().unwrap().iter())
-            .map(|(key, value)| (key.as_str(), &value["value"]))
-            .collect();
+    let reference: Value = serde_json::from_str(&fixture("wandb.json")).unwrap();
+    let settings: BTreeMap<&str, &Value> = (reference["run"]["config"].as_object().unwrap().iter())
+        .map(|(key, value)| (key.as_str(), &value["value"]))
+        .collect();
     // The order of the reference's settings.
     let keys = [
         "training.seed",
@@ -641,7 +641,7 @@ fn a_service_that_is_slow_or_away_holds_no_line_up_and_comes_back() {
     let down = Arc::clone(&is_down);
     let server = mlflow(move |_, _| {
         let slow = down.load(Ordering::SeqCst);
-        slow.then(|| Reply::text(503, "").after(Duration::from_millis(500)))
+        slow.then(|| Reply::text(503, "").after(Duration::from_secs(3)))
     });
     let tool = tool();
     let arguments = to_mlflow(&server);
@@ -651,10 +651,7 @@ fn a_service_that_is_slow_or_away_holds_no_line_up_and_comes_back() {
     );
     for step in 1..=20 {
         let took = run.line(&lines(step..=step));
-        assert!(
-            took < Duration::from_millis(400),
-            "line {step} took {took:?}"
-        );
+        assert!(took < Duration::from_secs(2), "line {step} took {took:?}");
     }
     wait_until("a request", || !server.requests().is_empty());
     is_down.store(false, Ordering::SeqCst);
@@ -835,13 +832,9 @@ fn a_bad_line_keeps_and_sends_what_came_before_it() {
 fn wandb_answer(request: &Request) -> Reply {
     let given = &request.json()["variables"];
     let project = json!({"name": given["project"], "entity": {"name": "me"}});
-    let bucket =
-        json!({"id": "b", "name": given["name"], "project": project, "historyLineCount": 0});
+    let bucket = json!({"project": project});
     match request.path.as_str() {
-        "/graphql" => Reply::json(
-            200,
-            &json!({"data": {"upsertBucket": {"bucket": bucket, "inserted": true}}}),
-        ),
+        "/graphql" => Reply::json(200, &json!({"data": {"upsertBucket": {"bucket": bucket}}})),
         _ => Reply::json(200, &json!({})),
     }
 }

@@ -39,14 +39,15 @@ use wandb::Wandb;
 
 const EXAMPLES: &str = "\
 $ track --to tensorboard=runs/main < metrics.jsonl > passed.jsonl
+$ track --to tensorboard=b --settings train.yaml < metrics.jsonl > /dev/null
+To two places:
+$ track --to tensorboard=c < metrics.jsonl | track --to tensorboard=d > both
 While a run goes on, with the settings that it is found to have:
-  qlora-train --data pairs.jsonl --out out | track --to tensorboard=runs/main \\
-    --settings out/run.json
-With MLFLOW_TRACKING_URI set, or WANDB_API_KEY; the same command goes on where it stopped:
-  track --to mlflow --experiment tweets --state state < metrics.jsonl > passed.jsonl
-  track --to wandb=me/tweets --name main --state state < metrics.jsonl > passed.jsonl
-To two of them:
-  track --to tensorboard=runs/main < metrics.jsonl | track --to mlflow --state state > passed.jsonl";
+  qlora-train --data pairs.jsonl --out out |
+    track --to tensorboard=runs/out --settings out/run.json > /dev/null
+With MLFLOW_TRACKING_URI or WANDB_API_KEY set; again, it goes on where it was:
+  track --to mlflow --state state < metrics.jsonl > /dev/null
+  track --to wandb=me/tweets --state state < metrics.jsonl > /dev/null";
 
 /// Send a run's figures to TensorBoard, MLflow or Weights & Biases
 ///
@@ -58,6 +59,9 @@ To two of them:
 ///
 /// TensorBoard's event file is written into the folder that is named, with the state beside
 /// it. Lines have no time of their own: they get that at which they were read.
+///
+/// Secrets are taken from the environment or .env: WANDB_API_KEY; MLFLOW_TRACKING_USERNAME
+/// and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.
 #[derive(Parser)]
 #[command(version, after_long_help = cli::after_help(EXAMPLES), max_term_width = 80)]
 struct Track {

@@ -21,8 +21,7 @@ const SEEN_AT: &str = "https://wandb.ai";
 /// Makes the run, or finds it by its name; settings are added to what it has.
 const UPSERT: &str = "mutation UpsertBucket($name: String, $project: String, $entity: String, $displayName: String, \
      $config: JSONString) { upsertBucket(input: {name: $name, modelName: $project, entityName: $entity, \
-     displayName: $displayName, config: $config}) \
-     { bucket { id name project { name entity { name } } historyLineCount } inserted } }";
+     displayName: $displayName, config: $config}) { bucket { project { name entity { name } } } } }";
 
 /// Where the run's lines go.
 #[derive(Clone, Serialize, Deserialize)]
