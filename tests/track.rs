@@ -1023,28 +1023,29 @@ fn wandbs_key_goes_to_its_own_host_unless_another_is_named() {
 }
 
 #[test]
-fn what_wandb_refuses_is_told_in_its_words() {
-    let server = wandb(|_, _| {
-        Some(Reply::json(
-            200,
-            &json!({"data": null, "errors": [{"message": "project not found"}]}),
-        ))
-    });
-    let (tool, arguments) = to_wandb(&server, "me/tweets");
-    let run = tool.run(&arguments, &lines(1..=2)).exits(4);
-    run.says("project not found").says("8 points are not sent");
-    assert_eq!(server.requests().len(), 1);
-    let server = wandb(|_, _| {
-        Some(Reply::json(
-            401,
-            &json!({"errors": [{"message": "bad key"}]}),
-        ))
-    });
-    let (tool, arguments) = to_wandb(&server, "me/tweets");
-    tool.run(&arguments, &lines(1..=2))
-        .exits(4)
-        .says("check WANDB_API_KEY")
-        .never_says(KEY);
+fn what_wandb_refuses_is_told_in_its_words_without_the_key() {
+    let refuse = |status: u16| {
+        wandb(move |request, _| {
+            let said = format!("no project for {:?}", request.header("authorization"));
+            let answer = json!({"data": null, "errors": [{"message": said}]});
+            Some(Reply::json(status, &answer))
+        })
+    };
+    for (status, said) in [
+        (200, "makes no run: no project for"),
+        (401, "check WANDB_API_KEY"),
+    ] {
+        let server = refuse(status);
+        let (tool, arguments) = to_wandb(&server, "me/tweets");
+        let run = tool.run(&arguments, &lines(1..=2)).exits(4);
+        run.says(said)
+            .says("[WANDB_API_KEY]")
+            .says("8 points are not sent")
+            .never_says(KEY)
+            // Base64 of its beginning, behind `api:`.
+            .never_says("YXBpOndhbmRi");
+        assert_eq!(server.requests().len(), 1);
+    }
     // An entity that would be another path.
     let server = wandb(|_, _| {
         let project = json!({"name": "p", "entity": {"name": "../../x"}});

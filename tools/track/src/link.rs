@@ -99,6 +99,11 @@ impl<'a> Link<'a> {
         Ok(answer?.json()?)
     }
 
+    /// What the service said in a success, fit to be shown.
+    pub fn printable(&self, text: &str) -> String {
+        self.client.printable(text)
+    }
+
     fn tell_retries(&self) {
         for retry in self.retries.try_iter() {
             self.app.warn(retry);

@@ -3,7 +3,7 @@
 
 use std::sync::Mutex;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use cli::{App, Failure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -18,7 +18,7 @@ pub const HOME: &str = "https://api.wandb.ai";
 /// Where people look.
 const SEEN_AT: &str = "https://wandb.ai";
 
-/// Makes the run, or finds it by its name; settings are added to what it has.
+/// Makes the run, or finds it by its name.
 const UPSERT: &str = "mutation UpsertBucket($name: String, $project: String, $entity: String, $displayName: String, \
      $config: JSONString) { upsertBucket(input: {name: $name, modelName: $project, entityName: $entity, \
      displayName: $displayName, config: $config}) { bucket { project { name entity { name } } } } }";
@@ -147,14 +147,19 @@ impl<'a> Wandb<'a> {
                 "displayName": head.name, "config": config,
             }}),
         )?;
-        let bucket = answer.bucket()?;
+        let bucket = answer.bucket().map_err(|cause| {
+            let cause = self.link.printable(&cause);
+            Failure::World(format!("Weights & Biases makes no run: {cause}"))
+        })?;
         let run = Run {
             entity: bucket.project.entity.name,
             project: bucket.project.name,
         };
         for name in [&run.entity, &run.project] {
-            check_name(name)
-                .map_err(|cause| Failure::World(format!("the service's answer: {cause}")))?;
+            check_name(name).map_err(|cause| {
+                let cause = self.link.printable(&cause);
+                Failure::World(format!("the answer of Weights & Biases: {cause}"))
+            })?;
         }
         if noted.is_none() {
             lock(spool).set_run(serde_json::to_value(&run)?)?;
@@ -192,8 +197,7 @@ impl<'a> Wandb<'a> {
 #[derive(Deserialize)]
 struct Answer {
     data: Option<Data>,
-    #[serde(default)]
-    errors: Vec<Message>,
+    errors: Option<Vec<Message>>,
 }
 
 #[derive(Deserialize)]
@@ -229,15 +233,14 @@ struct Message {
 }
 
 impl Answer {
-    fn bucket(self) -> Result<Bucket> {
-        if let Some(error) = self.errors.first() {
-            let cause = format!("Weights & Biases makes no run: {}", error.message);
-            return Err(Failure::World(cause).into());
+    /// The run, or why there is none.
+    fn bucket(self) -> Result<Bucket, String> {
+        if let Some(error) = self.errors.unwrap_or_default().into_iter().next() {
+            return Err(error.message);
         }
-        let data = self.data.and_then(|data| data.upsert_bucket);
-        Ok(data
-            .context("Weights & Biases makes no run and does not say why")?
-            .bucket)
+        let made = self.data.and_then(|data| data.upsert_bucket);
+        made.map(|made| made.bucket)
+            .ok_or_else(|| "it does not say why".into())
     }
 }
 

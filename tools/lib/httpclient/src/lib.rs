@@ -164,8 +164,11 @@ impl Client {
         parse_base(&joined)
     }
 
-    /// What `text` may look like outside: see [`error::printable`].
-    fn printable(&self, text: &str) -> String {
+    /// What the service said in `text`, fit for a terminal and a log: without the secret,
+    /// control characters escaped, cut at 300 characters. For what stands in a success;
+    /// errors are so already.
+    #[must_use]
+    pub fn printable(&self, text: &str) -> String {
         error::printable(text, self.secret.as_ref())
     }
 }
