@@ -372,6 +372,39 @@ fn a_gpu_without_the_room_that_was_planned_tells_what_helps() {
         .says("or plan with less by --max-memory");
 }
 
+/// Steps follow each other, so their times add up to no more than the whole.
+#[test]
+fn steps_are_timed_one_behind_the_other() {
+    let tool = tool();
+    let started = std::time::Instant::now();
+    train(&tool, "out", &["--steps", "12", "--batch-size", "1"]).exits(0);
+    let whole = started.elapsed().as_secs_f64();
+    let text = fs::read_to_string(tool.folder().join("out/timing.jsonl")).unwrap();
+    let lines: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let seconds: Vec<f64> = lines
+        .iter()
+        .map(|line| line["seconds"].as_f64().unwrap())
+        .collect();
+    assert_eq!(seconds.len(), 12);
+    assert!(
+        seconds.iter().sum::<f64>() < whole,
+        "{seconds:?} of {whole}"
+    );
+    for line in &lines {
+        let tokens =
+            line["tokens_per_second"].as_f64().unwrap() * line["seconds"].as_f64().unwrap();
+        // Whole tokens, and not a step of no time.
+        assert!(
+            (1.0..1e4).contains(&tokens) && (tokens - tokens.round()).abs() < 1e-6,
+            "{line}"
+        );
+        assert!(line["seconds"].as_f64().unwrap() > 1e-5, "{line}");
+    }
+}
+
 /// As above: a step is queued without waiting for the one before, but for its loss, which is
 /// read a step late.
 #[test]

@@ -284,6 +284,9 @@ struct Spending {
     /// Of a product, in 10¹² operations a second.
     #[serde(skip_serializing_if = "Option::is_none")]
     tflops: Option<f64>,
+    /// What cuBLASLt computes it by: algorithm, tile, and so on, in its header's numbers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    algorithm: Option<String>,
 }
 
 /// What was spent, over so many steps alike.
@@ -294,6 +297,7 @@ fn spending(spent: Vec<Spent>, steps: u32) -> Vec<Spending> {
         times: spent.times as f64 / steps,
         seconds: spent.seconds / steps,
         tflops: spent.operations.map(|o| o / spent.seconds / 1e12),
+        algorithm: spent.algorithm,
     };
     spent.into_iter().map(one).collect()
 }

@@ -48,8 +48,9 @@ pub struct TimeLine {
     pub step: u64,
     /// Wall time of the update.
     pub seconds: f64,
-    /// Of the step's tokens, padding not counted.
-    pub tokens_per_second: f64,
+    /// Of the step's tokens, padding not counted; null where a host that was held up cannot
+    /// tell a device's steps apart.
+    pub tokens_per_second: Option<f64>,
     /// Most memory taken so far, of the GPU or of the processor's, in 10⁶ bytes, where it tells.
     pub peak_memory_mb: Option<usize>,
 }

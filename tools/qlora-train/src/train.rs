@@ -332,17 +332,18 @@ impl<'a, B: Backend> Trainer<'a, B> {
             ));
         }
 
-        // A step is done when its figures are there: if they had to be waited for,
-        // now; if not, when it was queued. It began when the one before was done.
-        let ready = match waiting.elapsed() < Duration::from_micros(200) {
-            true => step.queued,
-            false => Instant::now(),
+        // A step is done when its figures are there: if a device that runs ahead had to be
+        // waited for, now; else when it was queued. It began when the one before was done.
+        let waited = B::RUNS_AHEAD && waiting.elapsed() >= Duration::from_micros(200);
+        let ready = match waited {
+            true => Instant::now(),
+            false => step.queued,
         };
         let seconds = ready
             .duration_since(step.started.max(self.ready))
             .as_secs_f64();
         self.ready = ready;
-        let tokens_per_second = line.tokens as f64 / seconds.max(1e-9);
+        let tokens_per_second = (seconds > 0.0).then(|| line.tokens as f64 / seconds);
         let taken = self.job.fit.taken_so_far(self.model.backend());
         let time = TimeLine {
             step: line.step,
@@ -351,7 +352,8 @@ impl<'a, B: Backend> Trainer<'a, B> {
             peak_memory_mb: taken.map(|taken| taken.bytes / 1_000_000),
         };
         self.lines.folder.timing(&serde_json::to_string(&time)?)?;
-        let message = format!("loss {:.4}, {tokens_per_second:.0} tokens/s", line.loss);
+        let pace = tokens_per_second.map(|pace| format!(", {pace:.0} tokens/s"));
+        let message = format!("loss {:.4}{}", line.loss, pace.unwrap_or_default());
         self.progress.set_with(line.step, &message);
         Ok(())
     }
