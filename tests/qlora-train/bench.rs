@@ -252,7 +252,7 @@ fn the_time_of_a_stand_in_is_told_by_kernel() {
         assert_eq!(times(&train, work), f64::from(expected), "{work}");
     }
     // A first token from the prompts, and two steps.
-    for (work, expected) in [("sample", 3), ("cache_attention", 2 * 2)] {
+    for (work, expected) in [("sample", 3), ("cache_attention_32", 2 * 2)] {
         assert_eq!(times(&generate, work), f64::from(expected), "{work}");
     }
     for (figure, whole) in [(&train, "seconds_per_step"), (&generate, "seconds")] {
@@ -272,6 +272,9 @@ fn the_time_of_a_stand_in_is_told_by_kernel() {
         .into_iter()
         .find(|w| w["work"] == down.as_str());
     let work = work.unwrap_or_else(|| panic!("no {down}: {train}"));
+    // As the stand-in's cuBLASLt has it.
+    let algorithm = "66, tile 0, stages 0, cluster 0, split 1";
+    assert_eq!(work["algorithm"], algorithm, "{work}");
     let tokens = number(&train["tokens"]);
     let operations = 2.0 * tokens * f64::from(hidden * inner) * number(&work["times"]);
     let rate = operations / number(&work["seconds"]) / 1e12;

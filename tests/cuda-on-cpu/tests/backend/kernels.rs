@@ -316,10 +316,10 @@ fn attention_of_a_long_row() {
 fn the_cache_and_attention_over_it() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
         let mut results = Vec::new();
-        // Five query heads a key head are more than a block has.
-        let mut of_five = HEADS[2];
-        of_five.query = 5;
-        for heads in HEADS.into_iter().chain([of_five]) {
+        // Nine query heads a key head are more than a block has.
+        let mut of_nine = HEADS[2];
+        of_nine.query = 9;
+        for heads in HEADS.into_iter().chain([of_nine]) {
             let mut draw = fresh(heads.dim as u64 + 9);
             let cache = Cache {
                 slots: 3,

@@ -358,119 +358,158 @@ ATTENTION(32)
 ATTENTION(64)
 ATTENTION(128)
 
-// Attention of a new token over its slot's cached positions 0..=positions[t]. A block
-// has up to SHARING query heads of one token that share their keys and values, which are
-// so read once; grid [tokens, kv heads · blocks a kv head], eight warps. As many lanes as a
-// head has octets of features take a position each, AHEAD at a time; each such group of
-// lanes keeps a softmax of its own, and at the end they are put together. dim: 32, 64, 128.
-constexpr int SHARING = 4, AHEAD = 4, WARPS = 8;
+// Attention of a new token over its slot's cached positions 0..=positions[t]. A block has up
+// to SHARING query heads of one token that share their keys and values, which are so read
+// once; grid [tokens, kv heads · blocks a kv head]. Its warps take turns with the positions,
+// sixteen at a time, keep a softmax each, and at the end put them together.
+//
+// A product of the tensor cores has sixteen rows, of which the heads are eight. The other
+// eight take what is left of the weights once they are rounded, so that both together are
+// good to 2^-17, and nothing more is computed for it. Keys and values come straight from
+// memory, in the order in which the tensor cores want them: dimensions may be numbered in
+// any order, if queries and keys agree, and so may the columns of the output.
+constexpr int SHARING = 8, WARPS = 4;
 
-KERNEL_AT_ONCE(WARPS * 32, 2)
-cache_attention(const bf16 *__restrict__ qk, const bf16 *__restrict__ keys,
-                const bf16 *__restrict__ values, const u32 *__restrict__ slots,
-                const u32 *__restrict__ positions, u32 query, u32 kv, u32 dim, u32 capacity,
-                float scale, bf16 *__restrict__ out) {
+// Two rows' values of column j of a lane's, as a pair.
+DEVICE u32 pair_up(u32 even, u32 odd, int j) { return permute(even, odd, j % 2 ? 0x7632 : 0x5410); }
+
+template <int D>
+DEVICE void cache_attention(const bf16 *qk, const bf16 *keys, const bf16 *values, const u32 *slots,
+                            const u32 *positions, u32 query, u32 kv, u32 capacity, float scale,
+                            bf16 *out) {
+  constexpr int PIECES = D / 32;             // of sixteen bytes of a key, a lane
+  constexpr int OWN = D < 64 ? D / 8 : 8;    // dimensions of a value that a lane has side by side,
+  constexpr int HALVES = D / 8 / OWN;        // and how often
+  constexpr int ROW = D + 8;                 // the padding spreads heads over the banks
   SHARED(float, tops, WARPS * SHARING);
   SHARED(float, sums, WARPS * SHARING);
-  SHARED(float, parts, WARPS * SHARING * 128);
+  SHARED(uint4, storage, WARPS * SHARING * ROW / 4);
+  float *parts = reinterpret_cast<float *>(storage);
+  const u32 g = lane() / 4, c = lane() % 4;
   const u32 t = blockIdx.x, per_kv = query / kv, blocks = (per_kv + SHARING - 1) / SHARING;
   const u32 kv_head = blockIdx.y / blocks, before = blockIdx.y % blocks * SHARING;
   const u32 first = kv_head * per_kv + before, count = min(per_kv - before, (u32)SHARING);
-  const u32 lanes = dim / 8, groups = 32 / lanes, feature = lane() % lanes * 8;
-  const u32 seen = positions[t] + 1, place = warp() * groups + lane() / lanes;
-  const size_t base = ((size_t)slots[t] * capacity * kv + kv_head) * dim + feature;
-  Eight q[SHARING], acc[SHARING];
-  float top[SHARING], sum[SHARING];
+  const u32 seen = positions[t] + 1, stride = kv * D;
+  const size_t base = ((size_t)slots[t] * capacity * kv + kv_head) * D;
+  keys += base + g * stride + c * 8;
+  values += base + 2 * c * stride + g * OWN;
+  const uint4 nothing = {0, 0, 0, 0};
+  uint4 q[PIECES];
 #pragma unroll
-  for (u32 h = 0; h < SHARING; h++) {
-    q[h] = acc[h] = Eight{};
-    if (h < count) q[h] = load8(qk + ((size_t)t * (query + kv) + first + h) * dim + feature);
-    for (int e = 0; e < 8; e++) q[h].x[e] *= scale;
-    top[h] = LOWEST;
-    sum[h] = 0;
+  for (int i = 0; i < PIECES; i++)
+    q[i] = g < count ? load16(qk + ((size_t)t * (query + kv) + first + g) * D + (i * 4 + c) * 8) : nothing;
+  float acc[D / 8][4] = {}, top = LOWEST, sum = 0;
+  for (u32 from = warp() * 16; from < seen; from += WARPS * 16) {
+    // Keys g and g + 8; values 2c, 2c + 1 and these + 8.
+    uint4 k[2][PIECES], v[4][HALVES];
+#pragma unroll
+    for (u32 r = 0; r < 2; r++) {
+      const u32 p = from + r * 8 + g;
+      const bf16 *at = keys + (from + r * 8) * stride;
+#pragma unroll
+      for (int i = 0; i < PIECES; i++) k[r][i] = p < seen ? load16(at + i * 32) : nothing;
+    }
+#pragma unroll
+    for (u32 r = 0; r < 4; r++) {
+      const u32 p = from + r / 2 * 8 + 2 * c + r % 2;
+      const bf16 *at = values + (from + r / 2 * 8 + r % 2) * stride;
+#pragma unroll
+      for (int h = 0; h < HALVES; h++) {
+        v[r][h] = nothing;
+        if (p >= seen) continue;
+        if (OWN == 8) {
+          v[r][h] = load16(at + h * 64);
+        } else {
+          v[r][h].x = reinterpret_cast<const u32 *>(at)[0];
+          v[r][h].y = reinterpret_cast<const u32 *>(at)[1];
+        }
+      }
+    }
+    float s[2][4] = {};
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+      for (int i = 0; i < PIECES; i++) {
+        const u32 early[4] = {q[i].x, 0, q[i].y, 0}, late[4] = {q[i].z, 0, q[i].w, 0};
+        multiply(s[r], early, k[r][i].x, k[r][i].y);
+        multiply(s[r], late, k[r][i].z, k[r][i].w);
+      }
+    float most = top;
+#pragma unroll
+    for (u32 r = 0; r < 2; r++)
+      for (u32 e = 0; e < 2; e++) {
+        s[r][e] = from + r * 8 + 2 * c + e < seen ? s[r][e] * scale : -infinity();
+        most = fmaxf(most, s[r][e]);
+      }
+    most = quad_max(most);
+    const float fade = fast_exp(top - most);
+    top = most;
+    sum *= fade; // of the lane's own; the quad's are added up at the end
+    u32 p[4];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      for (int e = 0; e < 2; e++) {
+        s[r][e] = fast_exp(s[r][e] - most);
+        sum += s[r][e];
+      }
+      p[2 * r] = pack(s[r][0], s[r][1]);
+      p[2 * r + 1] = pack(s[r][0] - low(p[2 * r]), s[r][1] - high(p[2 * r]));
+    }
+#pragma unroll
+    for (int n = 0; n < D / 8; n++) {
+      for (int e = 0; e < 4; e++) acc[n][e] *= fade;
+      const int h = n / OWN, j = n % OWN;
+      multiply(acc[n], p, pair_up(word(v[0][h], j / 2), word(v[1][h], j / 2), j),
+               pair_up(word(v[2][h], j / 2), word(v[3][h], j / 2), j));
+    }
   }
-  for (u32 from = 0; from < seen; from += AHEAD * WARPS * groups) {
-    uint4 k[AHEAD], v[AHEAD];
-    float s[SHARING][AHEAD];
-#pragma unroll
-    for (u32 a = 0; a < AHEAD; a++) {
-      const u32 p = from + a * WARPS * groups + place;
-      const size_t at = base + (size_t)p * kv * dim;
-      k[a] = p < seen ? load16(keys + at) : uint4{0, 0, 0, 0};
-      v[a] = p < seen ? load16(values + at) : uint4{0, 0, 0, 0};
+  sum = quad_sum(sum);
+  if (g < count) {
+    const u32 part = warp() * SHARING + g;
+    if (c == 0) {
+      tops[part] = top;
+      sums[part] = sum;
     }
+    // acc[OWN h + j][e] is dimension 8 OWN h + OWN (2c + e) + j.
 #pragma unroll
-    for (u32 a = 0; a < AHEAD; a++) {
-      const Eight key = eight(k[a]);
+    for (int n = 0; n < D / 8; n += 4)
 #pragma unroll
-      for (u32 h = 0; h < SHARING; h++) {
-        s[h][a] = 0;
-        for (int e = 0; e < 8; e++) s[h][a] += q[h].x[e] * key.x[e];
+      for (u32 e = 0; e < 2; e++) {
+        u32 four[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) four[j] = as_bits(acc[n + j][e] + acc[n + j][e + 2]);
+        store16(parts + part * ROW + n / OWN * OWN * 8 + (2 * c + e) * OWN + n % OWN,
+                uint4{four[0], four[1], four[2], four[3]});
       }
-    }
-#pragma unroll
-    for (u32 mask = 1; mask < 16; mask *= 2) {
-      if (mask >= lanes) break;
-#pragma unroll
-      for (u32 h = 0; h < SHARING; h++)
-#pragma unroll
-        for (u32 a = 0; a < AHEAD; a++) s[h][a] += shuffle_xor(s[h][a], mask);
-    }
-#pragma unroll
-    for (u32 h = 0; h < SHARING; h++) {
-      float most = top[h];
-#pragma unroll
-      for (u32 a = 0; a < AHEAD; a++)
-        if (from + a * WARPS * groups + place >= seen) s[h][a] = -infinity();
-      for (u32 a = 0; a < AHEAD; a++) most = fmaxf(most, s[h][a]);
-      const float fade = fast_exp(top[h] - most);
-      top[h] = most;
-      sum[h] *= fade;
-      for (int e = 0; e < 8; e++) acc[h].x[e] *= fade;
-      for (u32 a = 0; a < AHEAD; a++) {
-        s[h][a] = fast_exp(s[h][a] - most);
-        sum[h] += s[h][a];
-      }
-    }
-#pragma unroll
-    for (u32 a = 0; a < AHEAD; a++) {
-      const Eight value = eight(v[a]);
-#pragma unroll
-      for (u32 h = 0; h < SHARING; h++)
-        for (int e = 0; e < 8; e++) acc[h].x[e] += s[h][a] * value.x[e];
-    }
-  }
-#pragma unroll
-  for (u32 h = 0; h < SHARING; h++) {
-    for (u32 mask = lanes; mask < 32; mask *= 2) {
-      const float most = fmaxf(top[h], shuffle_xor(top[h], mask)), by = fast_exp(top[h] - most);
-      top[h] = most;
-      sum[h] *= by;
-      sum[h] += shuffle_xor(sum[h], mask);
-      for (int e = 0; e < 8; e++) {
-        acc[h].x[e] *= by;
-        acc[h].x[e] += shuffle_xor(acc[h].x[e], mask);
-      }
-    }
-    const u32 part = warp() * SHARING + h;
-    if (lane() == 0) {
-      tops[part] = top[h];
-      sums[part] = sum[h];
-    }
-    if (lane() < (int)lanes)
-      for (int e = 0; e < 8; e++) parts[part * 128 + feature + e] = acc[h].x[e];
   }
   sync_block();
-  for (u32 i = threadIdx.x; i < count * dim; i += blockDim.x) {
-    const u32 h = i / dim;
-    float most = LOWEST, total = 0, value = 0;
+  for (u32 i = threadIdx.x * 4; i < count * D; i += blockDim.x * 4) {
+    const u32 h = i / D;
+    float most = LOWEST, total = 0, value[4] = {};
     for (u32 w = 0; w < WARPS; w++) most = fmaxf(most, tops[w * SHARING + h]);
     for (u32 w = 0; w < WARPS; w++) {
       const float by = fast_exp(tops[w * SHARING + h] - most);
+      const uint4 part = load16(parts + (w * SHARING + h) * ROW + i % D);
       total += by * sums[w * SHARING + h];
-      value += by * parts[(w * SHARING + h) * 128 + i % dim];
+      for (int j = 0; j < 4; j++) value[j] += by * as_float(word(part, j));
     }
-    out[((size_t)t * query + first) * dim + i] = narrow(value / total);
+    const float whole = fast_reciprocal(total);
+    u32 *to = reinterpret_cast<u32 *>(out + ((size_t)t * query + first) * D + i);
+    to[0] = pack(value[0] * whole, value[1] * whole);
+    to[1] = pack(value[2] * whole, value[3] * whole);
   }
 }
-EXPORT(cache_attention)
+
+#define CACHE_ATTENTION(D)                                                                         \
+  KERNEL_AT_ONCE(WARPS * 32, 3)                                                                    \
+  cache_attention_##D(const bf16 *__restrict__ qk, const bf16 *__restrict__ keys,                  \
+                      const bf16 *__restrict__ values, const u32 *__restrict__ slots,              \
+                      const u32 *__restrict__ positions, u32 query, u32 kv, u32 capacity,          \
+                      float scale, bf16 *__restrict__ out) {                                       \
+    cache_attention<D>(qk, keys, values, slots, positions, query, kv, capacity, scale, out);       \
+  }                                                                                                \
+  EXPORT(cache_attention_##D)
+
+CACHE_ATTENTION(32)
+CACHE_ATTENTION(64)
+CACHE_ATTENTION(128)

@@ -27,6 +27,9 @@ pub struct Spent {
     /// Operations of a product, all of them together: two for each of `m n k`. None: what
     /// is not a product.
     pub operations: Option<f64>,
+    /// Of a product, what it is computed by, in the numbers of `cublasLt.h`. None: what is
+    /// not a product, or cannot be told.
+    pub algorithm: Option<String>,
 }
 
 /// How many heads of attention, and how wide.

@@ -124,6 +124,21 @@ impl Product {
     }
 }
 
+/// What a product is computed by, in the numbers of `cublasLt.h`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Algorithm {
+    /// Of the algorithm.
+    pub id: u32,
+    /// Of its tile.
+    pub tile: u32,
+    /// Of its stages.
+    pub stages: u32,
+    /// Of its cluster of blocks.
+    pub cluster: u32,
+    /// Into how many parts its sum is split.
+    pub split: u32,
+}
+
 /// Something to be queued, as it was asked for.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Work {
@@ -248,6 +263,11 @@ pub trait Driver: Send + Sync {
     /// # Errors
     /// If the device refuses it.
     fn multiply(&self, product: &Product) -> Result<()>;
+
+    /// What a product is computed by, if that can be told.
+    fn algorithm(&self, _product: &Product) -> Option<Algorithm> {
+        None
+    }
 
     /// Queues a look at the device's clock.
     ///

@@ -28,7 +28,8 @@ use std::sync::Arc;
 use half::bf16;
 
 pub use driver::{
-    Address, Arg, Driver, Launch, Mark, Operand, Pending, Precision, Product, Recording, Work,
+    Address, Algorithm, Arg, Driver, Launch, Mark, Operand, Pending, Precision, Product, Recording,
+    Work,
 };
 pub use memory::{Buffer, DeviceReading, Element};
 pub use nvidia::Nvidia;
@@ -65,7 +66,7 @@ const WIDTHS: [usize; 3] = [32, 64, 128];
 const DECODED: usize = 8192;
 
 /// Query heads of a block of `cache_attention` (SHARING there), and its threads.
-const SHARING: (usize, u32) = (4, 256);
+const SHARING: (usize, u32) = (8, 128);
 
 /// Threads of a block of `sample` (CHOOSERS there).
 const CHOOSERS: u32 = 1024;
@@ -983,14 +984,19 @@ impl Backend for Cuda {
             positions.first(tokens),
             heads.query,
             heads.kv,
-            heads.dim,
             cache.capacity,
             scale_of(heads),
             out.first(tokens * heads.q()),
         ];
         let (sharing, threads) = SHARING;
         let blocks = heads.kv * (heads.query / heads.kv).div_ceil(sharing);
-        self.launch_shaped("cache_attention", [tokens, blocks, 1], threads, 0, args);
+        let names = [
+            "cache_attention_32",
+            "cache_attention_64",
+            "cache_attention_128",
+        ];
+        let (kernel, _) = Self::attention_kernel(heads, names, 0);
+        self.launch_shaped(kernel, [tokens, blocks, 1], threads, 0, args);
     }
 
     fn logits(

@@ -10,7 +10,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::cublaslt::{result as blas, sys as blas_sys};
 use cudarc::driver::{result as cuda, sys};
 
-use super::driver::{Address, Driver, Launch, Mark, Pending, Precision, Product, Recording, Work};
+use super::driver::{
+    Address, Algorithm, Driver, Launch, Mark, Pending, Precision, Product, Recording, Work,
+};
 use super::{Operand, PTX};
 use crate::{Error, Result};
 
@@ -142,6 +144,29 @@ struct Plan {
 unsafe impl Send for Plan {}
 // SAFETY: as above.
 unsafe impl Sync for Plan {}
+
+impl Plan {
+    /// An attribute of its algorithm, which has two bytes or four.
+    fn attribute(
+        &self,
+        attribute: blas_sys::cublasLtMatmulAlgoConfigAttributes_t,
+        bytes: usize,
+    ) -> Option<u32> {
+        let (mut value, mut written) = (0u32, 0);
+        let to = std::ptr::from_mut(&mut value).cast();
+        // SAFETY: the algorithm is whole, and there is room for so many bytes.
+        let status = unsafe {
+            blas_sys::cublasLtMatmulAlgoConfigGetAttribute(
+                &self.algorithm,
+                attribute,
+                to,
+                bytes,
+                &mut written,
+            )
+        };
+        status.result().ok().map(|()| value)
+    }
+}
 
 impl Drop for Plan {
     fn drop(&mut self) {
@@ -841,6 +866,21 @@ impl Driver for Nvidia {
     fn multiply(&self, product: &Product) -> Result<()> {
         self.context.enter()?;
         self.multiply_on(self.context.stream, product)
+    }
+
+    fn algorithm(&self, product: &Product) -> Option<Algorithm> {
+        use blas_sys::cublasLtMatmulAlgoConfigAttributes_t as Attribute;
+        if product.is_empty() {
+            return None;
+        }
+        let plan = self.plan(product).ok()?;
+        Some(Algorithm {
+            id: plan.attribute(Attribute::CUBLASLT_ALGO_CONFIG_ID, 4)?,
+            tile: plan.attribute(Attribute::CUBLASLT_ALGO_CONFIG_TILE_ID, 4)?,
+            stages: plan.attribute(Attribute::CUBLASLT_ALGO_CONFIG_STAGES_ID, 4)?,
+            cluster: plan.attribute(Attribute::CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, 2)?,
+            split: plan.attribute(Attribute::CUBLASLT_ALGO_CONFIG_SPLITK_NUM, 4)?,
+        })
     }
 
     fn mark(&self) -> Result<Mark> {

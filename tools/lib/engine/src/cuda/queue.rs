@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::driver::{Address, Driver, Launch, Mark, Product, Recording, Work};
+use super::driver::{Address, Algorithm, Driver, Launch, Mark, Product, Recording, Work};
 use crate::{Error, Result, Spent};
 
 /// The most works that are kept: decoding steps of several sizes (ten up to 256 rows), of
@@ -35,10 +35,16 @@ pub(super) struct Queue {
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Task {
     Kernel(&'static str),
-    /// Its size.
-    Product([usize; 3]),
+    /// Its size, and what it is computed by.
+    Product([usize; 3], Option<Algorithm>),
     Zeros,
     Copy,
+}
+
+impl Task {
+    fn product(driver: &dyn Driver, product: &Product) -> Self {
+        Self::Product(product.size, driver.algorithm(product))
+    }
 }
 
 /// The most pieces of work whose time a profile has not yet asked for.
@@ -66,21 +72,29 @@ impl Profile {
 
     fn spent(self) -> Vec<Spent> {
         let line = |(task, (times, seconds))| {
-            let (work, operations) = match task {
-                Task::Kernel(name) => (name.to_owned(), None),
-                Task::Product(size) => {
+            let (work, operations, algorithm) = match task {
+                Task::Kernel(name) => (name.to_owned(), None, None),
+                Task::Product(size, algorithm) => {
                     let [m, n, k] = size;
                     let each = 2.0 * size.map(|side| side as f64).iter().product::<f64>();
-                    (format!("{m} x {n} x {k}"), Some(each * times as f64))
+                    let all = Some(each * times as f64);
+                    (format!("{m} x {n} x {k}"), all, algorithm)
                 }
-                Task::Zeros => ("zeros".to_owned(), None),
-                Task::Copy => ("copies to the device".to_owned(), None),
+                Task::Zeros => ("zeros".to_owned(), None, None),
+                Task::Copy => ("copies to the device".to_owned(), None, None),
+            };
+            let numbers = |a: Algorithm| {
+                format!(
+                    "{}, tile {}, stages {}, cluster {}, split {}",
+                    a.id, a.tile, a.stages, a.cluster, a.split
+                )
             };
             Spent {
                 work,
                 times,
                 seconds,
                 operations,
+                algorithm: algorithm.map(numbers),
             }
         };
         let mut spent: Vec<_> = self.spent.into_iter().map(line).collect();
@@ -170,7 +184,7 @@ impl Queue {
     fn add(
         &self,
         work: impl FnOnce() -> Work,
-        task: Task,
+        task: impl FnOnce(&dyn Driver) -> Task,
         queue: impl FnOnce(&dyn Driver) -> Result<()>,
     ) {
         if let Some(gathered) = &mut *lock(&self.gathered) {
@@ -181,9 +195,9 @@ impl Queue {
 
     /// Queues what was gathered.
     fn queue(&self, driver: &dyn Driver, work: &Work) -> Result<()> {
-        let task = match work {
+        let task = |driver: &dyn Driver| match work {
             Work::Launch(launch, _) => Task::Kernel(launch.kernel),
-            Work::Multiply(product) => Task::Product(product.size),
+            Work::Multiply(product) => Task::product(driver, product),
             Work::Zero(..) => Task::Zeros,
         };
         self.timed(driver, task, || work.queue(driver))
@@ -193,7 +207,7 @@ impl Queue {
     fn timed(
         &self,
         driver: &dyn Driver,
-        task: Task,
+        task: impl FnOnce(&dyn Driver) -> Task,
         queue: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         let mut profile = lock(&self.profile);
@@ -202,7 +216,8 @@ impl Queue {
         };
         let from = driver.mark()?;
         queue()?;
-        profile.unasked.push((task, [from, driver.mark()?]));
+        let marks = [from, driver.mark()?];
+        profile.unasked.push((task(driver), marks));
         match profile.unasked.len() {
             UNASKED => profile.ask(driver),
             _ => Ok(()),
@@ -210,26 +225,26 @@ impl Queue {
     }
 
     pub fn launch(&self, launch: &Launch<'_>) {
-        let task = Task::Kernel(launch.kernel);
+        let task = |_: &dyn Driver| Task::Kernel(launch.kernel);
         self.add(|| launch.into(), task, |driver| driver.launch(launch));
     }
 
     pub fn multiply(&self, product: &Product) {
         self.add(
             || Work::Multiply(*product),
-            Task::Product(product.size),
+            |driver| Task::product(driver, product),
             |driver| driver.multiply(product),
         );
     }
 
     pub fn zero(&self, at: Address, bytes: usize) {
         let work = || Work::Zero(at, bytes);
-        self.add(work, Task::Zeros, |driver| driver.zero(at, bytes));
+        self.add(work, |_| Task::Zeros, |driver| driver.zero(at, bytes));
     }
 
     pub fn write(&self, bytes: &[u8], to: Address) {
         self.device();
-        self.then(|driver| self.timed(driver, Task::Copy, || driver.write(bytes, to)));
+        self.then(|driver| self.timed(driver, |_| Task::Copy, || driver.write(bytes, to)));
     }
 
     /// Does something, and says what the device spent its time on.
