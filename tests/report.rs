@@ -679,7 +679,7 @@ fn the_page_says_what_the_screen_says() {
         "95% of the difference",
         "-2.000 to -1.500",
         "0.0123 *",
-        "Lower is better for nll, higher for the others; differences are right − left.",
+        "Lower is better for nll (nats a token), higher for the others; differences are right − left.",
         "Figures are means over rows, bleu and chrf too: not those of the corpus.",
         "for this one adapter (one seed, one decoding); * below 0.05.",
         "No control (CONTROL=shuffled): part of a gain may be style alone.",

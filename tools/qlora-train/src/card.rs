@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::Args;
 use cli::{App, Failure, counted};
+use comparison::{Comparison, Test, figure, system};
 use jsonl::{Lines, Records, write_atomically};
-use record::Record;
 use serde::Serialize;
 use settings::{LmHead, LossOn, Optim, Quantization, TargetModules, TextChoice, TrainSettings};
 
@@ -535,87 +535,6 @@ const EXAMPLES: &str = "
 $ qlora-train card --evaluation tests.jsonl adapter
 ";
 
-/// One line of sigtest, as far as the card shows it.
-struct Test {
-    a: String,
-    b: String,
-    metric: String,
-    kind: String,
-    n: u64,
-    unpaired: u64,
-    missing: u64,
-    clusters: Option<u64>,
-    means: [Option<f64>; 2],
-    p_holm: Option<f64>,
-    /// Of a one-sided test one end is open.
-    interval: [Option<f64>; 2],
-    /// Why there is no interval, or no result at all.
-    reason: Option<String>,
-    signature: String,
-}
-
-/// A larger share of rows without a figure makes those that have one another kind of rows.
-const MOST_GAPS: f64 = 0.05;
-
-impl Test {
-    fn of(line: Record) -> Result<Self, record::Error> {
-        let reason = line.get("ci_reason")?.or(line.get("reason")?);
-        Ok(Self {
-            a: line.require("a")?,
-            b: line.require("b")?,
-            metric: line.require("metric")?,
-            kind: line.require("test")?,
-            n: line.require("n")?,
-            unpaired: line.get("unpaired")?.unwrap_or_default(),
-            missing: line.get("missing")?.unwrap_or_default(),
-            clusters: line.get("clusters")?,
-            means: [line.get("mean_a")?, line.get("mean_b")?],
-            p_holm: line.get("p_holm")?,
-            interval: [line.get("ci_low")?, line.get("ci_high")?],
-            reason,
-            signature: line.require("signature")?,
-        })
-    }
-
-    /// A part of the signature. Where a text within it holds the same key, the last one is
-    /// sigtest's own.
-    fn signed(&self, key: &str) -> Option<&str> {
-        let mut parts = self.signature.rsplit('|');
-        parts.find_map(|part| part.strip_prefix(key)?.strip_prefix(':'))
-    }
-
-    fn gaps(&self) -> u64 {
-        self.unpaired.saturating_add(self.missing)
-    }
-
-    fn rows(&self) -> u64 {
-        self.n.saturating_add(self.gaps())
-    }
-
-    /// `55 of 100 held-out rows in 20 groups (42 without a figure on either side, 3 on one)`
-    fn of_rows(&self) -> String {
-        let rows = number(self.rows(), "held-out row");
-        let groups = in_groups(self.clusters);
-        let (n, missing, unpaired) = (self.n, self.missing, self.unpaired);
-        match self.gaps() {
-            0 => format!("{rows}{groups}"),
-            _ => format!(
-                "{n} of {rows}{groups} ({missing} without a figure on either side, {unpaired} on one)"
-            ),
-        }
-    }
-
-    /// The line whose interval goes with this permutation test: its own, where it has one or
-    /// says why it has none; else, in files from before that, the bootstrap's.
-    fn with_interval<'a>(&'a self, mut others: impl Iterator<Item = &'a Self>) -> Option<&'a Self> {
-        let own = self.interval.iter().any(Option::is_some) || self.reason.is_some();
-        match own {
-            true => Some(self),
-            false => others.find(|t| t.kind == "bootstrap" && t.metric == self.metric),
-        }
-    }
-}
-
 impl AddToCard {
     /// Does it.
     pub fn run(&self, app: &App) -> Result<()> {
@@ -626,7 +545,7 @@ impl AddToCard {
         })?;
         let mut lines = Records::new(Lines::open(&self.evaluation)?, app.name(), 0);
         let mut tests = Vec::new();
-        while let Some((_, test)) = lines.next_with(&mut std::io::sink(), Test::of)? {
+        while let Some((_, test)) = lines.next_with(&mut std::io::sink(), |line| Test::of(&line))? {
             tests.push(test);
         }
         if tests.is_empty() {
@@ -654,131 +573,62 @@ impl AddToCard {
     }
 }
 
-/// A table a comparison: the permutation test's p-value, adjusted over the figures, and the
-/// interval that goes with it.
+/// A table a comparison, and how all are to be read.
 fn write_tests(out: &mut String, tests: &[Test]) -> std::fmt::Result {
-    let mut seen: Vec<(&str, &str)> = Vec::new();
-    for test in tests {
-        if seen.contains(&(&test.a, &test.b)) {
-            continue;
-        }
-        seen.push((&test.a, &test.b));
-        let same = |other: &&Test| other.a == test.a && other.b == test.b;
-        compare(out, &tests.iter().filter(same).collect::<Vec<_>>())?;
+    let comparisons = comparison::comparisons(tests);
+    for comparison in &comparisons {
+        compare(out, comparison)?;
     }
-    let shown = || tests.iter().filter(|t| t.kind == "permutation");
-    let alternative = shown().find_map(|t| t.signed("alternative"));
-    let kind = alternative.map_or(String::new(), |kind| {
-        let (sides, greater) = match kind {
-            "two-sided" => return " (two-sided)".into(),
-            "greater" => ("one-sided", "left column greater"),
-            "less" => ("one-sided", "left column less"),
-            other => return format!(" ({})", code(other)),
-        };
-        format!(" ({sides}: {greater})")
-    });
-    write!(
-        out,
-        "\nLower is better for `nll` (nats a token of the held-out reply), higher for the others. Figures are \
-         means over rows, `bleu` and `chrf` too: not those of the corpus. Each interval is of its own figure, \
-         not adjusted. p: permutation test{kind}, adjusted over the figures of a table (Holm), over these held-out \
-         rows, for this one adapter (one seed, one decoding)."
-    )?;
-    if shown().any(|t| t.gaps() as f64 > MOST_GAPS * t.rows() as f64) {
-        write!(
-            out,
-            " Where over {:.0}% of the rows lack a figure, those that have it may not be like the others: that p \
-             shows nothing.",
-            100.0 * MOST_GAPS
-        )?;
-    }
-    writeln!(out, "\n")
+    let legend = comparison::legend(tests).into_iter();
+    let more = comparison::lacking(&comparisons)
+        .into_iter()
+        .map(String::from);
+    let said = legend.chain(comparison::withheld(&comparisons)).chain(more);
+    let said: Vec<String> = said.map(|text| markdown(&text)).collect();
+    writeln!(out, "\n{}\n", said.join(" "))
 }
 
-fn number(count: u64, noun: &str) -> String {
-    counted(usize::try_from(count).unwrap_or(usize::MAX), noun)
-}
-
-fn in_groups(groups: Option<u64>) -> String {
-    groups.map_or(String::new(), |n| format!(" in {}", number(n, "group")))
-}
-
-/// The table of one comparison, of which there is a line.
-fn compare(out: &mut String, tests: &[&Test]) -> std::fmt::Result {
-    let shown: Vec<&Test> = (tests.iter().copied())
-        .filter(|t| t.kind == "permutation")
-        .collect();
-    let Some(first) = shown.first().or(tests.first()).copied() else {
-        return Ok(());
-    };
-    let name = |path: &str| cell(path.rsplit('.').next().unwrap_or(path));
-    let (a, b) = (name(&first.a), name(&first.b));
-    // An interval covers 1 − alpha, which sigtest's signature holds.
-    let alpha = first
-        .signed("alpha")
-        .and_then(|alpha| alpha.parse::<f64>().ok());
-    let level = match alpha {
-        Some(alpha) => format!("{}%", (1e4 * (1.0 - alpha)).round() / 100.0),
-        None => "Interval".into(),
-    };
-    let judged = match (first.a.starts_with("verdicts."), first.signed("judge")) {
+/// The table of one comparison.
+fn compare(out: &mut String, c: &Comparison) -> std::fmt::Result {
+    let [a, b] = [c.a, c.b].map(|path| cell(system(path)));
+    let judged = match (c.is_of_verdicts(), c.judge) {
         (false, _) => String::new(),
         (true, None) => ", by the judge".into(),
         (true, Some(judge)) => format!(", by the judge {}", code(judge)),
     };
-    // Where the figures do not all have the same rows, each tells its own below the table.
-    let alike = shown.iter().all(|t| t.of_rows() == first.of_rows());
-    let rows = match alike {
-        true => first.of_rows(),
-        false => {
-            let groups = in_groups(shown.iter().filter_map(|t| t.clusters).max());
-            format!("{}{groups}", number(first.rows(), "held-out row"))
-        }
-    };
     writeln!(
         out,
-        "\n{b} against {a}{judged}, {rows}:\n\n\
-         | Figure | {a} | {b} | {level} of {b} − {a} | p |\n|---|---:|---:|---:|---:|"
+        "\n{b} against {a}{judged}, {}:\n\n\
+         | Figure | {a} | {b} | {} of {b} − {a} | p |\n|---|---:|---:|---:|---:|",
+        c.rows,
+        c.level()
     )?;
-    let mut notes: Vec<(String, Vec<String>)> = Vec::new();
-    for test in &shown {
-        let name = cell(&test.metric);
-        let mut note = |text: String| match notes.iter_mut().find(|(other, _)| *other == text) {
-            Some((_, names)) => names.push(name.clone()),
-            None => notes.push((text, vec![name.clone()])),
-        };
-        let interval_of = test.with_interval(tests.iter().copied());
-        // sigtest's differences are a − b; zero has no sign.
-        let [high, low] = interval_of.map_or([None, None], |t| t.interval);
-        let [low, high] = [low, high].map(|end| end.map(|end| format!("{:+.3}", 0.0 - end)));
-        let interval = match (low, high) {
-            (Some(low), Some(high)) => Some(format!("{low} to {high}")),
-            (Some(low), None) => Some(format!("from {low}")),
-            (None, Some(high)) => Some(format!("to {high}")),
-            (None, None) => None,
-        };
-        let reason = interval_of.and_then(|t| t.reason.as_deref());
-        match (&interval, reason, test.p_holm) {
-            (None, Some(reason), None) => note(format!("no interval, no p: {}", code(reason))),
-            (None, Some(reason), Some(_)) => note(format!("no interval: {}", code(reason))),
-            _ => {}
-        }
-        if !alike && test.gaps() > 0 {
-            note(test.of_rows());
-        }
-        let figure = |x: Option<f64>| x.map(|x| format!("{x:.3}"));
-        let p = test.p_holm.map(|p| match p < 0.0001 {
-            true => "< 0.0001".into(),
-            false => format!("{p:.4}"),
-        });
-        let [a, b, interval, p] = [figure(test.means[0]), figure(test.means[1]), interval, p]
-            .map(|text| text.unwrap_or_else(|| "–".into()));
-        writeln!(out, "| {name} | {a} | {b} | {interval} | {p} |")?;
+    for of in &c.figures {
+        let mean = |x: Option<f64>| x.map_or("-".into(), |x| figure(x, ""));
+        let [mean_a, mean_b] = of.means.map(mean);
+        writeln!(
+            out,
+            "| {} | {mean_a} | {mean_b} | {} | {}{} |",
+            cell(of.metric),
+            of.interval(),
+            markdown(&of.p()),
+            if of.star() { r" \*" } else { "" }
+        )?;
     }
-    for (text, names) in notes {
-        writeln!(out, "\n{}: {text}.", names.join(", "))?;
+    for note in &c.notes {
+        writeln!(out, "\n{}.", note.said(cell, code))?;
     }
-    writeln!(out, "\n{}", code(&first.signature))
+    if let Some(text) = &c.never {
+        writeln!(out, "\n{text}")?;
+    }
+    writeln!(out, "\n{}", code(c.signature))
+}
+
+/// A sentence of ours, of which no sign is to be one of Markdown's.
+fn markdown(text: &str) -> String {
+    text.replace('*', r"\*")
+        .replace('<', r"\<")
+        .replace('_', r"\_")
 }
 
 /// Up to `most` items, the first, the last and evenly between.
@@ -850,6 +700,7 @@ fn longest_run(text: &str) -> usize {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use record::Record;
 
     #[test]
     fn no_text_breaks_out_of_its_place() {
@@ -869,7 +720,7 @@ mod tests {
                 let line = format!(
                     r#"{{"a":"{side}.base","b":"{side}.lora","metric":"{metric}","test":"{test}","mean_a":0.25,"mean_b":0.5,{more}}}"#
                 );
-                Test::of(Record::parse(&line).unwrap()).unwrap()
+                Test::of(&Record::parse(&line).unwrap()).unwrap()
             })
             .collect();
         let mut out = String::new();
@@ -899,7 +750,7 @@ mod tests {
         let open = line(r#""ci_low":-1.0,"ci_high":null,"#);
         assert!(open.contains("| to +1.000 | 0.5000 |"), "{open}");
         let none = line(r#""ci_low":null,"ci_high":null,"ci_reason":"too | few","#);
-        assert!(none.contains("| – | 0.5000 |"), "{none}");
+        assert!(none.contains("| - | 0.5000 |"), "{none}");
         assert!(none.contains("`nll`: no interval: `too | few`."), "{none}");
         // From before it had an interval.
         let old = line("");
@@ -916,11 +767,11 @@ mod tests {
         for words in [
             "`lora` against `base`, by the judge `` a `b` ``, 55 of 100 held-out rows in 20 groups \
              (42 without a figure on either side, 3 on one):",
-            "Where over 5% of the rows lack a figure",
+            r"No \* where over 5% of the rows lack the figure on a side",
             "permutation test (two-sided), adjusted over the figures of a table (Holm), over these \
-             held-out rows, for this one adapter (one seed, one decoding).",
-            "means over rows",
+             held-out rows, for this one adapter (one seed, one decoding);",
             "not adjusted",
+            "No prompted base",
         ] {
             assert!(gaps.contains(words), "{words}\n{gaps}");
         }
@@ -940,11 +791,12 @@ mod tests {
         for words in [
             "`lora` against `base`, 40 held-out rows in 20 groups:",
             "`chrf`: no interval, no p: `every difference is zero`.",
+            "means over rows",
             "`chrf`: 38 of 40 held-out rows in 19 groups (1 without a figure on either side, 1 on one).",
         ] {
             assert!(two.contains(words), "{words}\n{two}");
         }
-        assert!(!two.contains("lack a figure"), "{two}");
+        assert!(!two.contains("lack the figure"), "{two}");
     }
 
     #[test]

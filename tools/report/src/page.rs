@@ -4,6 +4,7 @@
 
 use anyhow::Result;
 use base64::Engine;
+use comparison::{Comparison, figure, lower_is_better, system};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, UndefinedBehavior, Value};
@@ -12,9 +13,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::charts::{self, Chart, Strip};
-use crate::findings::{
-    Comparison, Findings, Outcomes, Trained, figure, files, lower_is_better, none_yet, system,
-};
+use crate::findings::{Findings, Outcomes, Trained, files, none_yet};
 use crate::harmless::{plain, short};
 use crate::rows::{Card, Ends, drawn, most};
 use crate::sources::{Data, Row, Sources, Training, Update};
@@ -104,7 +103,6 @@ struct Missing {
 fn cautions(f: &Findings) -> Vec<String> {
     let chosen = f.training.as_ref();
     let chosen = chosen.and_then(|trained| trained.chosen.clone());
-    let uncontrolled = f.uncontrolled.filter(|_| !f.comparisons.is_empty());
     let offline = f.judged.as_ref().and_then(|judged| {
         Some(format!(
             "Judge: {}. {}",
@@ -118,7 +116,7 @@ fn cautions(f: &Findings) -> Vec<String> {
     });
     chosen
         .into_iter()
-        .chain(uncontrolled.map(String::from))
+        .chain(f.lacking.iter().copied().map(String::from))
         .chain(f.withheld.clone())
         .chain(offline)
         .chain(never)
@@ -329,7 +327,7 @@ fn view(c: &Comparison, rows: &[Row]) -> Result<View> {
     for of in &c.figures {
         let name = short(of.metric, 24);
         let (lower, unit) = (lower_is_better(of.metric), unit(of.metric));
-        let side = match of.difference.filter(|d| of.star && *d != 0.0) {
+        let side = match of.difference.filter(|d| of.star() && *d != 0.0) {
             Some(difference) if (difference < 0.0) == lower => &mut better,
             Some(_) => &mut worse,
             None => &mut open,
@@ -351,7 +349,7 @@ fn view(c: &Comparison, rows: &[Row]) -> Result<View> {
             interval: of.interval(),
             d_z: signed(of.d_z),
             p: of.p(),
-            star: of.star,
+            star: of.star(),
         });
         let way = if lower {
             "lower is better"
@@ -400,7 +398,7 @@ fn view(c: &Comparison, rows: &[Row]) -> Result<View> {
     );
     Ok(View {
         title: c.title(|name| short(name, 40)),
-        level: c.level(),
+        level: format!("{} of the difference", c.level()),
         better,
         worse,
         open,
@@ -408,7 +406,7 @@ fn view(c: &Comparison, rows: &[Row]) -> Result<View> {
         notes: c
             .notes
             .iter()
-            .map(|note| note.said(|name| short(name, 24)))
+            .map(|note| note.said(|name| short(name, 24), plain))
             .collect(),
         forest: charts::forest(label, &strips)?,
         differences,

@@ -2,7 +2,8 @@
 
 use serde::Serialize;
 
-use crate::findings::{Comparison, figure, lower_is_better};
+use comparison::{Comparison, figure, lower_is_better};
+
 use crate::harmless::{Part, parts, plain, short};
 use crate::sources::{Reply, Row};
 
@@ -27,7 +28,7 @@ pub struct Ends {
 /// The rows where the systems differ most: by the held-out loss where there is one, for it has
 /// neither the grain of word counts nor a judge's taste.
 pub fn most(c: &Comparison, rows: &[Row]) -> Option<Ends> {
-    if c.a.starts_with("verdicts.") {
+    if c.is_of_verdicts() {
         return None;
     }
     let metrics = || c.figures.iter().map(|figure| figure.metric);

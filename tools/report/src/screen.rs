@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
-use crate::findings::{Comparison, Findings, Judged, figure, files, none_yet, system};
-use crate::harmless::short;
+use comparison::{Comparison, figure, system};
+
+use crate::findings::{Findings, Judged, files, none_yet};
+use crate::harmless::{plain, short};
 use crate::sources::Sources;
 
 /// Columns of the screen.
@@ -84,7 +86,7 @@ fn write(out: &mut String, s: &Sources, f: &Findings, page: Option<&Path>) -> st
         .map(String::as_str)
         .collect();
     wrap(out, "  ", "  ", &legend.join(" "))?;
-    if let Some(text) = f.uncontrolled {
+    for text in &f.lacking {
         wrap(out, "  ", "  ", text)?;
     }
     if let Some(judged) = &f.judged {
@@ -132,7 +134,7 @@ fn compare(out: &mut String, c: &Comparison) -> std::fmt::Result {
         out,
         "  {:<14}{a:>10}{b:>10}  {:>22}   {:>8}",
         "figure",
-        c.level(),
+        format!("{} of the difference", c.level()),
         "p"
     )?;
     for of in &c.figures {
@@ -144,11 +146,11 @@ fn compare(out: &mut String, c: &Comparison) -> std::fmt::Result {
             short(of.metric, 14),
             of.interval(),
             of.p(),
-            if of.star { " *" } else { "" },
+            if of.star() { " *" } else { "" },
         )?;
     }
     for note in &c.notes {
-        wrap(out, "  ", "    ", &note.said(|name| short(name, 14)))?;
+        wrap(out, "  ", "    ", &note.said(|name| short(name, 14), plain))?;
     }
     match &c.never {
         Some(text) => wrap(out, "  ", "    ", text),

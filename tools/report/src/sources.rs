@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cli::Failure;
+use comparison::Test;
 use jsonl::{Lines, Position, ReadError, Records};
 use record::{Dropped, Record, Rejected, Split};
 use serde::Deserialize;
@@ -140,73 +141,6 @@ pub struct Choice {
     pub step: bool,
 }
 
-/// One line of tests.jsonl, as far as the table shows it.
-#[derive(Clone, Debug)]
-pub struct Test {
-    /// Path of the one side.
-    pub a: String,
-    /// Path of the other.
-    pub b: String,
-    /// The figure.
-    pub metric: String,
-    /// The test.
-    pub test: String,
-    /// Its p-value, adjusted over the figures of the comparison.
-    pub p_holm: Option<f64>,
-    /// Ends of the interval.
-    pub ci_low: Option<f64>,
-    /// Ends of the interval.
-    pub ci_high: Option<f64>,
-    /// Why there is no interval.
-    pub ci_reason: Option<String>,
-    /// Why there is no result at all.
-    pub reason: Option<String>,
-    /// Which form the test took.
-    pub method: Option<String>,
-    /// Rows with the figure on both sides.
-    pub n: u64,
-    /// Rows with it on one side.
-    pub unpaired: u64,
-    /// Rows with it on neither.
-    pub missing: u64,
-    /// Groups of rows that were flipped and drawn as one.
-    pub clusters: Option<u64>,
-    /// Mean of the one side.
-    pub mean_a: Option<f64>,
-    /// Mean of the other.
-    pub mean_b: Option<f64>,
-    /// Mean of the differences, a − b.
-    pub mean_diff: Option<f64>,
-    /// That over their standard deviation.
-    pub d_z: Option<f64>,
-    /// `key:value|…`: how it was made.
-    pub signature: String,
-}
-
-impl Test {
-    /// A part of the signature. Where a text within it holds the same key, the last one is
-    /// sigtest's own.
-    pub fn signed(&self, key: &str) -> Option<&str> {
-        let mut parts = self.signature.rsplit('|');
-        parts.find_map(|part| part.strip_prefix(key)?.strip_prefix(':'))
-    }
-
-    /// Intervals cover 1 − alpha, and a p-value below it is called significant.
-    pub fn alpha(&self) -> Option<f64> {
-        self.signed("alpha")?.parse().ok()
-    }
-
-    /// Rows that say nothing of the difference.
-    pub fn gaps(&self) -> u64 {
-        self.unpaired.saturating_add(self.missing)
-    }
-
-    /// All rows that were there.
-    pub fn rows(&self) -> u64 {
-        self.n.saturating_add(self.gaps())
-    }
-}
-
 /// A held-out row: what was asked, what people liked, what the systems replied.
 pub struct Row {
     /// Its id, or where it stands in the file.
@@ -305,7 +239,8 @@ impl Sources {
             }
         }
         let rows = read_rows(&eval_folder.join("judged.jsonl"), &mut signatures)?;
-        let tests = read_tests(&eval_folder.join("tests.jsonl"))?;
+        let tests = lines(&eval_folder.join("tests.jsonl"), |line| Test::of(&line))?;
+        let tests = tests.unwrap_or_default();
         for test in tests.iter().filter(|test| !test.signature.is_empty()) {
             let of = format!("tests.jsonl, {}", test.metric);
             note(&mut signatures, &of, &test.signature);
@@ -456,33 +391,6 @@ fn read_choice(path: &Path) -> Result<Option<Choice>> {
         end: patience != "0",
         step: best == "true",
     }))
-}
-
-fn read_tests(path: &Path) -> Result<Vec<Test>> {
-    let tests = lines(path, |record| {
-        Ok(Test {
-            a: record.require("a")?,
-            b: record.require("b")?,
-            metric: record.require("metric")?,
-            test: record.require("test")?,
-            p_holm: record.get("p_holm")?,
-            ci_low: record.get("ci_low")?,
-            ci_high: record.get("ci_high")?,
-            ci_reason: record.get("ci_reason")?,
-            reason: record.get("reason")?,
-            method: record.get("method")?,
-            n: record.require("n")?,
-            unpaired: record.get("unpaired")?.unwrap_or_default(),
-            missing: record.get("missing")?.unwrap_or_default(),
-            clusters: record.get("clusters")?,
-            mean_a: record.get("mean_a")?,
-            mean_b: record.get("mean_b")?,
-            mean_diff: record.get("mean_diff")?,
-            d_z: record.get("d_z")?,
-            signature: record.get("signature")?.unwrap_or_default(),
-        })
-    })?;
-    Ok(tests.unwrap_or_default())
 }
 
 /// The rows of judged.jsonl. How their figures were made is noted beside them.

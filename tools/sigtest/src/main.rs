@@ -5,9 +5,9 @@
 //! reader should see them agree; over the metrics of one comparison the p-values of
 //! a test are Holm-adjusted, since a family of eight finds something by luck alone.
 
-mod comparison;
 mod distribution;
 mod figures;
+mod lines;
 mod paired;
 mod resample;
 mod rows;
@@ -19,11 +19,12 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use cli::{App, Common, Counts, Failure, Flags, Resolved, Tool};
+use comparison::{MOST_GAPS, lower_is_better};
 use jsonl::Output;
 use settings::{EvalSettings, Statistics};
 
-use crate::comparison::{Line, Side, Test, adjust, compare, lower_is_better};
 use crate::distribution::Alternative;
+use crate::lines::{Line, Side, Test, adjust, compare};
 use crate::rows::Question;
 
 /// Compare two systems' figures, pair by pair
@@ -132,10 +133,6 @@ impl Tool for Sigtest {
     }
 }
 
-/// Rows that may lack a figure which a gate goes by. Who is left out need not be like the
-/// others: a judge that refuses to read the worst replies of one side flatters it.
-const MAY_BE_WITHOUT: f64 = 0.05;
-
 /// Whether `side` is the better one, or why not.
 fn gate(lines: &[Line], side: Side, alpha: f64) -> Result<(), String> {
     let tests = || lines.iter().filter(|line| line.test == Test::Permutation);
@@ -152,7 +149,7 @@ fn gate(lines: &[Line], side: Side, alpha: f64) -> Result<(), String> {
         format!("no metric's adjusted permutation test finds {name} better at alpha = {alpha}");
     for line in tests().filter(|line| line.better(alpha) == Some(side)) {
         match line.without() {
-            (without, all) if without as f64 > MAY_BE_WITHOUT * all as f64 => {
+            (without, all) if without as f64 > MOST_GAPS * all as f64 => {
                 let metric = &line.metric;
                 cause = format!(
                     "{without} of {all} rows lack `{metric}`: those that have it may differ from them"

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::comparison::{Line, Test};
+use crate::lines::{Line, Test};
 
 /// Columns of the table.
 const WIDTH: usize = 80;

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use clap::ValueEnum;
 use cli::Signature;
+use comparison::lower_is_better;
 use serde::Serialize;
 use settings::Statistics;
 
@@ -23,14 +24,6 @@ pub enum Test {
     Bootstrap,
     Sign,
     Mcnemar,
-}
-
-/// Figures of which less is better; of all others more is.
-const LOWER_IS_BETTER: [&str; 2] = ["nll", "perplexity"];
-
-/// Whether less of a metric is better.
-pub fn lower_is_better(metric: &str) -> bool {
-    LOWER_IS_BETTER.contains(&metric.rsplit('.').next().unwrap_or(metric))
 }
 
 /// A side of the comparison.
