@@ -568,7 +568,7 @@ fn the_card_says_where_the_rows_come_from_and_how_the_replies_were_found() {
             .exits(0);
         let added = tool.read("out/README.md");
         assert!(
-            added.contains("| `nll` | 3.500 | 2.250 | -1.500 to -1.000 | 0.0002 |"),
+            added.contains("| `nll` | 3.500 | 2.250 | -1.500 to -1.000 | 0.0002 \\* |"),
             "{added}"
         );
         assert!(added.contains("`lora` against `base`, 88 held-out rows"));
