@@ -154,14 +154,19 @@ mod tests {
 
     #[test]
     fn chunks_are_whole_tiles_that_fit() {
-        for (vocabulary, few, many) in [
-            (151_936, 256, 1_024),
-            (50_000, 768, 2_432),
-            (400_000, 111, 384),
-            (1_000_000, 64, 128),
+        for (vocabulary, rows, want) in [
+            (151_936, 1_535, 256),
+            (151_936, 1_536, 384),
+            (151_936, 10_000, 1_024),
+            (50_000, 1_000, 768),
+            (50_000, 10_000, 2_432),
+            (400_000, 400, 111),
+            (400_000, 10_000, 384),
+            (1_000_000, 100, 64),
+            (1_000_000, 10_000, 128),
         ] {
-            assert_eq!(chunk_rows(vocabulary, 1_000), few, "{vocabulary}");
-            assert_eq!(chunk_rows(vocabulary, 10_000), many, "{vocabulary}");
+            let chunk = chunk_rows(vocabulary, rows);
+            assert_eq!(chunk, want, "{rows} of {vocabulary}");
         }
         assert_eq!(chunk_rows(151_936, 255), 255);
         assert_eq!(chunk_rows(8, 10_000), 10_000);
