@@ -7,8 +7,10 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use base64::Engine;
 use harness::Tool;
 use scraper::{ElementRef, Html, Selector};
+use sha2::{Digest, Sha256};
 
 fn tool() -> Tool {
     Tool::new(env!("CARGO_BIN_EXE_report"))
@@ -454,7 +456,39 @@ fn the_legend_says_what_its_figures_speak_of() {
         "shuffled",
         &[("nll", "permutation", r#""p_holm":0.5"#)],
     );
+    // Of base and control alone no adapter is held against anything.
+    says(&flowing(&tool), &[control]);
+    let path = "output/eval/r/tests.jsonl";
+    tool.file(
+        path,
+        &tool.read(path).replace("systems.base", "systems.lora"),
+    );
     assert!(!flowing(&tool).contains(control));
+}
+
+/// Training has to beat a prompt, and which prompt that was is told.
+#[test]
+fn what_the_prompted_base_was_shown_is_told() {
+    let tool = tool();
+    lay_out(&tool);
+    let lacks = "No prompted base (generation.prompted): a better prompt may do as much.";
+    says(&flowing(&tool), &[lacks]);
+    let line = ("nll", "permutation", r#""p_holm":0.5"#);
+    tested_between(&tool, "systems", "lora", &[line]);
+    let path = "output/eval/r/tests.jsonl";
+    tool.file(
+        path,
+        &tool.read(path).replace("systems.base", "systems.prompted"),
+    );
+    let corpus = r#"{"v":1,"corpus":{"systems":{},"prompted":{"examples":["p1","p2","p3"],"system_prompt":null}}}"#;
+    let judged = tool.read("output/eval/r/judged.jsonl");
+    tool.file("output/eval/r/judged.jsonl", &(judged + corpus + "\n"));
+    let text = flowing(&tool);
+    says(
+        &text,
+        &["lora against prompted", "Rows that prompted was shown: 3."],
+    );
+    assert!(!text.contains(lacks), "{text}");
 }
 
 #[test]
@@ -1252,6 +1286,12 @@ fn hostile_texts_are_texts() {
         ],
     );
     assert!(!policy.contains("unsafe"), "{policy}");
+    // Of the style that is there: with another's the page would be bare.
+    let style = all(html.root_element(), "style")[0]
+        .text()
+        .collect::<String>();
+    let hash = base64::engine::general_purpose::STANDARD.encode(Sha256::digest(style));
+    says(policy, &[&format!("'sha256-{hash}'")]);
 
     // No control, no mark of direction and nothing that hides is anywhere, in no attribute either.
     let raw = fs::read_to_string(tool.path("page.html")).unwrap();

@@ -8,9 +8,6 @@ use comparison::{Comparison, counted};
 
 use crate::sources::{Compared, Row, Sources, Training};
 
-/// The name that judge gives to its judge without a model.
-const OFFLINE: &str = "reference-chrf-rank";
-
 /// What can be said of a run.
 pub struct Findings<'s> {
     /// Of the training.
@@ -109,9 +106,14 @@ impl<'s> Findings<'s> {
     /// All that the files allow to say.
     pub fn of(s: &'s Sources) -> Self {
         let comparisons = comparison::comparisons(&s.tests);
+        let mut legend = comparison::legend(&s.tests);
+        legend.extend(
+            s.shown
+                .map(|n| format!("Rows that prompted was shown: {n}.")),
+        );
         Self {
             training: s.training.as_ref().map(|t| trained(t, &s.named)),
-            legend: comparison::legend(&s.tests),
+            legend,
             withheld: comparison::withheld(&comparisons),
             lacking: match comparisons.is_empty() {
                 true => Vec::new(),
@@ -206,9 +208,7 @@ fn judged(rows: &[Row]) -> Option<Judged<'_>> {
     let judge = judge?;
     Some(Judged {
         judge,
-        offline: (judge == OFFLINE).then_some(
-            "Offline: to the point or not, whatever the manner, which is most of what is learnt.",
-        ),
+        offline: comparison::of_judge(judge),
         pairs,
     })
 }

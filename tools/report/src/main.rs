@@ -89,6 +89,8 @@ impl Tool for Report {
             return Err(Failure::Usage(cause).into());
         }
         let root = self.root.unwrap_or_default();
+        let sources = sources::Sources::read(&root, &self.run, data)?;
+        let findings = findings::Findings::of(&sources);
         let to_stdout = self.html.as_deref() == Some(Path::new("-"));
         let file = self.html.filter(|_| !to_stdout);
         if let Some(file) = &file {
@@ -104,8 +106,6 @@ impl Tool for Report {
                 false => app.claim("--html", file, |_| false)?,
             }
         }
-        let sources = sources::Sources::read(&root, &self.run, data)?;
-        let findings = findings::Findings::of(&sources);
         let text = if to_stdout {
             page::render(&sources, &findings, self.seed)?
         } else {

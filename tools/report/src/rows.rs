@@ -98,6 +98,11 @@ fn text(text: &str) -> Text {
 fn card(row: &Row, said: Option<String>) -> Card {
     let reply = |(name, reply): (&String, &Reply)| {
         let path = format!("systems.{name}.");
+        // A system may have a name that begins with this one and a dot.
+        let others: Vec<String> = (row.replies.keys())
+            .filter_map(|other| other.strip_prefix(name.as_str())?.strip_prefix('.'))
+            .map(|rest| format!("{rest}."))
+            .collect();
         let own = row.numbers.range(path.clone()..);
         let own = own.map_while(|(key, value)| Some((key.strip_prefix(&path)?, *value)));
         ReplyView {
@@ -105,6 +110,7 @@ fn card(row: &Row, said: Option<String>) -> Card {
             text: text(&reply.prediction),
             cut: reply.finish.as_deref() == Some("length"),
             figures: own
+                .filter(|(key, _)| !others.iter().any(|rest| key.starts_with(rest)))
                 .map(|(key, value)| (short(key, 24), figure(value, "")))
                 .collect(),
         }

@@ -66,6 +66,8 @@ pub struct Sources {
     pub tests: Vec<Test>,
     /// The replies and what was said of them.
     pub rows: Vec<Row>,
+    /// Rows of the training data that the system `prompted` was shown.
+    pub shown: Option<usize>,
     /// What the figures were made with, in the tools' own words, by file and figure.
     pub signatures: Vec<(String, String)>,
 }
@@ -238,7 +240,7 @@ impl Sources {
                 note(&mut signatures, name, &signature);
             }
         }
-        let rows = read_rows(&eval_folder.join("judged.jsonl"), &mut signatures)?;
+        let (rows, shown) = read_rows(&eval_folder.join("judged.jsonl"), &mut signatures)?;
         let tests = lines(&eval_folder.join("tests.jsonl"), |line| Test::of(&line))?;
         let tests = tests.unwrap_or_default();
         for test in tests.iter().filter(|test| !test.signature.is_empty()) {
@@ -251,6 +253,7 @@ impl Sources {
             training: read_training(&model_folder)?,
             tests,
             rows,
+            shown,
             signatures,
             pairs_folder,
             model_folder,
@@ -394,14 +397,19 @@ fn read_choice(path: &Path) -> Result<Option<Choice>> {
 }
 
 /// The rows of judged.jsonl. How their figures were made is noted beside them.
-fn read_rows(path: &Path, signatures: &mut Vec<(String, String)>) -> Result<Vec<Row>> {
-    let mut line = 0;
+fn read_rows(
+    path: &Path,
+    signatures: &mut Vec<(String, String)>,
+) -> Result<(Vec<Row>, Option<usize>)> {
+    let (mut line, mut shown) = (0, None);
     let rows = lines(path, |record| {
         line += 1;
         if let Some(Value::Object(corpus)) = record.get("corpus")? {
             if let Some(Value::String(signature)) = corpus.get("signature") {
                 note(signatures, "items.jsonl", signature);
             }
+            let examples = corpus.get("prompted").and_then(|p| p.get("examples"));
+            shown = examples.and_then(Value::as_array).map(Vec::len);
             let systems = corpus.get("systems").and_then(Value::as_object);
             let figures = systems.into_iter().flat_map(|systems| systems.values());
             for (key, value) in figures.filter_map(Value::as_object).flatten() {
@@ -430,7 +438,7 @@ fn read_rows(path: &Path, signatures: &mut Vec<(String, String)>) -> Result<Vec<
             numbers,
         }))
     })?;
-    Ok(rows.into_iter().flatten().flatten().collect())
+    Ok((rows.into_iter().flatten().flatten().collect(), shown))
 }
 
 /// Every number in a value by its dotted path; true and false count as 1 and 0.

@@ -8,8 +8,14 @@ use record::Record;
 /// judge may refuse just those where one side is worse.
 pub const MOST_GAPS: f64 = 0.05;
 
-/// Figures of which less is better.
+/// Figures of which less is better; of all others more is.
 const LOWER_IS_BETTER: [&str; 2] = ["nll", "perplexity"];
+
+/// Where a judge's verdicts stand in a record.
+const VERDICTS: &str = "verdicts.";
+
+/// Systems that learnt nothing, or not the replies to these tweets.
+const NOT_TRAINED: [&str; 3] = ["base", "prompted", "shuffled"];
 
 /// One line of sigtest: a test of a figure.
 #[derive(Clone, Debug)]
@@ -136,7 +142,7 @@ pub struct Comparison<'t> {
 
 /// A figure of a comparison, with the paired permutation test's p-value.
 pub struct Figure<'t> {
-    /// Its name.
+    /// Its name; a judge's is `score`, whoever was compared.
     pub metric: &'t str,
     /// Means of both sides.
     pub means: [Option<f64>; 2],
@@ -197,14 +203,18 @@ impl<'t> Comparison<'t> {
             }
         };
         let alpha = shown.first().and_then(|t| t.alpha());
+        let name = |test: &'t Test| match test.metric.starts_with(VERDICTS) {
+            true => "score",
+            false => &test.metric,
+        };
         let mut notes: Vec<Note> = Vec::new();
         for &test in &shown {
             let mut add = |text: String, reason: Option<&'t str>| {
                 let same = |note: &&mut Note| (&note.text, note.reason) == (&text, reason);
                 match notes.iter_mut().find(same) {
-                    Some(known) => known.figures.push(&test.metric),
+                    Some(known) => known.figures.push(name(test)),
                     None => notes.push(Note {
-                        figures: vec![&test.metric],
+                        figures: vec![name(test)],
                         text,
                         reason,
                     }),
@@ -229,7 +239,7 @@ impl<'t> Comparison<'t> {
         let figure = |test: &&'t Test| {
             let of_means = || Some(test.mean_b? - test.mean_a?);
             Figure {
-                metric: &test.metric,
+                metric: name(test),
                 means: [test.mean_a, test.mean_b],
                 // Zero has no sign.
                 difference: test.mean_diff.map(|d| 0.0 - d).or_else(of_means),
@@ -257,12 +267,20 @@ impl<'t> Comparison<'t> {
 
     /// Whether it is a judge's verdicts that are compared.
     pub fn is_of_verdicts(&self) -> bool {
-        self.a.starts_with("verdicts.")
+        self.a.starts_with(VERDICTS)
     }
 
-    /// Whether a side is this system.
-    fn is_with(&self, name: &str) -> bool {
-        [self.a, self.b].iter().any(|path| system(path) == name)
+    /// Whether an adapter is held against this system.
+    fn is_against(&self, name: &str) -> bool {
+        let sides = [self.a, self.b].map(system);
+        sides.contains(&name) && sides.iter().any(|side| !NOT_TRAINED.contains(side))
+    }
+
+    /// What is to be known of who gave the verdicts.
+    pub fn of_judge(&self) -> Option<&'static str> {
+        self.judge
+            .and_then(of_judge)
+            .filter(|_| self.is_of_verdicts())
     }
 
     /// What is compared and on how many rows; `name` writes a system's.
@@ -339,7 +357,7 @@ fn interval<'t>(test: &'t Test, tests: &[&'t Test]) -> ([Option<f64>; 2], Option
 
 /// Says where no p-value of a table can be below alpha, whatever the figures are: the test
 /// has so few sign patterns, of which the one seen is always as extreme as itself, and in a
-/// two-sided test its opposite too.
+/// two-sided test its opposite too; or so few were drawn, to which the one seen is added.
 fn never(shown: &[&Test], alpha: Option<f64>) -> Option<String> {
     let alpha = alpha?;
     let tested: Vec<&&Test> = shown.iter().filter(|t| t.p_holm.is_some()).collect();
@@ -347,20 +365,35 @@ fn never(shown: &[&Test], alpha: Option<f64>) -> Option<String> {
     if tested.iter().all(|t| t.ci_reason.is_some()) {
         return None;
     }
-    if tested.iter().any(|t| t.method.as_deref() != Some("exact")) {
-        return None;
-    }
-    let (units, noun) = match tested.iter().filter_map(|t| t.clusters).max() {
-        Some(groups) => (groups, "group"),
-        None => (tested.iter().map(|t| t.n).max()?, "row"),
+    let exact = tested
+        .iter()
+        .filter(|t| t.method.as_deref() == Some("exact"));
+    let (of, least) = match exact.count() {
+        0 => {
+            let drawn: u32 = tested.first()?.signed("resamples")?.parse().ok()?;
+            let of = format!("with {}", counted(drawn.into(), "resample"));
+            (of, 1.0 / (1.0 + f64::from(drawn)))
+        }
+        all if all == tested.len() => {
+            let (units, noun) = match tested.iter().filter_map(|t| t.clusters).max() {
+                Some(groups) => (groups, "group"),
+                None => (tested.iter().map(|t| t.n).max()?, "row"),
+            };
+            let is_one_sided = |t: &&&Test| t.signed("alternative") != Some("two-sided");
+            let sides = if tested.iter().any(|t| is_one_sided(&t)) {
+                1.0
+            } else {
+                2.0
+            };
+            let of = format!("of {}", counted(units, noun));
+            (of, sides * 0.5_f64.powf(units as f64))
+        }
+        _ => return None,
     };
-    let one_sided = (tested.iter()).any(|t| t.signed("alternative") != Some("two-sided"));
-    let sides = if one_sided { 1.0 } else { 2.0 };
-    let least = sides * 0.5_f64.powf(units as f64) * tested.len() as f64;
+    let least = least * tested.len() as f64;
     (least >= alpha).then(|| {
         format!(
-            "No p can be below {alpha} here: of {} the least, adjusted over {}, is {:.2}.",
-            counted(units, noun),
+            "No p can be below {alpha} here: {of} the least, adjusted over {}, is {:.2}.",
             counted(tested.len() as u64, "figure"),
             least.min(1.0)
         )
@@ -380,8 +413,14 @@ pub fn legend(tests: &[Test]) -> Vec<String> {
         }
         (!all.is_empty()).then(|| all.join(" or "))
     };
-    let mut said = vec![String::from(
-        "Lower is better for nll (nats a token), higher for the others; differences are right − left.",
+    let is_there = |name: &str| shown().any(|t| t.metric.ends_with(name));
+    let more = if is_there("perplexity") {
+        " and perplexity"
+    } else {
+        ""
+    };
+    let mut said = vec![format!(
+        "Lower is better for nll (nats a token){more}, higher for the others; differences are right − left."
     )];
     let of_rows = ["bleu", "chrf", "rouge", "nll"];
     if shown().any(|t| of_rows.iter().any(|name| t.metric.starts_with(name))) {
@@ -392,11 +431,13 @@ pub fn legend(tests: &[Test]) -> Vec<String> {
         said.push(format!("Intervals: each {level}, not adjusted."));
     }
     let kind = distinct(&|t| {
-        t.signed("alternative").map(|kind| match kind {
-            "greater" => "one-sided: left greater".into(),
-            "less" => "one-sided: left less".into(),
-            other => other.escape_debug().to_string(),
-        })
+        let kind = match t.signed("alternative")? {
+            "two-sided" => "two-sided",
+            "greater" => "one-sided: left greater",
+            "less" => "one-sided: left less",
+            _ => return None,
+        };
+        Some(kind.into())
     });
     let kind = kind.map_or(String::new(), |kind| format!(" ({kind})"));
     let star = distinct(&|t| t.alpha().map(|alpha| alpha.to_string()));
@@ -405,6 +446,10 @@ pub fn legend(tests: &[Test]) -> Vec<String> {
         "p: permutation test{kind}, adjusted over the figures of a table (Holm), over these \
          held-out rows, for this one adapter (one seed, one decoding){star}."
     ));
+    if shown().any(|t| [&t.a, &t.b].iter().any(|path| system(path) == "prompted")) {
+        let text = "prompted: the base, shown rows of the training data in its prompt, or told what is wanted.";
+        said.push(text.into());
+    }
     said
 }
 
@@ -422,29 +467,48 @@ pub fn withheld(comparisons: &[Comparison]) -> Option<String> {
 
 /// What is said of what was not compared: without it a gain says less.
 pub fn lacking(comparisons: &[Comparison]) -> Vec<&'static str> {
-    let with = |name: &str| comparisons.iter().any(|c| c.is_with(name));
+    let against = |name: &str| comparisons.iter().any(|c| c.is_against(name));
     let mut lacking = Vec::new();
-    if !with("prompted") {
+    if !against("prompted") {
         lacking.push("No prompted base (generation.prompted): a better prompt may do as much.");
     }
-    if !with("shuffled") {
+    if !against("shuffled") {
         lacking.push("No control (CONTROL=shuffled): part of a gain may be style alone.");
     }
     lacking
 }
 
-/// The system that a path leads to. Its name may hold dots.
-pub fn system(path: &str) -> &str {
-    path.strip_prefix("systems.").unwrap_or_else(|| last(path))
+/// What is to be known of a judge, by its name.
+pub fn of_judge(judge: &str) -> Option<&'static str> {
+    (judge == "reference-chrf-rank").then_some(
+        "Offline: to the point or not, whatever the manner, which is most of what is learnt.",
+    )
 }
 
-fn last(path: &str) -> &str {
-    path.rsplit('.').next().unwrap_or(path)
+/// The system that a path leads to: `systems.NAME`, `verdicts.score.NAME` or
+/// `verdicts.scores.A:B.NAME`. Names may hold dots.
+pub fn system(path: &str) -> &str {
+    let whole = |prefix| path.strip_prefix(prefix);
+    if let Some(name) = whole("systems.").or_else(|| whole("verdicts.score.")) {
+        return name;
+    }
+    let last = || path.rsplit('.').next().unwrap_or(path);
+    let Some(rest) = whole("verdicts.scores.") else {
+        return last();
+    };
+    let parts = rest.match_indices('.').map(|(at, _)| rest.split_at(at));
+    let is_of_pair = |(pair, name): (&str, &'_ str)| {
+        let (a, b) = pair.split_once(':')?;
+        [a, b].contains(&&name[1..]).then_some(())
+    };
+    let mut names = parts.filter(|&part| is_of_pair(part).is_some());
+    names.next().map_or_else(last, |(_, name)| &name[1..])
 }
 
 /// Whether less of a figure is better.
 pub fn lower_is_better(metric: &str) -> bool {
-    LOWER_IS_BETTER.contains(&last(metric))
+    let last = metric.rsplit('.').next().unwrap_or(metric);
+    !metric.starts_with(VERDICTS) && LOWER_IS_BETTER.contains(&last)
 }
 
 /// A figure that fits its column, whatever its size.
@@ -469,4 +533,90 @@ pub fn counted(count: u64, noun: &str) -> String {
 
 fn in_groups(groups: Option<u64>) -> String {
     groups.map_or(String::new(), |n| format!(" in {}", counted(n, "group")))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn test(a: &str, b: &str, metric: &str, more: &str) -> Test {
+        let line = format!(
+            r#"{{"a":"{a}","b":"{b}","metric":"{metric}","test":"permutation","n":9,"p_holm":0.5{more}}}"#
+        );
+        Test::of(&Record::parse(&line).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_path_leads_to_a_system_whose_name_may_hold_dots() {
+        for (path, name) in [
+            ("systems.lora", "lora"),
+            ("systems.v1.5", "v1.5"),
+            ("verdicts.score.v1.5", "v1.5"),
+            ("verdicts.scores.base:v1.5.v1.5", "v1.5"),
+            ("verdicts.scores.base:v1.5.base", "base"),
+            ("verdicts.scores.v.prompted:a.b.v.prompted", "v.prompted"),
+            ("other.place.x", "x"),
+            ("x", "x"),
+        ] {
+            assert_eq!(system(path), name, "{path}");
+        }
+    }
+
+    #[test]
+    fn more_of_a_judges_score_is_better_whoever_it_is_of() {
+        for metric in ["nll", "systems.x.nll", "perplexity"] {
+            assert!(lower_is_better(metric), "{metric}");
+        }
+        for metric in ["chrf", "verdicts.score", "verdicts.scores.base:v.nll"] {
+            assert!(!lower_is_better(metric), "{metric}");
+        }
+    }
+
+    #[test]
+    fn only_what_an_adapter_is_held_against_takes_a_caution_away() {
+        let lacks = |sides: &[(&str, &str)]| {
+            let tests: Vec<Test> = (sides.iter())
+                .map(|(a, b)| test(&format!("systems.{a}"), &format!("systems.{b}"), "nll", ""))
+                .collect();
+            lacking(&comparisons(&tests)).len()
+        };
+        assert_eq!(lacks(&[("base", "lora")]), 2);
+        assert_eq!(lacks(&[("base", "lora"), ("base", "prompted")]), 2);
+        assert_eq!(lacks(&[("prompted", "shuffled")]), 2);
+        assert_eq!(lacks(&[("base", "lora"), ("prompted", "lora")]), 1);
+        assert_eq!(
+            lacks(&[("lora", "prompted"), ("shuffled", "v.prompted")]),
+            0
+        );
+        let verdicts = [test(
+            "verdicts.score.base",
+            "verdicts.score.v.prompted",
+            "verdicts.score",
+            "",
+        )];
+        assert_eq!(lacking(&comparisons(&verdicts)).len(), 2);
+    }
+
+    #[test]
+    fn where_no_p_can_be_small_it_is_said() {
+        let said = |figures: usize, method: &str, resamples: u32| {
+            let more = format!(
+                r#","method":"{method}","signature":"alternative:two-sided|resamples:{resamples}|alpha:0.05""#
+            );
+            let names = ["chrf", "bleu", "nll", "rouge1", "rouge2", "rougeL"];
+            let tests: Vec<Test> = (names[..figures].iter())
+                .map(|name| test("systems.base", "systems.lora", name, &more))
+                .collect();
+            comparisons(&tests)[0].never.clone()
+        };
+        // 6 / 101 and 5 / 101; of nine rows 2 / 2^9 times the figures.
+        let never = said(6, "sampled", 100).unwrap();
+        assert!(
+            never.contains("with 100 resamples the least, adjusted over 6 figures, is 0.06"),
+            "{never}"
+        );
+        assert_eq!(said(5, "sampled", 100), None);
+        assert_eq!(said(6, "exact", 100), None);
+    }
 }
