@@ -10,6 +10,8 @@ pub struct DataSettings {
     pub collection: Collection,
     /// What pair-dedup takes for the same pair, and how it cuts off the held-out part.
     pub deduplication: Deduplication,
+    /// How pair-review shows pairs to a person.
+    pub review: Review,
 }
 
 /// What is collected.
@@ -216,6 +218,38 @@ impl Default for Deduplication {
             model: "data/cache/models/all-MiniLM-L6-v2".into(),
             eval_fraction: 0.1,
             seed: 42,
+        }
+    }
+}
+
+/// How pairs are shown to a person.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Review {
+    /// Which pairs come first: `read`, `random`, or a field by its dotted name, lowest first;
+    /// `-` in front: highest first.
+    pub order: String,
+    /// Decides the random order.
+    pub seed: u64,
+    /// Reasons to reject that are a key away: nine at most.
+    pub reasons: Vec<String>,
+}
+
+impl Default for Review {
+    fn default() -> Self {
+        let reasons = [
+            "off topic",
+            "hostile or hurtful",
+            "private, or about a person",
+            "spam or advertising",
+            "needs a picture, link or thread",
+            "wrong language",
+            "nonsense or broken",
+        ];
+        Self {
+            order: "read".into(),
+            seed: 42,
+            reasons: reasons.map(String::from).into(),
         }
     }
 }
