@@ -88,7 +88,7 @@ train   := --config $(config)/train.yaml $(model)
 card     = [ ! -e $(ADAPTER)/README.md ] || $(BIN)/qlora-train card --quiet --evaluation $(EVAL)/tests.jsonl $(ADAPTER)
 adapters := --adapter lora=$(ADAPTER) $(if $(CONTROL),--adapter shuffled=$(SHUFFLED))
 
-.PHONY: help setup build models data train eval results demo test lint check test-parity bench gpu-kit asan kernels tiny-model demo-data FORCE
+.PHONY: help setup build models data review train eval results demo test lint check test-parity bench gpu-kit asan kernels tiny-model demo-data FORCE
 .DEFAULT_GOAL := help
 
 help: ## this page
@@ -117,6 +117,9 @@ models: ## fetch the sentence-embedding model (90 MB), or check it
 	@tools/setup/fetch-minilm $(MINILM)
 
 data: $(PAIRS)/pairs.jsonl ## collect, validate, deduplicate
+review: | build ## look at the valid pairs, and reject some, before training
+	@[ -s $(PAIRS)/valid.jsonl ] || { echo "make: there are no pairs in $(PAIRS)/valid.jsonl to look at: make data makes them" >&2; exit 2; }
+	@$(BIN)/pair-review --config $(config)/data.yaml $(PAIRS)/valid.jsonl --decisions $(PAIRS)/review.jsonl
 train: $(ADAPTER)/adapter_model.safetensors ## fine-tune
 eval: $(EVAL)/tests.jsonl ## generate, judge, test
 	@$(card)
@@ -146,7 +149,7 @@ $(RAW)/fetch.key: FORCE | build
 $(PAIRS)/validate.key: FORCE | build
 	$(call key,$(BIN)/pair-validate --config $(config)/data.yaml --print-config=key)
 $(PAIRS)/dedup.key: FORCE | build
-	$(call key,$(BIN)/pair-dedup --config $(config)/data.yaml --print-config=key; echo 'form = 2')
+	$(call key,$(BIN)/pair-dedup --config $(config)/data.yaml --print-config=key; echo 'form = 2'$(if $(reviewed),; $(reviewed) --print-config=key))
 $(SHUFFLED)/%: private train += --shuffled-replies
 $(ADAPTER)/train.key $(SHUFFLED)/train.key: FORCE | build
 	$(call key,$(BIN)/qlora-train $(train) --data - --out - --print-config=key)
@@ -178,8 +181,11 @@ $(PAIRS)/valid.jsonl: $(RAW)/pairs.jsonl $(PAIRS)/validate.key
 	$(lock) $(BIN)/pair-validate --config $(config)/data.yaml --rejects $(PAIRS)/rejects.jsonl --summary $(PAIRS)/validate-summary.json $(call log,validate) < $< > $@.part; \
 	mv $@.part $@
 
+# What a person has rejected goes first, so that a duplicate of it may take its place. The key
+# holds what is rejected, and nothing where that is none: looking alone repeats nothing.
+reviewed = $(if $(wildcard $(PAIRS)/review.jsonl),$(BIN)/pair-review --apply $(PAIRS)/review.jsonl)
 $(PAIRS)/pairs.jsonl: $(PAIRS)/valid.jsonl $(PAIRS)/dedup.key | $(MINILM)/model.safetensors
-	$(lock) $(BIN)/pair-dedup --config $(config)/data.yaml --dropped $(PAIRS)/dropped.jsonl --summary $(PAIRS)/dedup-summary.json $(call log,dedup) < $< > $@.part; \
+	$(lock) $(if $(reviewed),$(reviewed) --rejects $(PAIRS)/reviewed.jsonl $(call log,review) < $< | )$(BIN)/pair-dedup --config $(config)/data.yaml --dropped $(PAIRS)/dropped.jsonl --summary $(PAIRS)/dedup-summary.json $(call log,dedup) $(if $(reviewed),,< $<) > $@.part; \
 	mv $@.part $@
 
 $(MINILM)/model.safetensors:
@@ -215,9 +221,9 @@ $(EVAL)/tests.jsonl: $(EVAL)/judged.jsonl $(EVAL)/statistics.key
 	rm -f $@.part; compare systems.base systems.lora; \
 	! tail -n 1 $< | grep -q '"prompted":{"examples":' || compare systems.prompted systems.lora; \
 	$(if $(CONTROL),compare systems.shuffled systems.lora;) \
-	judged=$$(sed -n 's/^judge.compare = \[\(.*\)\]$$/\1/p' $(EVAL)/judge.key | tr -d '" ' | tr , ' '); score=verdicts.score; \
+	judged=$$(sed -n 's/^judge.compare = \[\(.*\)\]$$/\1/p' $(EVAL)/judge.key | tr -d '" ' | tr , ' '); \
 	for pair in $${judged:-base:lora}; do \
-	  [ "$$score" ] || score=verdicts.scores.$$pair; compare $$score.$${pair%:*} $$score.$${pair#*:}; score=; \
+	  compare verdicts.scores.$$pair.$${pair%:*} verdicts.scores.$$pair.$${pair#*:}; \
 	done; \
 	mv $@.part $@
 

@@ -497,7 +497,11 @@ fn prompts_come_from_the_training_settings() {
     let trained =
         "model: {path: model, quantization: none}\ndata: {text: raw, system_prompt: Be brief.}\n";
     fixture.tool.file("run1/train.yaml", trained);
-    let arguments = ["--adapter=run1", "--max-new-tokens=2"];
+    let arguments = [
+        "--adapter=run1",
+        "--max-new-tokens=2",
+        "--prompted-examples=0",
+    ];
     let lines = fixture
         .tool
         .run(&arguments, &fixture.pairs())
@@ -554,7 +558,11 @@ fn the_users_turn_is_worded_as_in_training() {
     let trained = "model: {path: model, quantization: none}
 data: {text: raw, prompt_template: 'Pair {{ id }}, {{ tweet|length }} letters: {{ tweet }}'}\n";
     fixture.tool.file("run1/train.yaml", trained);
-    let arguments = ["--adapter=run1", "--max-new-tokens=2"];
+    let arguments = [
+        "--adapter=run1",
+        "--max-new-tokens=2",
+        "--prompted-examples=0",
+    ];
     let lines = (fixture.tool.run(&arguments, &fixture.pairs()))
         .exits(0)
         .never_says("warning")
@@ -695,8 +703,11 @@ fn the_base_is_shown_what_is_wanted() {
     let fitting = shown(&run.records());
     assert!(!fitting.is_empty() && fitting.len() < 4, "{fitting:?}");
     assert_eq!(fitting, examples[..fitting.len()]);
-    run.says(&format!("shown {} of 4 examples", fitting.len()))
-        .says("beside the longest row, into the model's 192 tokens");
+    run.says(&format!(
+        "warning: the system `prompted` is shown {} of 4 examples: with one more, -:13: ",
+        fitting.len()
+    ))
+    .says("tokens with its reply, more than the model's 192");
 
     // Told in words: in place of the system prompt that the rows have from the settings.
     let config = (fixture.tool).file("eval.yaml", "generation: {system_prompt: Be dull.}\n");
@@ -723,13 +734,53 @@ fn the_base_is_shown_what_is_wanted() {
     );
     let told = "a ".repeat(200);
     asked(&["--prompted-system", &told], &lines(&rows))
-        .exits(2)
-        .says("generation.prompted.system_prompt: too long");
+        .exits(3)
+        .says("-:7: ")
+        .says("more than the model's 192 for the system `prompted`; shorten or change generation.prompted.system_prompt");
+    // A row's own system turn may hold what the question is about.
+    let own = |text: &str| {
+        json!({"id": "own", "split": "eval", "messages": [{"role": "system", "content": text},
+            {"role": "user", "content": "ask 1"}, {"role": "assistant", "content": "say 1"}]})
+    };
+    let kept = asked(
+        &["--prompted-examples=1", "--prompted-system=Be kind."],
+        &lines(&[own("Tea."), rows[5].clone()]),
+    );
+    let kept = kept.exits(0).records();
+    let (ask, say) = &texts["r0"];
+    let messages = [
+        Message::system("Tea."),
+        Message::user(ask),
+        Message::assistant(say),
+        Message::user("ask 1"),
+        Message::assistant("say 1"),
+    ];
+    let (nll, _) = oracle_nll(&fixture, None, &messages);
+    let ours = kept[0]["systems"]["prompted"]["nll"].as_f64().unwrap();
+    assert!(
+        (ours - nll).abs() < NLL_TOLERANCE,
+        "{ours} instead of {nll}"
+    );
 
     // None where nothing would be said that the base is not told.
     let none = asked(&config, &lines(&rows)).exits(0).records();
     assert!(
         none[0]["systems"].get("prompted").is_none() && none[2]["corpus"].get("prompted").is_none()
+    );
+    let same = asked(
+        &[&config[..], &["--prompted-system=Be dull."]].concat(),
+        &lines(&rows),
+    );
+    assert!(
+        same.exits(0).records()[0]["systems"]
+            .get("prompted")
+            .is_none()
+    );
+    let alone = asked(&["--prompted-system=Be kind."], &lines(&[own("Tea.")]));
+    assert!(
+        alone.exits(0).records()[0]["systems"]
+            .get("prompted")
+            .is_none()
     );
     let eval = lines(&rows[6..7]);
     let none = asked(&[], &eval)
@@ -740,6 +791,20 @@ fn the_base_is_shown_what_is_wanted() {
     asked(&["--adapter=prompted=run1"], &eval)
         .exits(2)
         .says("`prompted` is the name of the model without an adapter");
+    asked(&["--adapter=tie=run1"], &eval)
+        .exits(2)
+        .says("`tie` is an outcome to judge, not a system");
+
+    // A template for one exchange alone refuses examples, and says why.
+    let template = "{% if messages|length > 2 %}{{ raise_exception('one at a time') }}{% endif %}";
+    let path = "model/chat_template.jinja";
+    let whole = fixture.tool.read(path);
+    fixture.tool.file(path, &format!("{template}{whole}"));
+    let run = asked(&["--prompted-examples=2"], &lines(&rows)).exits(0);
+    let run = run
+        .says("no system `prompted`: with one more, -:7: ")
+        .says("one at a time");
+    assert!(run.records()[0]["systems"].get("prompted").is_none());
 }
 
 /// Where no row says its side, what an adapter was trained on is known by its own list.
@@ -1018,7 +1083,11 @@ fn a_downloaded_base_goes_by_its_name() {
     std::fs::rename(fixture.folder("model"), cache.join("tiny")).unwrap();
     let trained = "model: {path: someone/tiny, quantization: none}\n";
     fixture.tool.file("run1/train.yaml", trained);
-    let arguments = ["--adapter=run1", "--max-new-tokens=2"];
+    let arguments = [
+        "--adapter=run1",
+        "--max-new-tokens=2",
+        "--prompted-examples=0",
+    ];
     let run = fixture.tool.run(&arguments, &fixture.pairs()).exits(0);
     assert_eq!(run.records().len(), 5);
 }
@@ -1728,9 +1797,15 @@ fn a_gpu_without_room_tells_what_needs_less() {
         .env("CUDA_STAND_IN", "filling");
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/demo/model");
     let model = model.display().to_string();
-    let row = r#"{"prompt":"Tea?","completion":"Always."}"#;
-    tool.run(&["--model", &model, "--device=cuda:0"], &format!("{row}\n"))
-        .exits(4)
-        .says("out of memory: no room for")
-        .says("; a lower --batch-size (now 16), fewer --prompted-examples (now 8) or");
+    let run = |rows: &str| {
+        let run = tool
+            .run(&["--model", &model, "--device=cuda:0"], rows)
+            .exits(4);
+        run.says("out of memory: no room for")
+    };
+    let [eval, train] = ["eval", "train"].map(|split| {
+        format!(r#"{{"prompt":"Tea?","completion":"Always.","split":"{split}"}}"#) + "\n"
+    });
+    run(&eval).says("; what would help: a lower --batch-size (now 16), ending what else");
+    run(&(eval + &train)).says(" (now 16), fewer --prompted-examples (now 8), ending what else");
 }

@@ -282,6 +282,9 @@ fn which_systems_are_compared_can_be_said() {
     run(&["--compare", "base"]).exits(2).says(
         "flag for compare: judge.compare has `base`; it must be two different systems as A:B",
     );
+    run(&["--compare", "base:lora", "--compare", "base:lora"])
+        .exits(2)
+        .says("has `base:lora` twice");
     let same = tool();
     same.file("e.yaml", "judge:\n  compare: [base:base]\n");
     same.run(&["--config", "e.yaml"], "")

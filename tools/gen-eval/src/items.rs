@@ -78,9 +78,21 @@ impl Source {
         &self.conversation.messages[self.asked]
     }
 
-    /// Its turns, the reply last, and the functions that may be called.
-    pub fn turns(&self) -> (&[Message], &[Value]) {
-        (&self.conversation.messages, &self.conversation.tools)
+    /// Its turns, the reply last: those of the system in front, and the others.
+    pub fn turns(&self) -> (&[Message], &[Message]) {
+        let turns = &self.conversation.messages;
+        let system = turns.iter().take_while(|turn| turn.role == "system");
+        turns.split_at(system.count())
+    }
+
+    /// Functions that may be called.
+    pub fn tools(&self) -> &[Value] {
+        &self.conversation.tools
+    }
+
+    /// Whether a system turn is its own, and not of the settings.
+    pub fn has_own_system(&self) -> bool {
+        self.conversation.form == Form::Messages
     }
 
     /// What is replied to, for those who judge the replies: a tweet or a question alone;
@@ -117,10 +129,10 @@ impl Question {
         let asked = messages.len() - 1;
         let prompt = chat
             .encode_prompt(&messages[..asked], tools)
-            .map_err(|e| e.to_string())?;
+            .map_err(told)?;
         let mut whole = chat
             .encode_training(messages, tools, LossOn::Reply)
-            .map_err(|e| e.to_string())?;
+            .map_err(told)?;
         // The last reply alone is scored.
         let end = whole.labelled.iter().rposition(|&labelled| labelled);
         let end = end.ok_or("the reply has no token to be scored")?;
@@ -149,6 +161,11 @@ impl Question {
             .filter(|&&labelled| labelled)
             .count()
     }
+}
+
+/// With the template's own reason, where it refuses something.
+fn told(error: qwen3::Error) -> String {
+    format!("{:#}", anyhow::Error::new(error))
 }
 
 /// A row in tokens.

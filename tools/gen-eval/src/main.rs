@@ -24,7 +24,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use cli::{App, Common, Counts, Failure, Flags, Resolved, Tool};
 use engine::{Choice, Device};
 use jsonl::{Lines, Output, Position, Rejects};
-use qwen3::Model;
+use qwen3::{Model, Storage};
 use record::Record;
 use settings::{EvalSettings, Generation, LmHead, Quantization, TextChoice};
 
@@ -46,7 +46,7 @@ use crate::systems::Named;
 /// the reply that people liked, and that reply's negative log-likelihood (`nll`, per
 /// token). Where the liked reply is the one that pair-dedup normalised, the scores are of the
 /// reply normalised likewise, and `prediction` is as it was generated. Where rows were trained
-/// on, eight of them stand in the prompt of one more system, `prompted`, the base that is shown
+/// on, up to eight of them stand in the prompt of one more system, `prompted`, the base that is shown
 /// what is wanted (--prompted-examples 0: none). `split_group` says
 /// which lines are no independent evidence (sigtest --cluster split_group). A last line has
 /// the figures of each system over all pairs. With --score-only nothing is generated: lines
@@ -87,10 +87,12 @@ struct GenEval {
     /// Decides what is sampled
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Rows that were trained on, shown to the system `prompted` before each question
+    /// Rows that were trained on, shown to the system `prompted` before each question; as many
+    /// as fit into 1,024 tokens
     #[arg(long, value_name = "N")]
     prompted_examples: Option<usize>,
-    /// The system prompt of `prompted` [default: that of the others]
+    /// The system prompt of `prompted`, but of rows of `messages`, which have their own
+    /// [default: that of the others]
     #[arg(long, value_name = "TEXT")]
     prompted_system: Option<String>,
     /// Which text of a pair [default: what the adapter was trained on]
@@ -236,7 +238,7 @@ impl GenEval {
         )?;
         let seen = setup.seen(&self.adapters)?;
         let chat = (&setup.chat, setup.checkpoint.config());
-        let prompted = Prompted::draw(settings, &sources, &seen, &setup.chat)?;
+        let prompted = Prompted::draw(settings, &sources, &seen, &setup.chat);
         let held_out = HeldOut::of(app, sources, &seen, &mut rejects)?;
         rejects.commit()?;
         counts.rejected += held_out.left_out;
@@ -275,7 +277,7 @@ impl GenEval {
             }
             let kept = journal.as_mut();
             let corpus = on_device(app, settings, &setup, device, &items, kept, &mut out)
-                .map_err(|error| with_remedy(error, settings))?;
+                .map_err(|error| with_remedy(error, settings, &setup, &items))?;
             let signature = setup.signature(resolved, &items);
             let systems = Systems {
                 systems: Ordered(corpus),
@@ -316,22 +318,29 @@ fn on_device<'a>(
     }
 }
 
-/// Names the settings that need memory, where there was too little.
-fn with_remedy(error: anyhow::Error, settings: &Generation) -> anyhow::Error {
+/// Names what of the settings could need less memory, where there was too little.
+fn with_remedy(
+    error: anyhow::Error,
+    settings: &Generation,
+    setup: &Setup,
+    items: &[Item],
+) -> anyhow::Error {
     if !qwen3::is_out_of_memory(error.as_ref()) {
         return error;
     }
-    let mut needs = vec![format!(
-        "a lower --batch-size (now {})",
-        settings.batch_size
-    )];
-    if settings.prompted.examples > 0 {
-        let examples = settings.prompted.examples;
-        needs.push(format!("fewer --prompted-examples (now {examples})"));
+    let mut remedies = Vec::new();
+    if settings.batch_size > 1 {
+        let now = settings.batch_size;
+        remedies.push(format!("a lower --batch-size (now {now})"));
     }
-    let needs = needs.join(", ");
-    let cause = format!(
-        "{error:#}; {needs} or --quantization nf4 needs less, or end what else uses that memory"
-    );
-    Failure::World(cause).into()
+    if items.iter().any(|item| item.prompted.is_some()) {
+        let now = settings.prompted.examples;
+        remedies.push(format!("fewer --prompted-examples (now {now})"));
+    }
+    if setup.held.products == Storage::AsStored {
+        remedies.push("--quantization nf4".into());
+    }
+    remedies.push("ending what else uses that memory".into());
+    let remedies = remedies.join(", ");
+    Failure::World(format!("{error:#}; what would help: {remedies}")).into()
 }

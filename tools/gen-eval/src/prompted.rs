@@ -35,7 +35,7 @@ impl Prompted {
     ///
     /// # Errors
     /// If a row cannot be encoded.
-    pub fn draw(settings: &Generation, rows: &[Row], seen: &[SeenBy], chat: &Chat) -> Result<Self> {
+    pub fn draw(settings: &Generation, rows: &[Row], seen: &[SeenBy], chat: &Chat) -> Self {
         let place = |source: &Source| {
             let key = format!("{} {}", settings.seed, source.name());
             cli::sha256_hex(key.as_bytes())
@@ -61,22 +61,24 @@ impl Prompted {
             let Some(exchange) = exchange(source, chat) else {
                 continue;
             };
-            let encoded = chat.encode_training(&exchange, &[], LossOn::Reply)?;
-            if encoded.ids.len() <= room {
-                room -= encoded.ids.len();
+            // What the template refuses is no example; training has said so.
+            let encoded = chat.encode_training(&exchange, &[], LossOn::Reply);
+            let tokens = encoded.map_or(usize::MAX, |encoded| encoded.ids.len());
+            if tokens <= room {
+                room -= tokens;
                 prompted.examples.push(source.id(position));
                 prompted.turns.push(exchange);
             }
         }
-        Ok(prompted)
+        prompted
     }
 
     /// Puts the rows' questions behind the examples, and these to the items of the rows.
-    /// Examples are left out, the last first, until each reply has room. `None` where
+    /// Examples are left out, the last first, until every row goes with them. `None` where
     /// nothing is left that the base is not told.
     ///
     /// # Errors
-    /// If a row has no room even without examples.
+    /// If a row does not go even without examples.
     pub fn ask(
         mut self,
         app: &App,
@@ -86,57 +88,47 @@ impl Prompted {
         (chat, config): (&Chat, &Config),
     ) -> Result<Option<Self>> {
         let (wanted, drawn) = (settings.prompted.examples, self.turns.len());
+        let mut why = format!(
+            "no more of the rows that were trained on, of one question and one answer, fit into {MOST_TOKENS} tokens"
+        );
         let questions = loop {
             if self.turns.is_empty() && self.system_prompt.is_none() {
                 break Vec::new();
             }
-            let mut questions = Vec::new();
-            for ((position, source), item) in rows.iter().zip(&*items) {
-                let (_, tools) = source.turns();
-                let question = Question::new(&self.before(source), tools, chat);
-                let question = question.map_err(|cause| {
-                    Failure::Input(format!("{position}: system {PROMPTED}: {cause}"))
-                })?;
-                // No more than the other systems have where their replies are cut as well.
-                let left = config.max_positions - item.plain.prompt.len();
-                if question.positions(left.min(settings.max_new_tokens)) > config.max_positions {
-                    break;
+            let each = rows.iter().zip(&*items).map(|((position, source), item)| {
+                self.question(source, item, settings, (chat, config))
+                    .map_err(|cause| format!("{position}: {cause}"))
+            });
+            match each.collect::<Result<Vec<_>, _>>() {
+                Ok(questions) => break questions,
+                Err(cause) if self.turns.pop().is_none() => {
+                    let remedy =
+                        "shorten or change generation.prompted.system_prompt, or leave the row out";
+                    return Err(Failure::Input(format!(
+                        "{cause} for the system `{PROMPTED}`; {remedy}"
+                    ))
+                    .into());
                 }
-                questions.push(question);
-            }
-            if questions.len() == items.len() {
-                break questions;
-            }
-            if self.turns.pop().is_none() {
-                let most = config.max_positions;
-                let cause = format!(
-                    "generation.prompted.system_prompt: too long: a row has no room in the model's {most} tokens"
-                );
-                return Err(Failure::Usage(cause).into());
+                Err(cause) => why = format!("with one more, {cause}"),
             }
             self.examples.pop();
         };
         let shown = self.turns.len();
-        if shown < wanted && !items.is_empty() {
-            let room = match shown < drawn {
-                true => format!(
-                    "beside the longest row, into the model's {}",
-                    config.max_positions
-                ),
-                false => format!("into {MOST_TOKENS}"),
-            };
-            let lacks = format!(
-                "no more of the rows that were trained on, of one question and one answer, fit {room} tokens"
-            );
-            match questions.is_empty() {
-                true => app.info(format_args!("no system `{PROMPTED}`: {lacks}")),
-                false => app.info(format_args!(
-                    "the system `{PROMPTED}` is shown {shown} of {wanted} examples: {lacks}"
-                )),
+        let is_base = |(question, item): (&Question, &Item)| question.prompt == item.plain.prompt;
+        if questions.iter().zip(&*items).all(is_base) {
+            if wanted > 0 && !items.is_empty() {
+                app.info(format_args!("no system `{PROMPTED}`: {why}"));
             }
-        }
-        if questions.is_empty() {
             return Ok(None);
+        }
+        if shown < wanted {
+            let told =
+                format!("the system `{PROMPTED}` is shown {shown} of {wanted} examples: {why}");
+            // Fewer than there are is a weaker prompt than the rows allow.
+            match shown < drawn {
+                true => app.warn(told),
+                false => app.info(told),
+            }
         }
         for (item, question) in items.iter_mut().zip(questions) {
             item.prompted = Some(question);
@@ -144,47 +136,55 @@ impl Prompted {
         Ok(Some(self))
     }
 
-    /// The conversation of a row, its reply last, with what stands before it.
+    /// A row behind the examples.
+    fn question(
+        &self,
+        source: &Source,
+        item: &Item,
+        settings: &Generation,
+        (chat, config): (&Chat, &Config),
+    ) -> Result<Question, String> {
+        let question = Question::new(&self.before(source), source.tools(), chat)?;
+        // No more than the other systems have where their replies are cut as well.
+        let left = config.max_positions - item.plain.prompt.len();
+        let needs = question.positions(left.min(settings.max_new_tokens));
+        match needs <= config.max_positions {
+            true => Ok(question),
+            false => Err(format!(
+                "{needs} tokens with its reply, more than the model's {}",
+                config.max_positions
+            )),
+        }
+    }
+
+    /// The conversation of a row, its reply last, with what stands before it. A row's own
+    /// system turn stays: it may hold what the question is about.
     fn before(&self, source: &Source) -> Vec<Message> {
-        let (turns, _) = source.turns();
-        let own = turns
-            .iter()
-            .take_while(|turn| turn.role == "system")
-            .count();
-        let (system, rest) = turns.split_at(own);
+        let (system, rest) = source.turns();
         let system = match &self.system_prompt {
-            Some(text) => [text]
-                .into_iter()
-                .filter(|t| !t.is_empty())
-                .map(Message::system)
-                .collect(),
-            None => system.to_vec(),
+            Some(text) if !source.has_own_system() => {
+                let text = Some(text).filter(|text| !text.is_empty());
+                text.map(Message::system).into_iter().collect()
+            }
+            _ => system.to_vec(),
         };
         let shown = self.turns.iter().flatten().cloned();
-        system
-            .into_iter()
-            .chain(shown)
-            .chain(rest.iter().cloned())
-            .collect()
+        let rest = rest.iter().cloned();
+        system.into_iter().chain(shown).chain(rest).collect()
     }
 }
 
 /// A row as one turn of the user and one of the assistant, if it is that and no more, and
 /// spells out no token that would end a turn within it.
 fn exchange(source: &Source, chat: &Chat) -> Option<[Message; 2]> {
-    let (turns, tools) = source.turns();
-    let own = turns
-        .iter()
-        .take_while(|turn| turn.role == "system")
-        .count();
-    let [user, assistant] = &turns[own..] else {
+    let (_, [user, assistant]) = source.turns() else {
         return None;
     };
-    let are_texts = [user, assistant].iter().all(|turn| {
-        turn.rest.is_empty()
-            && !turn.content.trim().is_empty()
-            && chat.special_in(&turn.content).is_none()
-    });
-    let is_one = user.role == "user" && assistant.role == "assistant" && tools.is_empty();
+    let is_text = |turn: &&Message| {
+        let text = &turn.content;
+        turn.rest.is_empty() && !text.trim().is_empty() && chat.special_in(text).is_none()
+    };
+    let are_texts = [user, assistant].iter().all(is_text);
+    let is_one = user.role == "user" && assistant.role == "assistant" && source.tools().is_empty();
     (is_one && are_texts).then(|| [user.clone(), assistant.clone()])
 }

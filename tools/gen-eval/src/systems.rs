@@ -23,6 +23,9 @@ pub const BASE: &str = "base";
 /// The name of the base with another prompt.
 pub const PROMPTED: &str = "prompted";
 
+/// What judge says where no system wins.
+const OUTCOMES: [&str; 3] = ["tie", "no_verdict", "none"];
+
 /// Tokens of one scoring pass, unless a single row is longer.
 const PASS_TOKENS: usize = 2048;
 
@@ -49,9 +52,14 @@ impl Named {
         if name.is_empty() || folder.is_empty() {
             return Err("expected NAME=DIR or DIR".into());
         }
-        if name == BASE || name == PROMPTED {
+        if [BASE, PROMPTED].contains(&name) {
             return Err(format!(
-                "`{name}` is the name of the model without an adapter"
+                "`{name}` is the name of the model without an adapter; give another: NAME=DIR"
+            ));
+        }
+        if OUTCOMES.contains(&name) {
+            return Err(format!(
+                "`{name}` is an outcome to judge, not a system; give another name: NAME=DIR"
             ));
         }
         Ok(Self {

@@ -118,6 +118,13 @@ impl cli::Tool for Judge {
             .iter()
             .map(|pair| parse_pair(pair).map_err(|cause| resolved.wrong("judge.compare", cause)))
             .collect::<Result<Vec<_>, _>>()?;
+        if let Some((_, (a, b))) =
+            (pairs.iter().enumerate()).find(|(at, pair)| pairs[..*at].contains(pair))
+        {
+            return Err(resolved
+                .wrong("judge.compare", format!("has `{a}:{b}` twice"))
+                .into());
+        }
         match settings.provider {
             JudgeProvider::Reference => {
                 if self.check {

@@ -41,7 +41,7 @@ impl Item {
     /// Fields that are missing or hold something else; a system named like an outcome.
     pub fn of(record: &Record) -> Result<Self, record::Error> {
         let systems: IndexMap<String, System> = record.require("systems")?;
-        if let Some(name) = [TIE, NO_VERDICT]
+        if let Some(name) = [TIE, NO_VERDICT, "none"]
             .into_iter()
             .find(|name| systems.contains_key(*name))
         {
