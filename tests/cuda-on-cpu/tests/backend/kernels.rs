@@ -1338,8 +1338,8 @@ fn logits_of_few_tokens_decode_nothing() {
 fn loss_logits_and_their_gradient() {
     fn run<B: Machine>(b: &B) -> Vec<Vec<f32>> {
         let mut results = Vec::new();
-        // Less than a block reads at once, and more.
-        let sizes = [(5, 1000, 72), (2, 9001, 64)];
+        // Less than a block reads at once, and more; more rows than one chunk has.
+        let sizes = [(5, 1000, 72), (2, 9001, 64), (300, 333, 40)];
         let heads = sizes.map(|size| [false, true].map(|quantised| (size, quantised)));
         for ((rows, vocabulary, width), quantised) in heads.concat() {
             let mut draw = fresh(31);
@@ -1650,7 +1650,8 @@ fn sampling_chooses_the_same_tokens() {
     let reference = run(&Rounded);
     compare("sample", &[0.0], reference.clone(), |cuda| {
         let mut chosen = run(cuda);
-        if cuda.describe().starts_with("cuda:") {
+        let on = cuda.describe();
+        if on.starts_with("cuda:") && !on.contains("stand-in") {
             forgive(&mut chosen, &reference);
         }
         chosen

@@ -52,7 +52,7 @@ fn stretches(tokens: usize, inputs: usize) -> usize {
 /// columns: such that the rounds in which all blocks run take the fewest tiles one after
 /// the other, and of equals the most blocks, for a device that has room for fewer. Four
 /// rounds at most: each block reads its part of the factors.
-fn sharing(tiles: usize, columns: usize) -> usize {
+fn blocks_along(tiles: usize, columns: usize) -> usize {
     let most = (4 * AT_ONCE).div_ceil(columns).min(tiles);
     let turns = |blocks: usize| (blocks * columns).div_ceil(AT_ONCE) * tiles.div_ceil(blocks);
     (1..=most).rev().min_by_key(|&b| turns(b)).unwrap_or(0)
@@ -234,23 +234,23 @@ impl Thin<'_> {
     pub fn inputs(&self, dxa: Address, dx: Address) {
         let args = self.args([dxa, self.factors], args![dx]);
         let columns = self.inputs.div_ceil(WIDE);
-        let grid = [columns, sharing(self.tokens.div_ceil(128), columns), 1];
+        let grid = [columns, blocks_along(self.tokens.div_ceil(128), columns), 1];
         self.cuda.launch_shaped("thin_inputs", grid, 256, 0, &args);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::sharing;
+    use super::blocks_along;
 
     #[test]
     fn blocks_come_in_whole_rounds() {
         // 4,096 inputs and 12,288, by tiles of 128 tokens: 4 rounds of 8, 3 of 32.
-        assert_eq!(sharing(128, 64), 16);
-        assert_eq!(sharing(128, 192), 4);
+        assert_eq!(blocks_along(128, 64), 16);
+        assert_eq!(blocks_along(128, 192), 4);
         // No more than there are tiles; no tokens, no blocks.
-        assert_eq!(sharing(2, 64), 2);
-        assert_eq!(sharing(1, 300), 1);
-        assert_eq!(sharing(0, 64), 0);
+        assert_eq!(blocks_along(2, 64), 2);
+        assert_eq!(blocks_along(1, 300), 1);
+        assert_eq!(blocks_along(0, 64), 0);
     }
 }
