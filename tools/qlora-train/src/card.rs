@@ -618,7 +618,7 @@ fn compare(out: &mut String, c: &Comparison) -> std::fmt::Result {
     for note in &c.notes {
         writeln!(out, "\n{}.", note.said(cell, code))?;
     }
-    if let Some(text) = &c.never {
+    for text in c.never.as_deref().into_iter().chain(c.of_judge()) {
         writeln!(out, "\n{text}")?;
     }
     writeln!(out, "\n{}", code(c.signature))
@@ -797,6 +797,16 @@ mod tests {
             assert!(two.contains(words), "{words}\n{two}");
         }
         assert!(!two.contains("lack the figure"), "{two}");
+        let offline = judge.replace("judge:a `b`", "judge:reference-chrf-rank");
+        let offline = section(
+            "verdicts.score",
+            &[("verdicts.score", "permutation", &offline)],
+        );
+        assert!(
+            offline.contains("Offline: to the point or not"),
+            "{offline}"
+        );
+        assert!(offline.contains("| `score` |"), "{offline}");
     }
 
     #[test]
