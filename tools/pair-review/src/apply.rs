@@ -5,7 +5,7 @@ use std::path::Path;
 
 use cli::{App, Counts, Failure};
 use jsonl::{Lines, Output};
-use record::{Reason, Rejected};
+use record::{Reason, Record, Rejected};
 
 use crate::NAME;
 use crate::decisions::{Decisions, Standing, Verdict, hash};
@@ -41,9 +41,8 @@ pub fn apply(app: &App, decisions: &Decisions, rejects: Option<&Path>) -> anyhow
     let mut found = HashSet::new();
     let progress = app.progress("applied", None);
     let mut read = 0;
-    while let Some((_, (mut record, pair))) = records.next_with(&mut rejects, |record| {
-        Ok((record.pair()?, record)).map(|(pair, record)| (record, pair))
-    })? {
+    let of = |record: Record| Ok((record.pair()?, record));
+    while let Some((_, (pair, mut record))) = records.next_with(&mut rejects, of)? {
         read += 1;
         progress.set(read);
         pair.identify(&mut record)?;

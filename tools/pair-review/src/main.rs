@@ -143,7 +143,10 @@ impl PairReview {
             ));
         }
         app.reads("PAIRS", pairs)?;
-        app.claim("--decisions", decisions, |first| first.contains("decision"))?;
+        match is_half_a_line(decisions) {
+            true => app.reads("--decisions", decisions)?,
+            false => app.claim("--decisions", decisions, |first| first.contains("decision"))?,
+        }
         let mut rejects = app.rejects("--rejects", self.rejects.as_deref())?;
         let mut records = app.records(Lines::open(pairs)?);
         let mut rows = Vec::new();
@@ -187,6 +190,14 @@ impl PairReview {
             }
         }
     }
+}
+
+/// Whether a file is a first decision that a crash cut off, and so ours.
+fn is_half_a_line(path: &Path) -> bool {
+    let is_short = (path.metadata()).is_ok_and(|found| found.is_file() && found.len() < 1 << 16);
+    is_short
+        && std::fs::read(path)
+            .is_ok_and(|bytes| bytes.starts_with(br#"{"v":1,"id":""#) && !bytes.contains(&b'\n'))
 }
 
 /// Shows pairs until the person leaves, or something else ends it, which is returned.

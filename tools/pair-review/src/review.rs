@@ -148,7 +148,7 @@ impl Review {
             scroll: 0,
             room: 1,
         };
-        review.to_first();
+        review.jump_to_first();
         if review
             .verdicts
             .iter()
@@ -291,21 +291,21 @@ impl Review {
             },
             KeyCode::Char('u') => self.take_back(),
             KeyCode::Right => self.step(1),
-            KeyCode::Left | KeyCode::Backspace => self.step(-1),
-            KeyCode::Home => self.to_end(0),
-            KeyCode::End => self.to_end(self.order.len()),
+            KeyCode::Left => self.step(-1),
+            KeyCode::Home => self.jump(0),
+            KeyCode::End => self.jump(self.order.len()),
             KeyCode::Up | KeyCode::Down | KeyCode::PageUp | KeyCode::PageDown => {
                 self.scroll_by(code);
             }
-            KeyCode::Char('n') => self.to_undecided(),
+            KeyCode::Char('n') => self.jump_to_undecided(),
             KeyCode::Char('/') => self.ask(Question::Search),
             KeyCode::Char('f') => {
                 self.filter = self.filter.next();
-                self.to_shown();
+                self.jump_to_shown();
             }
             KeyCode::Char('o') => self.ask(Question::Order),
             KeyCode::Char('i') => self.show(Mode::Fields),
-            KeyCode::Char('?' | 'h') => self.show(Mode::Help),
+            KeyCode::Char('?') => self.show(Mode::Help),
             KeyCode::Esc => self.show_all(),
             KeyCode::Char('q') => return Then::Leave,
             _ => self.say("No key of this tool; ? shows those that are."),
@@ -372,8 +372,8 @@ impl Review {
                     Ok(order) => {
                         self.order = order;
                         self.ordered = ordered;
-                        self.to_first();
-                        self.to_shown();
+                        self.jump_to_first();
+                        self.jump_to_shown();
                     }
                 }
             }
@@ -383,7 +383,7 @@ impl Review {
                     .map(|row| answer.is_empty() || holds(&row.tweet) || holds(&row.reply))
                     .collect();
                 self.needle = Some(answer).filter(|needle| !needle.is_empty());
-                self.to_shown();
+                self.jump_to_shown();
             }
         }
     }
@@ -450,6 +450,8 @@ impl Review {
         match next {
             Some(at) => self.go(at),
             None => {
+                // Where decided pairs are not shown, there may be others before it.
+                self.jump_to_shown();
                 let left = self.count(Verdict::Undecided);
                 self.say(match left {
                     0 => "That was the last: all pairs are decided on. q leaves.".to_owned(),
@@ -473,7 +475,7 @@ impl Review {
         }
     }
 
-    fn to_end(&mut self, end: usize) {
+    fn jump(&mut self, end: usize) {
         let shown = |at: &usize| self.is_shown(self.order[*at]);
         let next = match end {
             0 => (0..self.order.len()).find(shown),
@@ -485,7 +487,7 @@ impl Review {
     }
 
     /// The next undecided pair of those shown, from the start again after the last.
-    fn to_undecided(&mut self) {
+    fn jump_to_undecided(&mut self) {
         let undecided = |at: &usize| {
             let row = self.order[*at];
             self.is_shown(row) && self.verdicts[row] == Verdict::Undecided
@@ -507,13 +509,13 @@ impl Review {
     }
 
     /// The first undecided pair, else the first.
-    fn to_first(&mut self) {
+    fn jump_to_first(&mut self) {
         let undecided = |&row: &usize| self.verdicts[row] == Verdict::Undecided;
         self.go(self.order.iter().position(undecided).unwrap_or(0));
     }
 
     /// A pair that is shown, the nearest from here on.
-    fn to_shown(&mut self) {
+    fn jump_to_shown(&mut self) {
         let shown = |at: &usize| self.is_shown(self.order[*at]);
         let next = (self.at..self.order.len()).find(shown);
         if let Some(at) = next.or_else(|| (0..self.at).rev().find(shown)) {

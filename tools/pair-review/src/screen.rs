@@ -117,18 +117,16 @@ pub fn draw(review: &mut Review, title: &str, frame: &mut Frame) {
     let room = room - asks;
     let needed = body.len();
     let lines = usize::from(room);
-    let room_of_text = if needed > lines {
-        lines.saturating_sub(1)
-    } else {
-        lines
-    };
+    // One line tells what is above and below, unless it would be half of all there are.
+    let tells = needed > lines && lines > 2;
+    let room_of_text = if tells { lines - 1 } else { lines };
     review.room = room_of_text;
     review.scroll = review.scroll.min(needed.saturating_sub(room_of_text));
     let end = (review.scroll + room_of_text).min(needed);
     for (y, line) in (2..).zip(&body[review.scroll..end]) {
         buffer.set_line(0, y, line, area.width);
     }
-    if needed > lines && room > 0 {
+    if tells {
         let (above, below) = (review.scroll, needed - end);
         let text = match (above, below) {
             (0, _) => format!("↓ {}", more(below, "below")),
@@ -503,9 +501,7 @@ fn last_line(
     };
     buffer.set_string(1, y, prompt, look.label);
     let x = 1 + prompt.len();
-    let Some(room) = width.checked_sub(x + 2).filter(|room| *room > 0) else {
-        return None;
-    };
+    let room = width.checked_sub(x + 2).filter(|room| *room > 0)?;
     // The end of what is typed is what one looks at.
     let mut tail = typed.as_str();
     let mut shown = harmless::in_a_line(tail, usize::MAX);

@@ -74,10 +74,9 @@ impl Terminal {
         heed(&signal)?;
         let continued = Arc::new(AtomicBool::new(false));
         flag::register(SIGCONT, continued.clone())?;
-        enter(&tty)?;
-        // From here on dropping it leaves the terminal as it was.
+        let cells = enter(&tty).and_then(|()| Cells::new(CrosstermBackend::new(tty)));
         Ok(Self {
-            cells: Cells::new(CrosstermBackend::new(tty)).inspect_err(|_| leave())?,
+            cells: cells.inspect_err(|_| leave())?,
             signal,
             continued,
         })
