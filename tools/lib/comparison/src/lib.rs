@@ -379,11 +379,10 @@ fn never(shown: &[&Test], alpha: Option<f64>) -> Option<String> {
                 Some(groups) => (groups, "group"),
                 None => (tested.iter().map(|t| t.n).max()?, "row"),
             };
-            let is_one_sided = |t: &&&Test| t.signed("alternative") != Some("two-sided");
-            let sides = if tested.iter().any(|t| is_one_sided(&t)) {
-                1.0
-            } else {
-                2.0
+            let mut kinds = tested.iter().map(|t| t.signed("alternative"));
+            let sides = match kinds.all(|kind| kind == Some("two-sided")) {
+                true => 2.0,
+                false => 1.0,
             };
             let of = format!("of {}", counted(units, noun));
             (of, sides * 0.5_f64.powf(units as f64))

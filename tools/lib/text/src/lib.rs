@@ -1,8 +1,9 @@
 //! What a text holds beside what it says: handles in front, links, characters that
 //! show nothing, and the tokens that a chat template gives a meaning to; and the text
-//! without how it was typed.
+//! without how it was typed, or how it may be shown.
 
 mod normalize;
+pub mod shown;
 
 use unicode_normalization::UnicodeNormalization;
 
