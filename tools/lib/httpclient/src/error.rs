@@ -17,6 +17,14 @@ pub enum ConfigError {
         /// The parser's words.
         cause: String,
     },
+    /// The address of a service is none, or holds what belongs elsewhere.
+    #[error("{name}: {cause}")]
+    Address {
+        /// The setting or environment variable.
+        name: String,
+        /// What is wrong with it, without quoting it.
+        cause: String,
+    },
     /// The secret would cross a network unencrypted.
     #[error("{name} would travel to {host} in clear text: use an https:// URL")]
     ClearText {
@@ -34,6 +42,16 @@ pub enum ConfigError {
         name: String,
         /// The service's own host.
         service: String,
+        /// Where it would have gone.
+        host: String,
+    },
+    /// The same, of a secret whose own host nobody named.
+    #[error(
+        "{name} is for a server that nothing names, and would be sent to {host}: say --send-key-to {host} if that is meant"
+    )]
+    Homeless {
+        /// The environment variable.
+        name: String,
         /// Where it would have gone.
         host: String,
     },
@@ -69,7 +87,7 @@ pub enum Error {
         request: String,
         /// The HTTP status.
         status: u16,
-        /// `error.type` of the body, where there is one.
+        /// `error.type` or `error_code` of the body, where there is one.
         kind: Option<String>,
         /// `error.message` of the body, or its beginning.
         message: String,
@@ -216,7 +234,7 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// `error.type` and `error.message` of a body as Apify and Anthropic both write it;
-/// else a top-level `message`, else the text itself.
+/// else a top-level `error_code` and `message`, as MLflow does, else the text itself.
 pub(crate) fn server_message(body: &[u8]) -> (Option<String>, String) {
     let text = || String::from_utf8_lossy(body).trim().to_owned();
     let Ok(value) = serde_json::from_slice::<Value>(body) else {
@@ -231,7 +249,8 @@ pub(crate) fn server_message(body: &[u8]) -> (Option<String>, String) {
     let message = string("/error/message")
         .or_else(|| string("/message"))
         .or_else(|| string("/error"));
-    (string("/error/type"), message.unwrap_or_else(text))
+    let kind = string("/error/type").or_else(|| string("/error_code"));
+    (kind, message.unwrap_or_else(text))
 }
 
 /// `text` fit for a terminal and a log: without the secret, control characters
@@ -275,11 +294,16 @@ mod tests {
     }
 
     #[test]
-    fn messages_are_found_in_both_documented_shapes_and_in_neither() {
+    fn messages_are_found_in_the_documented_shapes_and_in_none() {
         let apify = br#"{"error":{"type":"rate-limit-exceeded","message":"slow down"}}"#;
         assert_eq!(
             server_message(apify),
             (Some("rate-limit-exceeded".into()), "slow down".into())
+        );
+        let mlflow = br#"{"error_code":"RESOURCE_DOES_NOT_EXIST","message":"No such run"}"#;
+        assert_eq!(
+            server_message(mlflow),
+            (Some("RESOURCE_DOES_NOT_EXIST".into()), "No such run".into())
         );
         assert_eq!(
             server_message(b"<h1>Bad gateway</h1>"),

@@ -8,6 +8,7 @@
 //! Everything a server says that may reach a terminal or a log is first stripped of
 //! the secret, of control characters, and of length.
 
+mod address;
 mod download;
 mod error;
 mod policy;
@@ -23,6 +24,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 
+pub use address::address;
 pub use download::{Chunk, DownloadError};
 pub use error::{ConfigError, Error};
 pub use policy::Policy;

@@ -116,33 +116,40 @@ impl fmt::Debug for Secret {
 }
 
 /// Lets the secret `name` of `service` go to `url`: freely where both have one origin,
-/// else only where `confirmed` names the host of `url` (with its port, if it has one).
+/// else, and where it is not known whose it is, only where `confirmed` names the host of
+/// `url` (with its port, if it has one).
 ///
 /// A wrong address in a configuration from elsewhere must not be enough to give a key
 /// away; saying the host twice is.
 ///
 /// # Errors
-/// [`ConfigError::Elsewhere`] when it was not confirmed.
-pub fn confirm_host(
+/// [`ConfigError::Elsewhere`] or [`ConfigError::Homeless`] when it was not confirmed.
+pub fn confirm_host<'a>(
     name: &str,
-    service: &str,
+    service: impl Into<Option<&'a str>>,
     url: &str,
     confirmed: Option<&str>,
 ) -> Result<(), ConfigError> {
-    let (service, url) = (crate::parse_base(service)?, crate::parse_base(url)?);
+    let service = service.into().map(crate::parse_base).transpose()?;
+    let url = crate::parse_base(url)?;
     let shown = |url: &Url| {
         let port = url.port().map(|p| format!(":{p}")).unwrap_or_default();
         format!("{}{port}", url.host_str().unwrap_or(""))
     };
     let host = shown(&url);
-    if service.origin() == url.origin() || confirmed == Some(host.as_str()) {
+    if confirmed == Some(host.as_str()) {
         return Ok(());
     }
-    Err(ConfigError::Elsewhere {
-        name: name.to_owned(),
-        service: shown(&service),
-        host,
-    })
+    let name = name.to_owned();
+    match service {
+        Some(service) if service.origin() == url.origin() => Ok(()),
+        Some(service) => Err(ConfigError::Elsewhere {
+            name,
+            service: shown(&service),
+            host,
+        }),
+        None => Err(ConfigError::Homeless { name, host }),
+    }
 }
 
 /// Whether `url` stays on this machine. Names are not resolved, `localhost` apart.
@@ -221,6 +228,9 @@ mod tests {
         assert!(confirm("https://proxy.test/", Some("proxy.test")));
         assert!(!confirm("https://proxy.test:8443/", Some("proxy.test")));
         assert!(confirm("https://proxy.test:8443/", Some("proxy.test:8443")));
+        let homeless = |host| confirm_host("K", None, "https://proxy.test/", host);
+        assert!(matches!(homeless(None), Err(ConfigError::Homeless { .. })));
+        assert!(homeless(Some("proxy.test")).is_ok());
     }
 
     #[test]
