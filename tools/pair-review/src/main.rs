@@ -37,7 +37,7 @@ const NAME: &str = "pair-review";
 /// were not rejected, in their order. A decision holds a hash of the texts: a pair whose texts
 /// have changed since passes, and is told.
 #[derive(Parser)]
-#[command(version, after_long_help = cli::after_help(EXAMPLES))]
+#[command(version, override_usage = USAGE, after_long_help = cli::after_help(EXAMPLES))]
 struct PairReview {
     /// Pairs to look at; `-` is standard input
     #[arg(required_unless_present_any = ["apply", "print_config"], conflicts_with = "apply")]
@@ -65,6 +65,10 @@ struct PairReview {
     #[command(flatten)]
     common: Common,
 }
+
+const USAGE: &str = "\
+pair-review [OPTIONS] --decisions <FILE> <PAIRS>
+       pair-review [OPTIONS] --apply <FILE> < PAIRS > KEPT";
 
 const EXAMPLES: &str = "
 $ pair-review valid.jsonl --decisions review.jsonl

@@ -35,9 +35,12 @@ impl Row {
         })
     }
 
-    /// All that the row has. A value that cannot be read, of a field that nobody needs, is none.
+    /// All that the row has, but for a value that cannot be read: nobody needs it here.
     pub fn values(&self) -> Map<String, Value> {
-        self.record.values().unwrap_or_default()
+        let value = |key: &str| Some(self.record.get(key).ok()?.unwrap_or(Value::Null));
+        (self.record.keys())
+            .filter_map(|key| Some((key.to_owned(), value(key)?)))
+            .collect()
     }
 
     /// A value by its dotted name.
