@@ -47,9 +47,7 @@ pub fn apply(app: &App, decisions: &Decisions, rejects: Option<&Path>) -> anyhow
         progress.set(read);
         pair.identify(&mut record)?;
         let standing = decisions.of(&pair.id, &hash(&pair.tweet, &pair.reply));
-        if standing != Standing::Undecided {
-            found.insert(pair.id.clone());
-        }
+        found.insert(pair.id.clone());
         match standing {
             Standing::Decided(said) if said.decision == Verdict::Reject => {
                 let why = said.reason.as_deref().unwrap_or("no reason given");
