@@ -177,18 +177,9 @@ fn pieces(text: &str, styles: Styles, found: &[std::ops::Range<usize>]) -> Vec<O
         run.clear();
     };
     let text_of = |c: char| format!("<U+{:04X}>", u32::from(c));
-    let mut chars = text.char_indices().peekable();
-    let mut joins = false;
-    while let Some((at, c)) = chars.next() {
-        let is_end = c == '\r' && chars.peek().is_some_and(|(_, next)| *next == '\n');
-        let joiner = matches!(c, '\u{200c}' | '\u{200d}' | '\u{fe0e}' | '\u{fe0f}');
-        // Joiners and variation selectors build emoji and Persian words: one behind a letter
-        // or sign outside ASCII, or behind one of `#*0…9`, stays; many hide a message.
-        let hidden = if joiner { !joins } else { hides(c) };
-        joins = match joiner {
-            true => c == '\u{fe0f}' && !hidden,
-            false => !hidden && (!c.is_ascii() || matches!(c, '#' | '*' | '0'..='9')),
-        };
+    let mut chars = text::shown::chars(text).peekable();
+    while let Some((at, c, hidden)) = chars.next() {
+        let is_end = c == '\r' && chars.peek().is_some_and(|(_, next, _)| *next == '\n');
         if c != '\n' && !hidden {
             if run.is_empty() {
                 begun = at;
@@ -225,20 +216,6 @@ fn set(cluster: &str, style: Style, mark: Style, pieces: &mut Vec<Option<Piece>>
         0 => pieces.push(Some(Piece::new(format!("◌{cluster}"), style))),
         _ => pieces.push(Some(Piece::new(cluster, style))),
     }
-}
-
-/// Whether a character shows nothing, or changes how others are shown. Beside controls these
-/// are Unicode's default ignorable ones (DerivedCoreProperties.txt), its format characters of
-/// direction and annotation, and the separators of lines.
-fn hides(c: char) -> bool {
-    c != '\n'
-        && (c.is_control()
-            || matches!(c,
-                '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}'..='\u{1160}' | '\u{17b4}'..='\u{17b5}'
-                | '\u{180b}'..='\u{180f}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
-                | '\u{2060}'..='\u{206f}' | '\u{2800}' | '\u{3164}' | '\u{fe00}'..='\u{fe0f}'
-                | '\u{feff}' | '\u{ffa0}' | '\u{fff0}'..='\u{fffb}' | '\u{1bca0}'..='\u{1bca3}'
-                | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e0fff}'))
 }
 
 #[cfg(test)]
