@@ -79,6 +79,21 @@ pub fn settings(path: &Path) -> Result<Map<String, Value>> {
     Ok(flat)
 }
 
+/// Whether these are the settings of a qlora-train run whose adapter is not there: it comes
+/// last, so that the run is not finished. Of other settings nobody knows.
+pub fn lacks_adapter(settings: &Path) -> bool {
+    let is_run = || {
+        let text = std::fs::read_to_string(settings).ok()?;
+        let run: Value = serde_json::from_str(&text).ok()?;
+        Some(run.get("settings")?.is_array())
+    };
+    settings.file_name().is_some_and(|name| name == "run.json")
+        && is_run() == Some(true)
+        && !settings
+            .with_file_name("adapter_model.safetensors")
+            .exists()
+}
+
 fn flatten(prefix: &str, tree: Map<String, Value>, flat: &mut Map<String, Value>) {
     for (key, value) in tree {
         let key = match prefix {

@@ -2,24 +2,25 @@
 //! through it at once and unchanged, and what is sent is sent beside them, so that a service
 //! that is slow or gone holds no training up.
 //!
-//! Three threads: one reads lines and writes them, one puts their figures into the state, one
-//! sends what the state holds.
+//! Its threads: one reads, one writes what was read, one puts figures into the state, one sends
+//! what the state holds, one looks out for signals.
 
 mod event;
 mod figures;
 mod link;
 mod mlflow;
+mod reading;
 mod sender;
 mod spool;
 mod tensorboard;
 mod wandb;
 
+use std::io::ErrorKind;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender as Channel, channel};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -27,11 +28,12 @@ use anyhow::Result;
 use clap::Parser;
 use cli::{App, Common, Counts, Failure, Tool, env_or_dotenv};
 use httpclient::{Client, Scheme, Secret, confirm_host};
-use jsonl::{Lines, Output, Records, Rejects, WriteError};
+use jsonl::{Lines, Output, ReadError, Records, Rejects, WriteError};
 
 use figures::Line;
-use link::Link;
+use link::{Link, Said};
 use mlflow::Mlflow;
+use reading::{Input, Reading};
 use sender::{Destination, Sender};
 use spool::{ANOTHER, Spool, lock};
 use tensorboard::TensorBoard;
@@ -60,8 +62,22 @@ With MLFLOW_TRACKING_URI or WANDB_API_KEY set; again, it goes on where it was:
 /// TensorBoard's event file is written into the folder that is named, with the state beside
 /// it. Lines have no time of their own: they get that at which they were read.
 ///
+/// Weights & Biases takes a step's figures at once and steps in their order. While lines come
+/// the last step waits for the rest of its figures; those that come for a step that was sent
+/// are kept, but not shown there, and told.
+///
+/// A service that fails is asked again after longer and longer, 10 minutes at most; after a
+/// wrong key or a request that it refuses no more is sent.
+///
+/// The run counts as finished when its lines end. Where --settings names the run.json of
+/// qlora-train, an adapter must be beside it, else the run is shown as broken off: MLflow
+/// calls it KILLED. The same command shows it as finished once it is.
+///
+/// After SIGINT, SIGTERM or SIGHUP lines pass for 2 seconds more, and what was read is sent
+/// for 5 at most; the rest is kept. Exit 130.
+///
 /// Secrets are taken from the environment or .env: WANDB_API_KEY; MLFLOW_TRACKING_USERNAME
-/// and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.
+/// and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, for MLFLOW_TRACKING_URI's host.
 #[derive(Parser)]
 #[command(version, after_long_help = cli::after_help(EXAMPLES), max_term_width = 80)]
 struct Track {
@@ -73,7 +89,7 @@ struct Track {
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
     /// The run's settings, sent as its parameters: run.json or train.yaml beside its
-    /// metrics.jsonl, or other YAML; read with the first line
+    /// metrics.jsonl, or other YAML; read with the first line, when it must be there
     #[arg(long, value_name = "FILE")]
     settings: Option<PathBuf>,
     /// The run's name for people [default: the service's choice]
@@ -83,10 +99,12 @@ struct Track {
     /// [default: Default]
     #[arg(long, value_name = "NAME")]
     experiment: Option<String>,
-    /// Least time between two requests
-    #[arg(long, value_name = "SECONDS", default_value_t = 15.0, value_parser = seconds)]
-    every: f64,
-    /// Allow sending WANDB_API_KEY to the host of WANDB_BASE_URL: its HOST or HOST:PORT
+    /// Least time between sending and sending again; W&B hears every 30 seconds that the run
+    /// lives [default: 15]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    every: Option<f64>,
+    /// Allow sending the secret to this HOST or HOST:PORT: that of WANDB_BASE_URL, or of
+    /// mlflow=URI where it is not MLFLOW_TRACKING_URI's
     #[arg(long, value_name = "HOST")]
     send_key_to: Option<String>,
     /// Write malformed lines here (with --max-bad-lines)
@@ -95,6 +113,12 @@ struct Track {
     #[command(flatten)]
     common: Common,
 }
+
+/// Services, which are asked; TensorBoard's file is written.
+const SERVICES: &[&str] = &["mlflow", "wandb"];
+
+/// Seconds of --every.
+const EVERY: f64 = 15.0;
 
 fn main() -> ExitCode {
     cli::main::<Track>()
@@ -118,50 +142,67 @@ impl Tool for Track {
         }
         if let Some(path) = &self.settings {
             app.reads("--settings", path)?;
+            // A run that begins now writes it before its first line; what is there already is
+            // looked at before anything is written.
+            if path.is_file() {
+                figures::settings(path)?;
+            }
         }
-        let hurry = AtomicBool::new(false);
-        let (to, destination) = self.destination(app, &hurry)?;
+        let reading = Arc::new(Reading::default());
+        let (to, destination) = self.destination(app, &reading)?;
         let folder = self.folder(&destination)?;
         let rejects = app.rejects("--rejects", self.rejects.as_deref())?;
-        let records = app.records(Lines::open("-".as_ref())?);
+        let input = Input::new(jsonl::open("-".as_ref())?, Arc::clone(&reading))?;
+        let records = app.records(Lines::new("-", input));
         let spool = Spool::open(folder, &to, self.name.as_deref())?;
         let kept_in = folder.display().to_string();
         app.interrupted()?;
         app.keeps(format_args!("what was read is kept in {kept_in}"));
-        let before = spool.points();
+        let before = (spool.shown(), spool.taken().hidden);
         let spool = Mutex::new(spool);
         let sender = Sender {
             app,
             spool: &spool,
             every: match destination {
-                Destination::TensorBoard(_) => Duration::ZERO,
-                _ => Duration::from_secs_f64(self.every),
+                Destination::File(_) => Duration::ZERO,
+                Destination::Service(_) => Duration::from_secs_f64(self.every.unwrap_or(EVERY)),
             },
             destination,
             to: &to,
             kept_in: &kept_in,
-            hurry: &hurry,
+            settings: self.settings.as_deref(),
+            reading: &reading,
         };
         let (read, kept, sent) = thread::scope(|scope| {
             let (lines, to_keep) = channel();
             let (news, is_news) = channel();
+            let (_over, is_over) = channel();
+            let watched = &reading;
+            scope.spawn(move || watched.watch(app, &is_over));
             let keeper = scope.spawn(|| keep(app, &spool, to_keep, news));
             let sender = scope.spawn(move || sender.run(&is_news));
-            let read = self.pass(app, (records, rejects), (&spool, &to), lines);
-            if read.is_err() {
-                hurry.store(true, Ordering::Relaxed);
+            let read = self.pass(app, (records, rejects), (&spool, &to), &reading, &lines);
+            if read.is_err() || app.interrupted().unwrap_or(false) {
+                reading.cut();
             }
+            // Only now: at their end the rest is sent, and how the run stands.
+            drop(lines);
             let [kept, sent] = [keeper.join(), sender.join()]
                 .map(|ended| ended.unwrap_or_else(|panic| resume_unwind(panic)));
             (read, kept, sent)
         });
         let spool = lock(&spool);
+        let unsent = match (spool.has_more(), spool.unsent()) {
+            (false, _) => "all points are sent".to_owned(),
+            (true, unsent) => format!("{unsent} points are not sent, and kept in {kept_in}"),
+        };
         if let Err(error) = &read {
-            if !matches!(error.downcast_ref(), Some(WriteError::ReaderGone)) && spool.has_more() {
-                app.info(format_args!(
-                    "{} points are not sent, and kept in {kept_in}",
-                    spool.unsent()
-                ));
+            if !matches!(error.downcast_ref(), Some(WriteError::ReaderGone)) {
+                match &sent {
+                    Err(why) => app.info(format_args!("{why}: {unsent}")),
+                    Ok(()) if spool.has_more() => app.info(&unsent),
+                    Ok(()) => {}
+                }
             }
             return read;
         }
@@ -172,17 +213,32 @@ impl Tool for Track {
                 spool.differing
             ));
         }
+        let hidden = spool.taken().hidden - before.1;
+        if hidden > 0 {
+            app.warn(format_args!(
+                "{hidden} points came for steps that are at Weights & Biases already, and are not shown there; a \
+                 run's whole metrics.jsonl with another --state makes a run that has them"
+            ));
+        }
         if let Err(error) = sent {
-            let what = match spool.unsent() {
-                0 => "all points are sent, but not that it was the end".to_owned(),
-                unsent => format!("{unsent} points are not sent, and kept in {kept_in}"),
+            let is_gone = matches!(error.downcast_ref(), Some(Said::Gone(_)));
+            let what = match spool.has_more() {
+                true => unsent,
+                false => format!("{unsent}, but not how the run stands"),
             };
-            let cause = format!("{error:#}: {what}; the same command sends it");
+            let cause = match is_gone {
+                true => format!("{error}: {what}"),
+                false => format!("{error}: {what}; the same command sends it"),
+            };
             return Err(match app.interrupted()? {
                 true => Failure::Interrupted(cause),
                 false => Failure::World(cause),
             }
             .into());
+        }
+        if reading.is_cut() {
+            let cause = "interrupted; what was read is sent, and the same command with all lines sends the rest";
+            return Err(Failure::Interrupted(cause.into()).into());
         }
         let shown = match to == "tensorboard" {
             true => &self.to,
@@ -190,8 +246,8 @@ impl Tool for Track {
         };
         app.detail(format_args!(
             "{shown} has {} points, {} of them new",
-            spool.points(),
-            spool.points() - before
+            spool.shown(),
+            spool.shown() - before.0
         ));
         Ok(())
     }
@@ -202,18 +258,22 @@ impl Track {
     fn destination<'a>(
         &self,
         app: &'a App,
-        hurry: &'a AtomicBool,
+        reading: &'a Reading,
     ) -> Result<(String, Destination<'a>)> {
         let usage = |cause: String| anyhow::Error::from(Failure::Usage(cause));
+        let wrong = |error: httpclient::ConfigError| usage(error.to_string());
         let (kind, place) = match self.to.split_once('=') {
             Some((kind, place)) => (kind, Some(place).filter(|place| !place.is_empty())),
             None => (self.to.as_str(), None),
         };
         for (flag, given, meant) in [
-            ("--experiment", self.experiment.is_some(), "mlflow"),
-            ("--send-key-to", self.send_key_to.is_some(), "wandb"),
+            ("--experiment", self.experiment.is_some(), &["mlflow"][..]),
+            ("--send-key-to", self.send_key_to.is_some(), SERVICES),
+            ("--name", self.name.is_some(), SERVICES),
+            ("--every", self.every.is_some(), SERVICES),
         ] {
-            if given && kind != meant {
+            if given && !meant.contains(&kind) {
+                let meant = meant.join(" or ");
                 return Err(usage(format!("{flag} is for --to {meant}")));
             }
         }
@@ -221,32 +281,41 @@ impl Track {
             "tensorboard" => {
                 let folder =
                     place.ok_or_else(|| usage("--to tensorboard=DIR: name its folder".into()))?;
-                let to = Destination::TensorBoard(TensorBoard::new(folder.as_ref()));
+                let to = Destination::File(TensorBoard::new(folder.as_ref()));
                 // The folder may be moved, and the state with it.
                 Ok(("tensorboard".into(), to))
             }
             "mlflow" => {
-                let address = match place {
-                    Some(place) => place.to_owned(),
-                    None => env_or_dotenv("MLFLOW_TRACKING_URI")?.ok_or_else(|| {
-                        usage(
-                            "--to mlflow: name the server, mlflow=URI or MLFLOW_TRACKING_URI"
-                                .into(),
-                        )
-                    })?,
+                let set = env_or_dotenv("MLFLOW_TRACKING_URI")?;
+                let (name, text) = match (place, &set) {
+                    (Some(place), _) => ("--to mlflow=URI", place),
+                    (None, Some(set)) => ("MLFLOW_TRACKING_URI", set.as_str()),
+                    (None, None) => {
+                        let cause =
+                            "--to mlflow: name the server, mlflow=URI or MLFLOW_TRACKING_URI";
+                        return Err(usage(cause.into()));
+                    }
                 };
-                mlflow::check(&address)?;
+                let address = httpclient::address(name, text, mlflow::SECRETS).map_err(wrong)?;
                 let experiment = match &self.experiment {
                     Some(name) => name.clone(),
                     None => {
                         env_or_dotenv("MLFLOW_EXPERIMENT_NAME")?.unwrap_or_else(|| "Default".into())
                     }
                 };
-                let client = with_secret(client(&address)?, mlflow_secret(&address)?);
-                let link = Link::new(app, client, hurry)?;
+                let secret = mlflow_secret(&address)?;
+                if let Some(secret) = &secret {
+                    // What else may stand there (a folder, a database) is no host's.
+                    let home = set.and_then(|set| httpclient::address("", &set, "").ok());
+                    let confirmed = self.send_key_to.as_deref();
+                    confirm_host(secret.name(), home.as_deref(), &address, confirmed)
+                        .map_err(wrong)?;
+                }
+                let client = with_secret(client(&address)?, secret);
+                let link = Link::new(app, client, reading)?;
                 let run = Mlflow::new(app, link, &address, &experiment);
                 let to = format!("mlflow={address}, experiment {experiment}");
-                Ok((to, Destination::Mlflow(run)))
+                Ok((to, Destination::Service(Box::new(run))))
             }
             "wandb" => {
                 let (entity, project) = match place.map(|place| place.split_once('/').ok_or(place))
@@ -273,7 +342,8 @@ impl Track {
                     usage("WANDB_API_KEY is not set: put it into .env or the environment (https://wandb.ai/authorize)".into())
                 })?;
                 let base = env_or_dotenv("WANDB_BASE_URL")?.unwrap_or_else(|| wandb::HOME.into());
-                let wrong = |error: httpclient::ConfigError| usage(error.to_string());
+                let base =
+                    httpclient::address("WANDB_BASE_URL", &base, "WANDB_API_KEY").map_err(wrong)?;
                 confirm_host(
                     "WANDB_API_KEY",
                     wandb::HOME,
@@ -283,7 +353,7 @@ impl Track {
                 .map_err(wrong)?;
                 let secret = Secret::bind("WANDB_API_KEY", &key, Scheme::Basic("api"), &base)
                     .map_err(wrong)?;
-                let link = Link::new(app, with_secret(client(&base)?, Some(secret)), hurry)?;
+                let link = Link::new(app, with_secret(client(&base)?, Some(secret)), reading)?;
                 let place = entity
                     .as_ref()
                     .map_or_else(|| project.clone(), |entity| format!("{entity}/{project}"));
@@ -291,10 +361,8 @@ impl Track {
                     true => format!("wandb={place}"),
                     false => format!("wandb={place} at {base}"),
                 };
-                Ok((
-                    to,
-                    Destination::Wandb(Wandb::new(app, link, &base, (entity, project))),
-                ))
+                let run = Wandb::new(app, link, &base, (entity, project));
+                Ok((to, Destination::Service(Box::new(run))))
             }
             _ => Err(usage(format!(
                 "--to {}: there are tensorboard=DIR, mlflow=URI and wandb=ENTITY/PROJECT",
@@ -306,10 +374,8 @@ impl Track {
     /// The state's folder.
     fn folder(&self, destination: &Destination<'_>) -> Result<&Path> {
         let beside = match destination {
-            Destination::TensorBoard(_) => {
-                self.to.split_once('=').map(|(_, folder)| Path::new(folder))
-            }
-            _ => None,
+            Destination::File(_) => self.to.split_once('=').map(|(_, folder)| Path::new(folder)),
+            Destination::Service(_) => None,
         };
         self.state.as_deref().or(beside).ok_or_else(|| {
             let cause = "--state DIR is needed, so that what cannot be sent is kept, and nothing is sent twice";
@@ -323,14 +389,21 @@ impl Track {
         app: &App,
         (mut records, mut rejects): (Records, Rejects),
         (spool, to): (&Mutex<Spool>, &str),
-        lines: Channel<Line>,
+        reading: &Reading,
+        lines: &Channel<Line>,
     ) -> Result<()> {
         let mut out = Output::stdout();
         let mut counts = Counts::default();
-        let mut has_begun = false;
         let understand = |record| Ok((Line::of(&record)?, record));
-        while let Some((_, (line, record))) = records.next_with(&mut rejects, understand)? {
-            if !std::mem::replace(&mut has_begun, true) {
+        loop {
+            let (line, record) = match records.next_with(&mut rejects, understand) {
+                Ok(Some((_, both))) => both,
+                Ok(None) => break,
+                // What was read before a signal stays, and a line that is half there is none.
+                Err(ReadError::Io { source, .. }) if source.kind() == ErrorKind::TimedOut => break,
+                Err(error) => return Err(error.into()),
+            };
+            if !reading.has_begun() {
                 let settings = self
                     .settings
                     .as_deref()
@@ -339,6 +412,7 @@ impl Track {
                 let mut spool = lock(spool);
                 spool.begin(to, self.name.as_deref(), line.at)?;
                 settings.map_or(Ok(()), |settings| spool.add_settings(settings))?;
+                reading.begin();
             }
             // Whoever keeps them says why they no longer do.
             let _ = lines.send(line);
@@ -367,7 +441,7 @@ fn keep(app: &App, spool: &Mutex<Spool>, lines: Receiver<Line>, news: Channel<()
         let kept = lock(spool).add(together);
         if let Err(error) = kept {
             app.warn(format_args!(
-                "{error:#}: lines go on, and are neither kept nor sent"
+                "{error}: lines go on, and are neither kept nor sent"
             ));
             let remedy = "the same command with the run's metrics.jsonl sends the rest";
             return Err(error.context(remedy));

@@ -1,17 +1,22 @@
 //! A run in MLflow, by its REST API. A point that comes twice with the same time is one
 //! there, so that a batch may be repeated.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Mutex;
 
-use anyhow::{Context, Result};
+use anyhow::{Error, Result};
 use cli::{App, Failure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::figures::{now, shown};
-use crate::link::{self, Link};
-use crate::spool::{Entry, Spool, Standing, lock};
+use crate::link::{self, Link, Said};
+use crate::sender::Service;
+use crate::spool::{Entry, Spool, Standing, Taken, lock};
+
+/// Where people put what opens the server.
+pub const SECRETS: &str =
+    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN";
 
 /// What one request may hold.
 const METRICS: usize = 1000;
@@ -41,48 +46,16 @@ pub struct Mlflow<'a> {
 }
 
 impl<'a> Mlflow<'a> {
-    /// A run that is made or found once there is something to send.
+    /// A run that is made or found once there is something to send. `address` has no `/` at
+    /// its end.
     pub fn new(app: &'a App, link: Link<'a>, address: &str, experiment: &str) -> Self {
         Self {
             app,
             link,
-            address: address.trim_end_matches('/').to_owned(),
+            address: address.to_owned(),
             experiment: experiment.to_owned(),
             run: None,
         }
-    }
-
-    /// Sends some entries.
-    ///
-    /// # Errors
-    /// Of the service, or of the state.
-    pub fn send(&mut self, spool: &Mutex<Spool>, entries: &[Entry]) -> Result<()> {
-        let run = self.run(spool)?.run_id;
-        let (mut metrics, mut params) = (Vec::new(), Vec::new());
-        for entry in entries {
-            match entry {
-                Entry::Line(line) => metrics.extend(line.figures.iter().map(|(name, value)| {
-                    json!({"key": plain(name), "value": value, "timestamp": line.at, "step": line.step})
-                })),
-                Entry::Settings(settings) => params.extend(parameters(settings)),
-            }
-        }
-        for (kind, items, most) in [("params", params, PARAMS), ("metrics", metrics, METRICS)] {
-            for batch in batches(items, most) {
-                let _: Map<String, Value> =
-                    self.post("runs/log-batch", &json!({"run_id": run, kind: batch}))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Says that the run is over, for now.
-    ///
-    /// # Errors
-    /// Of the service, or of the state.
-    pub fn end(&mut self, spool: &Mutex<Spool>, standing: Standing) -> Result<()> {
-        let run = self.run(spool)?;
-        self.stands(&run, standing)
     }
 
     fn stands(&self, run: &Run, standing: Standing) -> Result<()> {
@@ -95,7 +68,8 @@ impl<'a> Mlflow<'a> {
         if standing != Standing::Running {
             body["end_time"] = now().into();
         }
-        let _: Map<String, Value> = self.post("runs/update", &body)?;
+        self.post::<Map<String, Value>>("runs/update", &body)
+            .map_err(|error| self.refused(run, error))?;
         Ok(())
     }
 
@@ -113,7 +87,8 @@ impl<'a> Mlflow<'a> {
                 }
             }
             Some(run) => {
-                let run = serde_json::from_value(run).context("the run in the state")?;
+                let run = serde_json::from_value(run)
+                    .map_err(|error| Failure::World(format!("the run in the state: {error}")))?;
                 (run, false)
             }
             None => {
@@ -130,6 +105,40 @@ impl<'a> Mlflow<'a> {
         ));
         self.run = Some(run.clone());
         Ok(run)
+    }
+
+    /// Why something about the run was refused: it may have been deleted, and then no waiting
+    /// helps.
+    fn refused(&self, run: &Run, error: Error) -> Error {
+        #[derive(Deserialize)]
+        struct Got {
+            run: Stage,
+        }
+        #[derive(Deserialize)]
+        struct Stage {
+            info: Lifecycle,
+        }
+        #[derive(Deserialize)]
+        struct Lifecycle {
+            lifecycle_stage: Option<String>,
+        }
+        if !link::is_refused(&error) {
+            return error;
+        }
+        let id = &run.run_id;
+        let got: Result<Got> = self.link.get("api/2.0/mlflow/runs/get", &[("run_id", id)]);
+        let remedy = match got {
+            Ok(got) if got.run.info.lifecycle_stage.as_deref() == Some("deleted") => {
+                format!(", or `mlflow runs restore --run-id {id}` brings it back")
+            }
+            Err(error) if link::is_called(&error, "RESOURCE_DOES_NOT_EXIST") => String::new(),
+            _ => return error,
+        };
+        let id = self.link.printable(id);
+        Said::Gone(format!(
+            "the run {id} was deleted at the server: another --state sends all to a new one{remedy}"
+        ))
+        .into()
     }
 
     /// The experiment's id; it is made where it is missing.
@@ -219,6 +228,42 @@ impl<'a> Mlflow<'a> {
     }
 }
 
+impl Service for Mlflow<'_> {
+    fn send(&mut self, spool: &Mutex<Spool>, entries: &[Entry]) -> Result<Taken> {
+        let run = self.run(spool)?;
+        let (metrics_names, params_names) = {
+            let spool = lock(spool);
+            let figures = spool.latest().map(|line| names(&line.figures));
+            (figures.unwrap_or_default(), names(spool.settings()))
+        };
+        let (mut metrics, mut params) = (Vec::new(), Vec::new());
+        for entry in entries {
+            match entry {
+                Entry::Line(line) => metrics.extend(line.figures.iter().map(|(name, value)| {
+                    json!({"key": metrics_names[name], "value": value, "timestamp": line.at, "step": line.step})
+                })),
+                Entry::Settings(settings) => params.extend(settings.iter().map(|(key, value)| {
+                    let value: String = shown(value).chars().take(VALUE).collect();
+                    json!({"key": params_names[key], "value": value})
+                })),
+            }
+        }
+        for (kind, items, most) in [("params", params, PARAMS), ("metrics", metrics, METRICS)] {
+            for batch in batches(items, most) {
+                let body = json!({"run_id": run.run_id, kind: batch});
+                self.post::<Map<String, Value>>("runs/log-batch", &body)
+                    .map_err(|error| self.refused(&run, error))?;
+            }
+        }
+        Ok(Taken::default())
+    }
+
+    fn end(&mut self, spool: &Mutex<Spool>, standing: Standing) -> Result<()> {
+        let run = self.run(spool)?;
+        self.stands(&run, standing)
+    }
+}
+
 #[derive(Deserialize)]
 struct Made {
     info: Info,
@@ -229,44 +274,23 @@ struct Info {
     run_id: String,
 }
 
-/// Checks an address before anything is sent to it.
-///
-/// # Errors
-/// If it is none of a server, or holds a password, which the state would keep.
-pub fn check(address: &str) -> Result<(), Failure> {
-    // It may hold a password, and is not shown.
-    let refuse = |cause: &str| Err(Failure::Usage(format!("--to mlflow=URI: {cause}")));
-    let rest = (address.strip_prefix("https://")).or_else(|| address.strip_prefix("http://"));
-    let Some(rest) = rest else {
-        return refuse("is no http:// or https:// address of a tracking server (`mlflow server`)");
-    };
-    if rest.split('/').next().unwrap_or_default().contains('@') {
-        return refuse(
-            "holds a user or password: put them into MLFLOW_TRACKING_USERNAME and \
-             MLFLOW_TRACKING_PASSWORD",
-        );
-    }
-    if rest.contains(['?', '#']) {
-        return refuse("has a `?` or `#`: name the server alone");
-    }
-    Ok(())
-}
-
-/// Settings as parameters. Two names that would become one are told apart.
-fn parameters(settings: &Map<String, Value>) -> Vec<Value> {
+/// What MLflow is to call each key. Keys that would become one are told apart; of keys that
+/// are only ever added to, each keeps its name.
+fn names(all: &Map<String, Value>) -> HashMap<String, String> {
     let mut used = HashSet::new();
     let mut unused = |name: &str| {
         let name = plain(name);
-        let numbered = (2..).map(|n| format!("{name}_{n}"));
+        let numbered = (2_u64..).map(|n| {
+            let number = format!("_{n}");
+            // All of it is ASCII.
+            let room = name.len().min(NAME - number.len());
+            format!("{}{number}", &name[..room])
+        });
         let mut names = std::iter::once(name.clone()).chain(numbered);
         names.find(|name| used.insert(name.clone()))
     };
-    settings
-        .iter()
-        .map(|(key, value)| {
-            let value: String = shown(value).chars().take(VALUE).collect();
-            json!({"key": unused(key), "value": value})
-        })
+    all.keys()
+        .filter_map(|key| Some((key.clone(), unused(key)?)))
         .collect()
 }
 

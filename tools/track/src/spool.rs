@@ -22,6 +22,9 @@ use crate::figures::{Line, now};
 /// What to do about a state of another run.
 pub const ANOTHER: &str = "another run needs another --state, or tensorboard=DIR";
 
+/// The journal's format.
+const FORMAT: u64 = 1;
+
 /// Entries of one sending at most.
 const MOST: usize = 1000;
 
@@ -72,9 +75,19 @@ enum Note {
     Run(Value),
     /// Entries up to here are being sent as one: they are sent so again if no `Sent` follows.
     Sending(usize),
-    /// They were taken, and so many rows of the service's table are used.
-    Sent(usize, u64),
+    /// They were taken; so many rows of the service's table are used, and so many points of
+    /// all that were taken are not shown.
+    Sent(usize, u64, #[serde(default)] usize),
     Standing(Standing),
+}
+
+/// What came of a sending.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Taken {
+    /// Rows of the service's table that are used.
+    pub rows: u64,
+    /// Points that it does not show.
+    pub hidden: usize,
 }
 
 /// The journal and what it says.
@@ -91,7 +104,9 @@ pub struct Spool {
     run: Option<Value>,
     sending: usize,
     sent: usize,
-    rows: u64,
+    taken: Taken,
+    /// The highest step that was sent.
+    last_step: Option<u64>,
     standing: Option<Standing>,
     /// Points that were here already with another value.
     pub differing: usize,
@@ -115,11 +130,16 @@ impl Spool {
             run: None,
             sending: 0,
             sent: 0,
-            rows: 0,
+            taken: Taken::default(),
+            last_step: None,
             standing: None,
             differing: 0,
         };
         let shown = path.display();
+        check_format(&bytes).map_err(|format| {
+            let cause = format!("{shown}:1: is of a newer track (format {format}): use that one");
+            Failure::Input(cause)
+        })?;
         for (number, line) in journal_lines(&bytes) {
             let note = serde_json::from_slice(line).map_err(|error| {
                 let cause = format!("{shown}:{number}: {error}: this is no state of track");
@@ -135,10 +155,6 @@ impl Spool {
         let Some(head) = &spool.head else {
             return Ok(spool);
         };
-        if head.v != 1 {
-            let cause = format!("{shown}: is of a newer track (format {})", head.v);
-            return Err(Failure::Usage(cause).into());
-        }
         if head.to != to {
             let cause = format!(
                 "{shown}: is of figures that go to {}, and not to {to}: name another folder with --state",
@@ -160,7 +176,16 @@ impl Spool {
             Note::Entries(entries) => entries.into_iter().for_each(|entry| self.take(entry)),
             Note::Run(run) => self.run = Some(run),
             Note::Sending(to) => self.sending = to,
-            Note::Sent(to, rows) => (self.sent, self.rows) = (to, rows),
+            Note::Sent(to, rows, hidden) => {
+                let sent = self.entries.get(self.sent..to).unwrap_or_default();
+                let steps = sent.iter().filter_map(|entry| match entry {
+                    Entry::Line(line) => Some(line.step),
+                    Entry::Settings(_) => None,
+                });
+                self.last_step = steps.chain(self.last_step).max();
+                self.taken = Taken { rows, hidden };
+                self.sent = to;
+            }
             Note::Standing(standing) => self.standing = Some(standing),
         }
     }
@@ -200,7 +225,7 @@ impl Spool {
             return Ok(());
         }
         self.note(Note::Track(Head {
-            v: 1,
+            v: FORMAT,
             id: id(),
             to: to.to_owned(),
             name: name.map(str::to_owned),
@@ -311,9 +336,19 @@ impl Spool {
         }
     }
 
-    /// Rows of the service's table that are used.
-    pub fn rows(&self) -> u64 {
-        self.rows
+    /// What came of all sendings.
+    pub fn taken(&self) -> Taken {
+        self.taken
+    }
+
+    /// The highest step that was sent.
+    pub fn last_step(&self) -> Option<u64> {
+        self.last_step
+    }
+
+    /// All points, those that the service does not show left out.
+    pub fn shown(&self) -> usize {
+        self.points().saturating_sub(self.taken.hidden)
     }
 
     /// All points.
@@ -374,13 +409,25 @@ impl Spool {
         self.sent = self.entries.len();
     }
 
-    /// Notes that the entries up to `end` were taken, and the rows that are used.
+    /// Notes that the entries up to `end` were taken, and what came of it.
     ///
     /// # Errors
     /// If the journal cannot be written.
-    pub fn set_sent(&mut self, end: usize, rows: u64) -> Result<()> {
-        self.note(Note::Sent(end, rows))
+    pub fn set_sent(&mut self, end: usize, taken: Taken) -> Result<()> {
+        let hidden = self.taken.hidden + taken.hidden;
+        self.note(Note::Sent(end, taken.rows, hidden))
     }
+}
+
+/// Looks at the format before anything that a newer one may have changed.
+///
+/// # Errors
+/// The format, if it is newer than ours.
+fn check_format(bytes: &[u8]) -> Result<(), u64> {
+    let first = journal_lines(bytes).next();
+    let first = first.and_then(|(_, line)| serde_json::from_slice::<Value>(line).ok());
+    let format = first.and_then(|first| first.pointer("/track/v")?.as_u64());
+    format.filter(|&v| v > FORMAT).map_or(Ok(()), Err)
 }
 
 /// Whether two values are one; 32 in a YAML is 32.0 in a run.json.

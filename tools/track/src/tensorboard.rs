@@ -2,10 +2,10 @@
 //! the file is held against what it has to be, and the rest appended.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use cli::Failure;
 
 use crate::event;
@@ -40,7 +40,8 @@ impl TensorBoard {
             head.id
         );
         let path = self.folder.join(name);
-        let said = || path.display().to_string();
+        let shown = path.display();
+        let failed = |error: io::Error| Failure::World(format!("{shown}: {error}"));
         let entries = spool.entries();
         let (mut file, bytes, last) = match self.open.take() {
             Some((file, done, last)) => {
@@ -50,20 +51,20 @@ impl TensorBoard {
             None => {
                 let (rest, last) = render(entries, head.began);
                 let whole = [event::first(head), rest].concat();
-                std::fs::create_dir_all(&self.folder).with_context(said)?;
+                std::fs::create_dir_all(&self.folder).map_err(failed)?;
                 let mut options = File::options();
                 options.create(true).read(true).append(true);
-                let mut file = options.open(&path).with_context(said)?;
+                let mut file = options.open(&path).map_err(failed)?;
                 let mut there = Vec::new();
-                file.read_to_end(&mut there).with_context(said)?;
+                file.read_to_end(&mut there).map_err(failed)?;
                 let Some(rest) = whole.strip_prefix(there.as_slice()) else {
                     let cause = "is not as track wrote it; move it away, and it is written anew";
-                    return Err(Failure::World(format!("{}: {cause}", said())).into());
+                    return Err(Failure::World(format!("{shown}: {cause}")).into());
                 };
                 (file, rest.to_vec(), last)
             }
         };
-        file.write_all(&bytes).with_context(said)?;
+        file.write_all(&bytes).map_err(failed)?;
         self.open = Some((file, entries.len(), last));
         Ok(())
     }

@@ -9,8 +9,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::figures::Line;
-use crate::link::Link;
-use crate::spool::{Entry, Head, Spool, Standing, lock};
+use crate::link::{Link, Said};
+use crate::sender::Service;
+use crate::spool::{Entry, Head, Spool, Standing, Taken, lock};
 
 /// Where the service is.
 pub const HOME: &str = "https://api.wandb.ai";
@@ -38,12 +39,13 @@ pub struct Wandb<'a> {
     /// None: the key's own.
     entity: Option<String>,
     project: String,
-    run: Option<Run>,
+    /// Once it is made, with how many settings.
+    run: Option<(Run, usize)>,
     told_to_stop: bool,
 }
 
 impl<'a> Wandb<'a> {
-    /// A run that is made once there is something to send.
+    /// A run that is made once there is something to send. `base` has no `/` at its end.
     pub fn new(
         app: &'a App,
         link: Link<'a>,
@@ -53,7 +55,7 @@ impl<'a> Wandb<'a> {
         Self {
             app,
             link,
-            base: base.trim_end_matches('/').to_owned(),
+            base: base.to_owned(),
             entity,
             project,
             run: None,
@@ -61,71 +63,15 @@ impl<'a> Wandb<'a> {
         }
     }
 
-    /// Sends some entries; returns how many rows of the history are used then.
-    ///
-    /// # Errors
-    /// Of the service, or of the state.
-    pub fn send(&mut self, spool: &Mutex<Spool>, entries: &[Entry]) -> Result<u64> {
-        if entries
-            .iter()
-            .any(|entry| matches!(entry, Entry::Settings(_)))
-        {
-            // They go with the run.
-            self.run = None;
-        }
-        let run = self.run(spool)?;
-        let (head, used, summary) = {
-            let spool = lock(spool);
-            (spool.head()?.clone(), spool.rows(), spool.latest().cloned())
-        };
-        let summary = summary.map(|line| row(&head, line)).unwrap_or_default();
-        let rows = rows(&head, entries);
-        if rows.is_empty() {
-            return Ok(used);
-        }
-        let count = rows.len() as u64;
-        let rows: Vec<String> = rows
-            .iter()
-            .map(|row| Value::from(row.clone()).to_string())
-            .collect();
-        let body = json!({"files": {
-            "wandb-history.jsonl": {"offset": used, "content": rows},
-            "wandb-summary.json": {"offset": 0, "content": [Value::from(summary).to_string()]},
-        }});
-        self.stream(spool, &run, &body)?;
-        Ok(used + count)
-    }
-
-    /// Says that the run is alive, though there is nothing new.
-    ///
-    /// # Errors
-    /// Of the service, or of the state.
-    pub fn heartbeat(&mut self, spool: &Mutex<Spool>) -> Result<()> {
-        match self.run.clone() {
-            Some(run) => self.stream(spool, &run, &json!({})),
-            None => Ok(()),
-        }
-    }
-
-    /// Says that the run is over, for now.
-    ///
-    /// # Errors
-    /// Of the service, or of the state.
-    pub fn end(&mut self, spool: &Mutex<Spool>, standing: Standing) -> Result<()> {
-        let run = self.run(spool)?;
-        let exit = match standing {
-            Standing::Interrupted => 255,
-            _ => 0,
-        };
-        self.stream(spool, &run, &json!({"complete": true, "exitcode": exit}))
-    }
-
+    /// The run as it is there, with the settings that are known.
     fn run(&mut self, spool: &Mutex<Spool>) -> Result<Run> {
-        if let Some(run) = &self.run {
-            return Ok(run.clone());
-        }
         let (head, noted, settings) = {
             let spool = lock(spool);
+            if let Some((run, settings)) = &self.run
+                && *settings == spool.settings().len()
+            {
+                return Ok(run.clone());
+            }
             (
                 spool.head()?.clone(),
                 spool.run().cloned(),
@@ -135,6 +81,7 @@ impl<'a> Wandb<'a> {
         // Once it is made it stays where it is, whatever the key's own entity becomes.
         let noted: Option<Run> = noted.map(serde_json::from_value).transpose()?;
         let entity = noted.as_ref().map(|run| run.entity.clone());
+        let known = settings.len();
         // All of them each time: what is sent takes the place of what was.
         let config: Map<String, Value> = (settings.into_iter())
             .map(|(key, value)| (key, json!({ "value": value })))
@@ -149,7 +96,7 @@ impl<'a> Wandb<'a> {
         )?;
         let bucket = answer.bucket().map_err(|cause| {
             let cause = self.link.printable(&cause);
-            Failure::World(format!("Weights & Biases makes no run: {cause}"))
+            Said::Passing(format!("Weights & Biases makes no run: {cause}"))
         })?;
         let run = Run {
             entity: bucket.project.entity.name,
@@ -172,7 +119,7 @@ impl<'a> Wandb<'a> {
                 run.entity, run.project, head.id
             ));
         }
-        self.run = Some(run.clone());
+        self.run = Some((run.clone(), known));
         Ok(run)
     }
 
@@ -191,6 +138,67 @@ impl<'a> Wandb<'a> {
             );
         }
         Ok(())
+    }
+}
+
+impl Service for Wandb<'_> {
+    fn takes_whole_steps(&self) -> bool {
+        true
+    }
+
+    fn begin(&mut self, spool: &Mutex<Spool>) -> Result<()> {
+        self.run(spool).map(|_| ())
+    }
+
+    fn send(&mut self, spool: &Mutex<Spool>, entries: &[Entry]) -> Result<Taken> {
+        let run = self.run(spool)?;
+        let (head, used, last, summary) = {
+            let spool = lock(spool);
+            (
+                spool.head()?.clone(),
+                spool.taken().rows,
+                spool.last_step(),
+                spool.latest().cloned(),
+            )
+        };
+        let summary = summary.map(|line| row(&head, line)).unwrap_or_default();
+        let (lines, hidden) = steps(entries, last);
+        let taken = Taken {
+            rows: used + lines.len() as u64,
+            hidden,
+        };
+        if lines.is_empty() {
+            return Ok(taken);
+        }
+        let rows: Vec<String> = (lines.into_iter())
+            .map(|line| Value::from(row(&head, line)).to_string())
+            .collect();
+        let body = json!({"files": {
+            "wandb-history.jsonl": {"offset": used, "content": rows},
+            "wandb-summary.json": {"offset": 0, "content": [Value::from(summary).to_string()]},
+        }});
+        self.stream(spool, &run, &body)?;
+        Ok(taken)
+    }
+
+    fn wants_heartbeats(&self) -> bool {
+        true
+    }
+
+    fn heartbeat(&mut self, spool: &Mutex<Spool>) -> Result<()> {
+        match self.run.clone() {
+            Some((run, _)) => self.stream(spool, &run, &json!({})),
+            None => Ok(()),
+        }
+    }
+
+    fn end(&mut self, spool: &Mutex<Spool>, standing: Standing) -> Result<()> {
+        let run = self.run(spool)?;
+        let exit = match standing {
+            Standing::Interrupted => 255,
+            _ => 0,
+        };
+        self.stream(spool, &run, &json!({"complete": true, "exitcode": exit}))
     }
 }
 
@@ -244,21 +252,27 @@ impl Answer {
     }
 }
 
-/// Lines as rows of the history. Those of one step that stand together are one row, as with
-/// the service's own client: of two rows of one step it would pass over the second.
-fn rows(head: &Head, entries: &[Entry]) -> Vec<Map<String, Value>> {
-    let mut lines: Vec<Line> = Vec::new();
+/// Lines as the history may have them: those of one step that stand together as one, and each
+/// step after the one before, `last` first. Any other it would pass over, as its own client
+/// does ("steps must be monotonically increasing, so this data will be ignored"): how many
+/// points those are.
+fn steps(entries: &[Entry], mut last: Option<u64>) -> (Vec<Line>, usize) {
+    let (mut lines, mut hidden): (Vec<Line>, usize) = (Vec::new(), 0);
     for entry in entries {
         let Entry::Line(line) = entry else { continue };
         match lines.last_mut() {
-            Some(last) if last.step == line.step => {
-                last.at = line.at;
-                last.figures.extend(line.figures.clone());
+            Some(before) if before.step == line.step => {
+                before.at = line.at;
+                before.figures.extend(line.figures.clone());
             }
-            _ => lines.push(line.clone()),
+            _ if last.is_some_and(|last| line.step <= last) => hidden += line.figures.len(),
+            _ => {
+                last = Some(line.step);
+                lines.push(line.clone());
+            }
         }
     }
-    lines.into_iter().map(|line| row(head, line)).collect()
+    (lines, hidden)
 }
 
 /// A line's figures, and the service's own columns.
