@@ -33,7 +33,7 @@ use jsonl::{Lines, Output, ReadError, Records, Rejects, WriteError};
 use figures::Line;
 use link::{Link, Said};
 use mlflow::Mlflow;
-use reading::{Input, Reading};
+use reading::{Input, LAST_LINES, Reading};
 use sender::{Destination, Sender};
 use spool::{ANOTHER, Spool, lock};
 use tensorboard::TensorBoard;
@@ -66,8 +66,8 @@ With MLFLOW_TRACKING_URI or WANDB_API_KEY set; again, it goes on where it was:
 /// the last step waits for the rest of its figures; those that come for a step that was sent
 /// are kept, but not shown there, and told.
 ///
-/// A service that fails is asked again after longer and longer, 10 minutes at most; after a
-/// wrong key or a request that it refuses no more is sent.
+/// A service that fails is asked again after longer and longer, 10 minutes at most unless
+/// it asks for more; after a wrong key or a request that it refuses no more is sent.
 ///
 /// The run counts as finished when its lines end. Where --settings names the run.json of
 /// qlora-train, an adapter must be beside it, else the run is shown as broken off: MLflow
@@ -309,7 +309,7 @@ impl Track {
                     let home = set.and_then(|set| httpclient::address("", &set, "").ok());
                     let confirmed = self.send_key_to.as_deref();
                     confirm_host(secret.name(), home.as_deref(), &address, confirmed)
-                        .map_err(wrong)?;
+                        .map_err(|e| usage(format!("{e}, or set MLFLOW_TRACKING_URI to it")))?;
                 }
                 let client = with_secret(client(&address)?, secret);
                 let link = Link::new(app, client, reading)?;
@@ -400,7 +400,12 @@ impl Track {
                 Ok(Some((_, both))) => both,
                 Ok(None) => break,
                 // What was read before a signal stays, and a line that is half there is none.
-                Err(ReadError::Io { source, .. }) if source.kind() == ErrorKind::TimedOut => break,
+                Err(ReadError::Io { source, .. })
+                    if source.kind() == ErrorKind::TimedOut
+                        && reading.signalled_before(LAST_LINES) =>
+                {
+                    break;
+                }
                 Err(error) => return Err(error.into()),
             };
             if !reading.has_begun() {

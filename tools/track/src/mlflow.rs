@@ -125,8 +125,9 @@ impl<'a> Mlflow<'a> {
         if !link::is_refused(&error) {
             return error;
         }
-        let id = &run.run_id;
-        let got: Result<Got> = self.link.get("api/2.0/mlflow/runs/get", &[("run_id", id)]);
+        let id = self.link.printable(&run.run_id);
+        let asked = [("run_id", run.run_id.as_str())];
+        let got: Result<Got> = self.link.get("api/2.0/mlflow/runs/get", &asked);
         let remedy = match got {
             Ok(got) if got.run.info.lifecycle_stage.as_deref() == Some("deleted") => {
                 format!(", or `mlflow runs restore --run-id {id}` brings it back")
@@ -134,7 +135,6 @@ impl<'a> Mlflow<'a> {
             Err(error) if link::is_called(&error, "RESOURCE_DOES_NOT_EXIST") => String::new(),
             _ => return error,
         };
-        let id = self.link.printable(id);
         Said::Gone(format!(
             "the run {id} was deleted at the server: another --state sends all to a new one{remedy}"
         ))
