@@ -484,29 +484,30 @@ fn keys_do_what_the_help_says() {
         .keys("\r")
         .shows("T3.");
     seat.keys("r").shows("Why?").shows("7 nonsense or broken");
-    seat.keys("2")
+    seat.keys("2\r")
         .shows("T4.")
         .shows("decided 4 of 6, rejected 1");
+    // One that begins with a digit is no choice, and what follows no keys.
     seat.keys("r")
         .shows("Why?")
-        .keys("my own 🌞 wörds\u{7f}\u{7f}ds\r");
+        .keys("18+ my own 🌞 wörds\u{7f}\u{7f}ds\r");
     seat.shows("T5.").shows("decided 5 of 6, rejected 2");
     let mut expected = vec![
         ("p0", "keep", None),
         ("p1", "keep", None),
         ("p2", "keep", None),
         ("p3", "reject", Some("hostile or hurtful")),
-        ("p4", "reject", Some("my own 🌞 wörds")),
+        ("p4", "reject", Some("18+ my own 🌞 wörds")),
     ];
     assert_eq!(decisions(&tool), said(&expected));
     // The last once more; then back, where what was said stands below.
     seat.keys("R")
         .shows("all pairs are decided on")
         .shows("decided 6 of 6, rejected 3");
-    expected.push(("p5", "reject", Some("my own 🌞 wörds")));
+    expected.push(("p5", "reject", Some("18+ my own 🌞 wörds")));
     seat.keys("\u{1b}[D")
         .shows("T4.")
-        .shows("REJECTED  my own 🌞 wörds");
+        .shows("REJECTED  18+ my own 🌞 wörds");
     seat.keys("\u{1b}[D")
         .shows("T3.")
         .shows("REJECTED  hostile or hurtful");
@@ -544,7 +545,7 @@ fn keys_do_what_the_help_says() {
         .until("no question", |s| !s.contains("Why?"));
     seat.keys("r")
         .shows("Why?")
-        .keys("8")
+        .keys("8\r")
         .shows("There is no 8")
         .keys("\u{1b}");
     seat.until("no question", |s| !s.contains("Why?"))
@@ -616,19 +617,22 @@ fn pairs_are_narrowed_down_and_sorted() {
     seat.keys("k").keys("r").keys("\u{1b}").shows("7 of 7");
     // By likes, which fall as the number rises; then the other way round, by choosing again.
     seat.keys("o").shows("Order by?").shows("3 reply_likes");
-    seat.keys("3")
+    seat.keys("3\r")
         .shows("1 of 7 · lowest reply_likes first")
         .shows("Whose ÖTZI");
     seat.keys("o")
         .shows("Order by?")
-        .keys("3")
+        .keys("3\r")
         .shows("highest reply_likes first")
         .shows("T0.");
     seat.keys("o")
         .shows("Order by?")
         .keys("no.such\r")
         .shows("no pair has a field `no.such`");
-    seat.keys("o").shows("Order by?").keys("2").shows("random");
+    seat.keys("o")
+        .shows("Order by?")
+        .keys("2\r")
+        .shows("random");
     seat.leaves();
     assert_eq!(lines(&tool.read("review.jsonl")).len(), 5);
 }
@@ -727,7 +731,7 @@ fn a_small_screen_has_all_that_is_needed() {
         .shows("Why?")
         .shows("1 off topic")
         .shows("TWEET");
-    seat.keys("1")
+    seat.keys("1\r")
         .shows("T1.")
         .shows("rejected 1")
         .keys("?")
@@ -844,7 +848,7 @@ fn no_escape_sequence_reaches_the_terminal() {
         .keys("\r")
         .shows("No pair holds");
     seat.keys("\u{1b}").shows("REJECTED").keys("R");
-    seat.shows("Why?").keys("1").shows("That was the last");
+    seat.shows("Why?").keys("1\r").shows("That was the last");
     seat.leaves();
     let sent = seat.sent();
     // Beside what the tool says itself there are only these: positions, styles, modes.
@@ -910,7 +914,7 @@ fn a_killed_review_goes_on_where_it_was() {
             .shows(&format!("T{next}."))
             .keys("r");
         seat.shows("Why?")
-            .keys("1")
+            .keys("1\r")
             .shows(&format!("decided {} of 9", at + 2));
         seat.signal("-KILL");
         seat.ends();
@@ -941,7 +945,7 @@ fn a_text_that_changed_is_to_be_looked_at_again() {
     seat.shows("T0.")
         .keys("r")
         .shows("Why?")
-        .keys("1")
+        .keys("1\r")
         .shows("T1.")
         .keys("k")
         .shows("T2.");
@@ -1145,7 +1149,7 @@ fn colours_are_no_news() {
         seat.shows("T0.")
             .keys("r")
             .shows("Why?")
-            .keys("1")
+            .keys("1\r")
             .shows("T1.")
             .keys("\u{1b}[D");
         seat.shows("REJECTED  off topic");
@@ -1253,4 +1257,33 @@ fn the_examples_of_the_help_run() {
         .read_to_string(&mut nothing)
         .unwrap();
     assert_eq!(nothing, "");
+}
+
+/// A last line without its end is a decision, where somebody wrote it so; and a file that is
+/// none of ours is left alone.
+#[test]
+fn a_last_decision_without_a_lines_end_counts() {
+    let tool = tool();
+    let pairs = json!({"id": "p0", "tweet": "a", "reply": "only copy", "v": 1}).to_string();
+    let rejected = r#"{"id":"p0","decision":"reject"}"#;
+    tool.file("r.jsonl", rejected);
+    let run = tool
+        .run(&["--apply", "r.jsonl"], &(pairs.clone() + "\n"))
+        .exits(0);
+    assert_eq!(run.never_says("cut short").stdout, "");
+    tool.file("torn.jsonl", &rejected[..20]);
+    let run = tool
+        .run(&["--apply", "torn.jsonl"], &(pairs + "\n"))
+        .exits(0);
+    assert_eq!(run.says("cut short").records().len(), 1);
+
+    let only = r#"{"v":1,"id":"1","tweet":"a","reply":"only copy"}"#;
+    tool.file("valid.jsonl", only);
+    let mut seat = Seat::new(
+        &tool,
+        &["valid.jsonl", "--decisions", "valid.jsonl"],
+        (24, 80),
+    );
+    assert_eq!(seat.ends().code(), Some(2), "{}", seat.dump());
+    assert_eq!(tool.read("valid.jsonl"), only);
 }

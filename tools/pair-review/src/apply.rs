@@ -20,7 +20,9 @@ pub fn read(app: &App, path: &Path) -> anyhow::Result<Decisions> {
         ))
     })?;
     let whole = (bytes.iter().rposition(|&byte| byte == b'\n')).map_or(0, |at| at + 1);
-    if whole < bytes.len() {
+    if is_whole(&bytes[whole..]) {
+        bytes.push(b'\n');
+    } else if whole < bytes.len() {
         app.warn(format_args!(
             "{}: the last line was cut short, and is no decision",
             path.display()
@@ -28,6 +30,11 @@ pub fn read(app: &App, path: &Path) -> anyhow::Result<Decisions> {
         bytes.truncate(whole);
     }
     Ok(Decisions::read(path, &bytes)?)
+}
+
+/// Whether a last line without its end holds all of an object: no crash has cut it off.
+pub fn is_whole(line: &[u8]) -> bool {
+    serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(line).is_ok()
 }
 
 /// Filters standard input.

@@ -49,16 +49,23 @@ pub fn lines(text: &str, width: usize, styles: Styles, needle: Option<&str>) -> 
     let found = needle.map_or_else(Vec::new, |needle| find(text, needle));
     let mut lines = Vec::new();
     let mut line: Vec<Piece> = Vec::new();
+    // Columns of the line, and of it without the spaces at its end.
+    let (mut all, mut used) = (0, 0);
     for piece in pieces(text, styles, &found) {
         let Some(piece) = piece else {
             lines.push(std::mem::take(&mut line));
+            (all, used) = (0, 0);
             continue;
         };
+        all += piece.width;
+        used = if piece.is_space { used } else { all };
         line.push(piece);
         // A sign that is wider than all of the line is cut by the screen.
-        while line.len() > 1 && width_of(&line) > width {
+        while line.len() > 1 && used > width {
             let rest = line.split_off(break_before(&line, width));
             lines.push(std::mem::replace(&mut line, rest));
+            all = line.iter().map(|piece| piece.width).sum();
+            used = width_of(&line);
         }
     }
     lines.push(line);
@@ -164,10 +171,15 @@ fn pieces(text: &str, styles: Styles, found: &[std::ops::Range<usize>]) -> Vec<O
     let mut pieces = Vec::new();
     let mut run = String::new();
     let mut begun = 0;
-    let flush = |run: &mut String, begun: usize, pieces: &mut Vec<Option<Piece>>| {
+    let mut next = found;
+    let mut flush = |run: &mut String, begun: usize, pieces: &mut Vec<Option<Piece>>| {
         let mut at = begun;
         for cluster in run.graphemes(true) {
-            let style = match found.iter().any(|range| range.contains(&at)) {
+            // Those before are done with, for a text goes by in order.
+            while next.first().is_some_and(|range| range.end <= at) {
+                next = &next[1..];
+            }
+            let style = match next.first().is_some_and(|range| range.contains(&at)) {
                 true => styles.found,
                 false => styles.plain,
             };

@@ -12,7 +12,8 @@ mod rows;
 mod screen;
 mod terminal;
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -147,7 +148,7 @@ impl PairReview {
             ));
         }
         app.reads("PAIRS", pairs)?;
-        match is_half_a_line(decisions) {
+        match is_half_a_line(decisions) && !is_same_file(pairs, decisions) {
             true => app.reads("--decisions", decisions)?,
             false => app.claim("--decisions", decisions, |first| first.contains("decision"))?,
         }
@@ -163,6 +164,8 @@ impl PairReview {
             return Err(Failure::Input(cause).into());
         }
 
+        end_last_line(decisions)
+            .with_context(|| format!("ending the last line of {}", decisions.display()))?;
         let (journal, bytes) = Journal::open(decisions, NAME)?;
         if journal.torn() > 0 {
             app.warn(format_args!(
@@ -200,8 +203,35 @@ impl PairReview {
 fn is_half_a_line(path: &Path) -> bool {
     let is_short = (path.metadata()).is_ok_and(|found| found.is_file() && found.len() < 1 << 16);
     is_short
-        && std::fs::read(path)
-            .is_ok_and(|bytes| bytes.starts_with(br#"{"v":1,"id":""#) && !bytes.contains(&b'\n'))
+        && std::fs::read(path).is_ok_and(|bytes| {
+            bytes.starts_with(br#"{"v":1,"id":""#)
+                && !bytes.contains(&b'\n')
+                && !apply::is_whole(&bytes)
+        })
+}
+
+fn is_same_file(one: &Path, other: &Path) -> bool {
+    let of = |path: &Path| path.metadata().map(|found| (found.dev(), found.ino()));
+    matches!((of(one), of(other)), (Ok(one), Ok(other)) if one == other)
+}
+
+/// A last decision that somebody wrote by hand, without the line's end, stays one.
+fn end_last_line(path: &Path) -> io::Result<()> {
+    let bytes = match std::fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        read => read?,
+    };
+    let last = bytes
+        .rsplit(|&byte| byte == b'\n')
+        .next()
+        .unwrap_or_default();
+    match apply::is_whole(last) {
+        true => std::fs::File::options()
+            .append(true)
+            .open(path)?
+            .write_all(b"\n"),
+        false => Ok(()),
+    }
 }
 
 /// Shows pairs until the person leaves, or something else ends it, which is returned.

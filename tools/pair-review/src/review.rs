@@ -249,10 +249,17 @@ impl Review {
                 let question = *question;
                 match key.code {
                     KeyCode::Esc => self.mode = Mode::Pair,
+                    // Not before: a reason of one's own may begin with a digit.
                     KeyCode::Enter => {
-                        let typed = typed.trim().to_owned();
-                        self.mode = Mode::Pair;
-                        self.answered(question, typed);
+                        let typed = std::mem::take(typed).trim().to_owned();
+                        let number = typed.parse().ok().filter(|_| question != Question::Search);
+                        match number {
+                            Some(number) => self.chosen(question, number),
+                            None => {
+                                self.mode = Mode::Pair;
+                                self.answered(question, typed);
+                            }
+                        }
                     }
                     KeyCode::Up | KeyCode::Down | KeyCode::PageUp | KeyCode::PageDown => {
                         self.scroll_by(key.code);
@@ -260,13 +267,7 @@ impl Review {
                     KeyCode::Backspace => {
                         typed.pop();
                     }
-                    KeyCode::Char(c) => {
-                        let number = c.to_digit(10).filter(|_| typed.is_empty());
-                        match number.filter(|_| question != Question::Search) {
-                            Some(number) => self.chosen(question, number as usize),
-                            None => self.typed(&c.to_string()),
-                        }
-                    }
+                    KeyCode::Char(c) => self.typed(&c.to_string()),
                     _ => {}
                 }
             }

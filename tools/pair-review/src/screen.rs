@@ -384,8 +384,8 @@ fn help(look: &Look) -> Vec<Line<'static>> {
 /// What is asked, with the answers that a number gives.
 fn question(review: &Review, asked: Question, look: &Look, width: usize) -> Vec<Line<'static>> {
     let title = match asked {
-        Question::Reason => "Why? A number, or type and Enter.",
-        Question::Order => "Order by? A number, or type a field.",
+        Question::Reason => "Why? A number or your own words, then Enter.",
+        Question::Order => "Order by? A number or a field, then Enter.",
         Question::Search => return Vec::new(),
     };
     let mut lines = vec![Line::from(vec![
