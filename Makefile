@@ -185,7 +185,7 @@ $(PAIRS)/valid.jsonl: $(RAW)/pairs.jsonl $(PAIRS)/validate.key
 # holds what is rejected, and nothing where that is none: looking alone repeats nothing.
 reviewed = $(if $(wildcard $(PAIRS)/review.jsonl),$(BIN)/pair-review --apply $(PAIRS)/review.jsonl)
 $(PAIRS)/pairs.jsonl: $(PAIRS)/valid.jsonl $(PAIRS)/dedup.key | $(MINILM)/model.safetensors
-	$(lock) $(if $(reviewed),$(reviewed) --rejects $(PAIRS)/reviewed.jsonl $(call log,review) < $< | )$(BIN)/pair-dedup --config $(config)/data.yaml --dropped $(PAIRS)/dropped.jsonl --summary $(PAIRS)/dedup-summary.json $(call log,dedup) $(if $(reviewed),,< $<) > $@.part; \
+	$(lock) rm -f $(PAIRS)/reviewed.jsonl; $(if $(reviewed),$(reviewed) --rejects $(PAIRS)/reviewed.jsonl $(call log,review) < $< | )$(BIN)/pair-dedup --config $(config)/data.yaml --dropped $(PAIRS)/dropped.jsonl --summary $(PAIRS)/dedup-summary.json $(call log,dedup) $(if $(reviewed),,< $<) > $@.part; \
 	mv $@.part $@
 
 $(MINILM)/model.safetensors:

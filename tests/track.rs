@@ -1102,7 +1102,7 @@ fn names_that_would_become_one_are_told_apart_and_stay() {
 
 #[test]
 fn a_run_that_was_deleted_is_told_with_what_helps() {
-    // The answers of MLflow 3 for a run that was deleted, and for one that was purged too.
+    // As MLflow answers, as far as is known, for a run that was deleted, and for one that was purged too.
     let deleted = json!({"run": {"info": {"lifecycle_stage": "deleted"}}});
     let inactive = json!({"error_code": "INVALID_PARAMETER_VALUE", "message": "The run x must be in the 'active' state. Current state is deleted."});
     let none =
