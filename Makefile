@@ -46,6 +46,10 @@ without = $(if $(1),$(call without,$(wordlist 2,99,$(1)),$(subst $(firstword $(1
 bad_name = $(if $(1),$(call without,$(allowed),$(1))$(filter .% -%,$(1)),it is empty)
 $(foreach name,RUN DATA,$(if $(call bad_name,$($(name))),$(error $(name)=$($(name)) is no name: use letters, digits, . _ and -)))
 
+# A name with a slip in it would do nothing, after hours.
+$(foreach value,$(filter-out shuffled,$(CONTROL)),$(error CONTROL=$(value): there is only CONTROL=shuffled))
+$(foreach value,$(filter-out tensorboard tensorboard=% mlflow mlflow=% wandb wandb=%,$(firstword $(TRACK))),$(error TRACK=$(value): there are tensorboard, mlflow[=URI] and wandb[=ENTITY/PROJECT]))
+
 BIN     := target/release
 RAW     := data/raw/$(DATA)
 PAIRS   := data/processed/$(DATA)
@@ -97,7 +101,7 @@ help: ## this page
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo
 	@echo '  RUN=name        of what is trained and evaluated [main]'
-	@echo '  DATA=name       of its data [that of RUN]'
+	@echo '  DATA=name       of its data [the same name as RUN]'
 	@echo '  METHOD=apify    collect; or METHOD=file INPUT=path: import'
 	@echo '  TARGET=number   of pairs to collect [that of data.yaml]'
 	@echo '  MODEL=base      a folder, or a name on the hub [that of train.yaml]'
