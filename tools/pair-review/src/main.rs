@@ -199,15 +199,29 @@ impl PairReview {
     }
 }
 
-/// Whether a file is a first decision that a crash cut off, and so ours.
+/// Whether a file is a first decision that a crash cut off, and so ours: it begins as one
+/// does, as far as it goes, and is no whole object.
 fn is_half_a_line(path: &Path) -> bool {
     let is_short = (path.metadata()).is_ok_and(|found| found.is_file() && found.len() < 1 << 16);
-    is_short
-        && std::fs::read(path).is_ok_and(|bytes| {
-            bytes.starts_with(br#"{"v":1,"id":""#)
-                && !bytes.contains(&b'\n')
-                && !apply::is_whole(&bytes)
-        })
+    is_short && std::fs::read(path).is_ok_and(|bytes| begins_a_decision(&bytes))
+}
+
+fn begins_a_decision(bytes: &[u8]) -> bool {
+    let Some(id) = bytes.strip_prefix(br#"{"v":1,"id":""#) else {
+        return false;
+    };
+    let mut escaped = false;
+    let end = id.iter().position(|&byte| {
+        let ends = byte == b'"' && !escaped;
+        escaped = byte == b'\\' && !escaped;
+        ends
+    });
+    let next = br#","decision":""#;
+    let goes_on = end.is_none_or(|end| {
+        let rest = &id[end + 1..];
+        next.starts_with(rest) || rest.starts_with(next)
+    });
+    goes_on && !bytes.contains(&b'\n') && !apply::is_whole(bytes)
 }
 
 fn is_same_file(one: &Path, other: &Path) -> bool {
@@ -249,6 +263,28 @@ fn look(review: &mut Review, tty: std::fs::File, title: &str) -> io::Result<Opti
             Happened::Pasted(text) => review.paste(&text),
             Happened::Redraw => {}
             Happened::Ended(by) => return Ok(Some(by)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn half_a_decision_is_told_from_what_others_wrote() {
+        let whole = r#"{"v":1,"id":"a\"b","decision":"reject","reason":"x"}"#;
+        for cut in 13..whole.len() {
+            assert!(begins_a_decision(&whole.as_bytes()[..cut]), "{cut}");
+        }
+        for other in [
+            whole,
+            r#"{"v":1,"id":"1","tweet":"only cop"#,
+            r#"{"v":1,"id":"1","tweet":"a"}{"v":1,"id":"2"}"#,
+            "{\"v\":1,\"id\":\"1\"\n",
+            "",
+        ] {
+            assert!(!begins_a_decision(other.as_bytes()), "{other}");
         }
     }
 }

@@ -252,10 +252,11 @@ impl Review {
                     // Not before: a reason of one's own may begin with a digit.
                     KeyCode::Enter => {
                         let typed = std::mem::take(typed).trim().to_owned();
-                        let number = typed.parse().ok().filter(|_| question != Question::Search);
-                        match number {
-                            Some(number) => self.chosen(question, number),
-                            None => {
+                        match typed.as_bytes() {
+                            &[digit @ b'0'..=b'9'] if question != Question::Search => {
+                                self.chosen(question, usize::from(digit - b'0'));
+                            }
+                            _ => {
                                 self.mode = Mode::Pair;
                                 self.answered(question, typed);
                             }
